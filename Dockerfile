@@ -1,0 +1,61 @@
+# The image of `docker run` (its command is that of `make serve`) and of the cluster, where KubeRay replaces the command.
+#   docker build --build-arg DEVICE=cpu --tag farsight:cpu .
+#   docker run --init --shm-size 256m --publish 8000:8000 --publish 9000:9000 --publish 9464:9464 farsight:cpu
+
+FROM python:3.11-slim-bookworm AS base
+
+
+FROM base AS build
+ARG DEVICE=cpu
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/farsight
+WORKDIR /src
+COPY constraints.txt ./
+# torch first and alone: it is most of the image, and stays cached while the source changes. The CPU build has no CUDA
+# libraries; pip then finds torch installed and takes everything else from PyPI.
+RUN case "${DEVICE}" in \
+        cpu) /opt/farsight/bin/pip install --constraint constraints.txt --no-deps \
+                --index-url https://download.pytorch.org/whl/cpu torch ;; \
+        cuda) /opt/farsight/bin/pip install --constraint constraints.txt torch ;; \
+        *) echo "DEVICE: expected cpu or cuda, got '${DEVICE}'" >&2; exit 1 ;; \
+    esac
+COPY pyproject.toml README.md LICENSE ./
+COPY service ./service
+RUN /opt/farsight/bin/pip install --constraint constraints.txt '.[demo]'
+
+
+FROM base AS final
+ARG DEVICE=cpu
+LABEL org.opencontainers.image.title="farsight" \
+      org.opencontainers.image.description="Long-context attention and small transformers as a service" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      farsight.device="${DEVICE}"
+# KubeRay's probes execute bash and wget. Versions come with the base image's Debian release.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends bash wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 1000 farsight \
+    && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash farsight
+COPY --from=build /opt/farsight /opt/farsight
+# What Ray reads at import (service/cli.py sets the same where it starts Ray itself; a test compares the two),
+# then the service's own settings: inside a container it listens on all interfaces.
+ENV PATH=/opt/farsight/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    RAY_AUTH_MODE=disabled \
+    RAY_USAGE_STATS_ENABLED=0 \
+    RAY_SERVE_ENABLE_HA_PROXY=1 \
+    RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+    RAY_SERVE_HAPROXY_METRICS_PORT=9101 \
+    RAY_SERVE_HAPROXY_STATS_PORT=8404 \
+    RAY_SERVE_GRPC_MAX_MESSAGE_SIZE=269484032 \
+    FARSIGHT_HOST=0.0.0.0 \
+    FARSIGHT_METRICS_HOST=0.0.0.0
+WORKDIR /home/farsight
+# a number, so that Kubernetes can see that it is not root
+USER 1000:1000
+EXPOSE 8000 9000 9464
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["bash", "-c", "wget -q --tries=1 -T 4 -O /dev/null http://127.0.0.1:${FARSIGHT_HTTP_PORT:-8000}/healthz"]
+CMD ["farsight", "serve", "--demo"]

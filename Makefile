@@ -1,0 +1,36 @@
+# `make serve` and `make test` are all a newcomer needs; both make the venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: serve test check loadtest protos image clean
+
+serve: $(STAMP)
+	@exec $(BIN)/farsight serve --demo
+
+test: $(STAMP) check
+	$(BIN)/pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+loadtest: $(STAMP)
+	$(BIN)/locust --headless -f loadtests/locustfile.py --host http://127.0.0.1:8000 --run-time 60s --users 16 --spawn-rate 16
+
+protos: $(STAMP)
+	PYTHON=$(BIN)/python scripts/protos.sh
+
+image:
+	docker build --build-arg DEVICE=cpu --tag farsight:cpu .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,76 @@
+"""One Answer, as headers (or gRPC parameters) and as a JSON document without its tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.core import Answer, Plan
+
+
+def headers(answer: Answer) -> dict[str, str]:
+    """The `x-` headers of every answer; over gRPC the same names are response parameters."""
+    usage, error = answer.usage, answer.error
+    return {
+        "x-request-id": answer.id,
+        "x-attention-plan": answer.plan.kind.value,
+        "x-attention-error": "exact" if error.kind == "exact" else f"{error.relative_l2_upper:.3e}",
+        "x-queue-seconds": f"{answer.timing.queue_s:.6f}",
+        "x-device-seconds": f"{usage.device_s:.6f}",
+        "x-compute-tokens": str(usage.tokens),
+        "x-compute-flops": str(usage.flops),
+        "x-cost-usd": f"{usage.cost_usd:.3e}",
+    }
+
+
+def plan_document(plan: Plan, density: float | None = None) -> dict[str, Any]:
+    document: dict[str, Any] = {"kind": plan.kind.value, "reason": plan.reason, "predicted_s": plan.predicted_s}
+    if plan.kind == "sparse":
+        document |= {
+            "block_size": plan.block_size,
+            "density": density,
+            "selection": plan.selection,
+            "epsilon": plan.epsilon,
+        }
+    return document
+
+
+def document(answer: Answer) -> dict[str, Any]:
+    """`plan`, `error`, `usage`, `cost` and `timing` of the answer, as the wire contract names them."""
+    usage, error = answer.usage, answer.error
+    error_document: dict[str, Any] = {"kind": error.kind, "fallback": error.fallback}
+    if error.kind != "exact":
+        error_document |= {
+            "relative_l2": error.relative_l2,
+            "relative_l2_upper": error.relative_l2_upper,
+            "row_bound": error.row_bound,
+            "rows": error.rows,
+            "coverage": error.coverage,
+            "confidence": error.confidence,
+            "riskiest_row": error.riskiest_row,
+            "recall": error.recall,
+        }
+    if error.rejected_relative_l2_upper is not None:
+        error_document["rejected_relative_l2_upper"] = error.rejected_relative_l2_upper
+    return {
+        "id": answer.id,
+        "plan": plan_document(answer.plan, answer.density),
+        "error": error_document,
+        "usage": {
+            "tokens": usage.tokens,
+            "pairs_scored": usage.pairs_scored,
+            "pairs_dense": usage.pairs_dense,
+            "flops": usage.flops,
+            "flops_dense": usage.flops_dense,
+            "device_s": usage.device_s,
+            "peak_bytes": usage.peak_bytes,
+            "batch_requests": answer.batch_requests,
+            "truncated": usage.truncated,
+            "dropped_tokens": usage.dropped_tokens,
+        },
+        "cost": {"usd": usage.cost_usd, "saved_usd": usage.saved_usd},
+        "timing": {
+            "queue_s": answer.timing.queue_s,
+            "device_s": answer.timing.device_s,
+            "total_s": answer.timing.total_s,
+        },
+    }

@@ -1,0 +1,176 @@
+"""`POST /v1/attention` and `POST /v1/estimate`: parse, call, format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from service.api import codec, openai
+from service.api.answer import document, headers
+from service.api.http import INLINE_BYTES, JSON, Call, Http, error_responses, json_response
+from service.api.schema import AttentionBody, EstimateBody, ShapeBody, validated
+from service.attention.validate import check_attention
+from service.config import Config
+from service.core import Answer, AttentionOptions, AttentionRequest, AttentionShape
+from service.engine.accounting import cost_usd
+from service.engine.engine import Estimate
+from service.errors import Kind, invalid
+
+SAFETENSORS = "application/x-safetensors"
+ERRORS = error_responses(
+    Kind.MALFORMED,
+    Kind.INVALID,
+    Kind.TOO_LARGE,
+    Kind.UNSUPPORTED_MEDIA,
+    Kind.OVERLOADED,
+    Kind.DEADLINE,
+    Kind.UNAVAILABLE,
+    Kind.OUT_OF_MEMORY,
+    Kind.INTERNAL,
+)
+
+
+def parse_attention(call: Call, config: Config) -> tuple[AttentionRequest, bool]:
+    """The request, and whether its tensors came base64-encoded (the answer's will too)."""
+    if call.content_type == SAFETENSORS:
+        tensors, options = codec.tensors_from_safetensors(call.body)
+        tensors, unknown = codec.split_tensors(tensors)
+        if unknown:
+            name = next(iter(unknown))
+            raise invalid(f"{name}: not a tensor of this endpoint ({', '.join(codec.ATTENTION_TENSORS)})", param=name)
+        return build_attention(call, tensors, options), True
+    return attention_from_json(call, call.json(config.max_json_bytes))
+
+
+def attention_from_json(call: Call, values: dict[str, Any]) -> tuple[AttentionRequest, bool]:
+    given, options = codec.split_tensors(values)
+    encoded = isinstance(given["query"], dict)
+    tensors = {name: codec.tensor_from_json(name, value) for name, value in given.items()}
+    return build_attention(call, tensors, options), encoded
+
+
+def build_attention(call: Call, tensors: dict[str, Any], given: dict[str, Any]) -> AttentionRequest:
+    if call.timeout_s is not None:
+        given = {"timeout_s": call.timeout_s, **given}
+    options = validated(AttentionOptions, given)
+    rank = tensors["query"].dim()
+    if rank == 3:  # the batch axis was left out
+        tensors = {
+            name: tensor[None] if name != "attn_mask" or tensor.dim() == 3 else tensor
+            for name, tensor in tensors.items()
+        }
+    mask = tensors.get("attn_mask")
+    query, key, value = check_attention(tensors["query"], tensors["key"], tensors["value"], mask, options)
+    return AttentionRequest(call.id, query, key, value, options, attn_mask=mask, rank=rank)
+
+
+def answer_body(answer: Answer, request: AttentionRequest, accept: str, *, encoded: bool) -> tuple[bytes, str]:
+    """The answer's tensors in the caller's rank and form, with plan, error, usage, cost and timing."""
+    tensors = {name: tensor[0] if request.rank == 3 else tensor for name, tensor in answer.tensors.items()}
+    if SAFETENSORS in accept:
+        return codec.dump_safetensors(tensors, document(answer)), SAFETENSORS
+    if "top_indices" in tensors:
+        indices, values = tensors.pop("top_indices"), tensors.pop("top_weights")
+        top = {"top_weights": {"indices": indices.numpy(), "weights": codec.tensor_to_json(values, encoded=False)}}
+    else:
+        top = {}
+    named = {name: codec.tensor_to_json(tensor, encoded=encoded) for name, tensor in tensors.items()}
+    return codec.dump_json({**named, **top, **document(answer)}), JSON
+
+
+def estimate_document(estimate: Estimate, config: Config) -> dict[str, Any]:
+    plans = {
+        kind.value: {
+            "flops": candidate.work.flops,
+            "bytes": candidate.work.bytes,
+            "peak_bytes": candidate.work.peak_bytes,
+            "predicted_s": candidate.predicted_s,
+            "cost_usd": cost_usd(candidate.predicted_s, config.price_per_device_hour_usd),
+            "fits": candidate.fits,
+            "reason": candidate.reason,
+        }
+        for kind, candidate in estimate.candidates.items()
+    }
+    chosen = {"kind": estimate.chosen.value if estimate.chosen else None, "reason": estimate.reason}
+    return {**plans, "chosen": chosen, "queue_s": estimate.queue_s, "would_admit": estimate.would_admit}
+
+
+def shape_of(body: ShapeBody) -> tuple[AttentionShape, AttentionOptions]:
+    kv_heads = body.kv_heads or body.heads
+    if body.heads % kv_heads:
+        raise invalid(f"heads: expected a multiple of kv_heads {kv_heads}, got {body.heads}", param="heads")
+    shape = AttentionShape(
+        batch=body.batch,
+        heads=body.heads,
+        kv_heads=kv_heads,
+        query_length=body.query_length,
+        key_length=body.key_length or body.query_length,
+        head_dim=body.head_dim,
+        value_dim=body.value_dim or body.head_dim,
+        dtype=body.dtype,
+    )
+    options = body.model_dump(include={"is_causal", "window", "mode", "max_error"})
+    return shape, validated(AttentionOptions, options)
+
+
+def add_routes(app: FastAPI, http: Http) -> None:
+    engine = http.engine
+    config = engine.config
+
+    async def attention(call: Call) -> Response:
+        """Scaled dot-product attention of the caller's own tensors."""
+        large = len(call.body) > INLINE_BYTES
+        request, encoded = (
+            await engine.off_loop(parse_attention, call, config) if large else parse_attention(call, config)
+        )
+        answer = await engine.submit(request, call.received_s)
+        accept = call.headers.get("accept", "")
+        size = sum(tensor.nbytes for tensor in answer.tensors.values())
+        if size > INLINE_BYTES:
+            body, media = await engine.off_loop(lambda: answer_body(answer, request, accept, encoded=encoded))
+        else:
+            body, media = answer_body(answer, request, accept, encoded=encoded)
+        return Response(body, 200, headers(answer), media)
+
+    async def estimate(call: Call) -> Response:
+        """What a request would cost under each plan. Nothing runs."""
+        body = validated(EstimateBody, call.json(config.max_json_bytes))
+        if (body.attention is None) == (body.request is None) or (body.request is None) != (body.endpoint is None):
+            raise invalid("give either `attention`, or `endpoint` with `request`")
+        if body.attention is not None:
+            result = engine.estimate(*shape_of(body.attention))
+        elif body.endpoint == "/v1/attention":
+            request, _ = await engine.off_loop(attention_from_json, call, body.request)
+            result = engine.estimate(request.shape, request.options)
+        else:
+            assert body.request is not None, "bug: an estimate without a request"
+            result = await engine.estimate_forward(openai.build_embeddings(call, body.request))
+        return json_response(estimate_document(result, config))
+
+    attention_content = {
+        JSON: {"schema": AttentionBody.model_json_schema(ref_template="#/components/schemas/{model}")},
+        SAFETENSORS: {"schema": {"type": "string", "format": "binary"}},
+    }
+    http.direct["POST", "/v1/attention"] = http.endpoint("attention", attention)
+    app.add_api_route(
+        "/v1/attention",
+        http.direct["POST", "/v1/attention"],
+        methods=["POST"],
+        tags=["attention"],
+        summary="Attention over the caller's own tensors",
+        responses=ERRORS,
+        openapi_extra={"requestBody": {"required": True, "content": attention_content}},
+    )
+    app.add_api_route(
+        "/v1/estimate",
+        http.endpoint("estimate", estimate),
+        methods=["POST"],
+        tags=["cost"],
+        summary="Price a request without running it",
+        responses=ERRORS,
+        openapi_extra={
+            "requestBody": {"required": True, "content": {JSON: {"schema": EstimateBody.model_json_schema()}}}
+        },
+    )

@@ -1,0 +1,159 @@
+"""Tensors on the `/v1` wire: nested lists, base64 objects, safetensors. Sizes are checked before anything is made."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from service.errors import FarsightError, invalid, malformed
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bool": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
+
+
+def parse_json(body: bytes | bytearray) -> dict[str, Any]:
+    """A JSON object; NaN and Infinity are not JSON, yet common: they are named as what they are."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        if _has_non_finite(body):
+            raise invalid("the body has NaN or Infinity; every number must be finite", code="non_finite") from None
+        raise malformed(f"the body is not JSON: {error.msg} at byte {error.pos}") from None
+    if not isinstance(document, dict):
+        raise malformed("the body must be a JSON object")
+    return document
+
+
+def _has_non_finite(body: bytes | bytearray) -> bool:
+    """Would it be JSON if NaN and Infinity were numbers? (Python's own encoder writes them.)"""
+    found = False
+
+    def constant(_: str) -> float:
+        nonlocal found
+        found = True
+        return math.nan
+
+    try:
+        json.loads(body, parse_constant=constant)
+    except (ValueError, RecursionError):
+        return False
+    return found
+
+
+def tensor_from_json(name: str, value: Any) -> torch.Tensor:
+    """Nested lists -> float32 (a mask of booleans -> bool); {"dtype", "shape", "data"} -> what it says."""
+    if isinstance(value, dict):
+        return _from_base64(name, value)
+    if not isinstance(value, list):
+        raise invalid(f"{name}: expected nested lists or an object with dtype, shape and data", param=name)
+    try:
+        array = np.array(value)
+    except ValueError:
+        raise invalid(f"{name}: the nested lists are ragged", param=name) from None
+    if array.dtype == bool:
+        return torch.from_numpy(array)
+    if array.dtype.kind not in "iuf":
+        raise invalid(f"{name}: expected numbers in the nested lists", param=name)
+    with np.errstate(over="ignore"):  # beyond float32 becomes inf, which validation refuses by name
+        return torch.from_numpy(array.astype(np.float32))
+
+
+def _from_base64(name: str, value: Mapping[str, Any]) -> torch.Tensor:
+    dtype, shape, data = value.get("dtype"), value.get("shape"), value.get("data")
+    if set(value) != {"dtype", "shape", "data"} or not isinstance(data, str):
+        raise invalid(f"{name}: expected exactly dtype, shape and data (base64 text)", param=name)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise invalid(f"{name}: dtype must be one of {', '.join(DTYPES)}", param=name)
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise invalid(f"{name}: shape must be a list of sizes", param=name)
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    # the text says how many bytes it holds before it is decoded
+    if expected > 3 * (len(data) // 4 + 1):
+        raise invalid(f"{name}: {dtype} {shape} needs {expected} bytes, data has {3 * len(data) // 4}", param=name)
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise malformed(f"{name}: data is not valid base64", param=name) from None
+    if len(raw) != expected:
+        raise invalid(f"{name}: {dtype} {shape} needs {expected} bytes, data has {len(raw)}", param=name)
+    if expected == 0:
+        return torch.zeros(shape, dtype=DTYPES[dtype])
+    return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
+
+
+def tensors_from_safetensors(body: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Named tensors, and the options from `__metadata__["options"]`."""
+    try:
+        tensors = load_safetensors(body)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise malformed(f"the body is not a valid safetensors file: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise invalid(f"{name}: dtype {dtype} is not one of {', '.join(DTYPES)}", param=name)
+    # the library has checked the header; it gives no way to its metadata from bytes
+    header = orjson.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+    text = header.get("__metadata__", {}).get("options", "{}")
+    return tensors, parse_json(text.encode())
+
+
+def split_tensors(named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the four tensors, everything else); refuses an attention body without its tensors."""
+    tensors = {name: named[name] for name in ATTENTION_TENSORS if named.get(name) is not None}
+    for name in ATTENTION_TENSORS[:3]:
+        if name not in tensors:
+            raise invalid(f"{name} is missing", param=name)
+    return tensors, {name: value for name, value in named.items() if name not in ATTENTION_TENSORS}
+
+
+def tensor_to_json(tensor: torch.Tensor, *, encoded: bool) -> Any:
+    """The form the caller used: an object with base64 data, or an array that orjson writes as nested lists.
+
+    JSON has no infinities: in nested lists a log-sum-exp of -inf (a row without keys) is null.
+    """
+    tensor = tensor.contiguous()
+    if not encoded:
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "shape": list(tensor.shape), "data": base64.b64encode(raw_bytes(tensor)).decode()}
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's memory, row-major and little-endian, without a copy where it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    array: Any = flat.numpy() if flat.dtype == torch.bool else flat.view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
+
+
+def dump_json(document: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def dump_safetensors(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> bytes:
+    """The answer's tensors, everything else as JSON text in `__metadata__["answer"]`."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return save_safetensors(contiguous, metadata={"answer": dump_json(document).decode()})
+
+
+def error_document(error: FarsightError) -> dict[str, Any]:
+    """The body of a `/v1` error."""
+    return {
+        "error": {"message": error.message, "type": error.kind.value, "code": error.code, "param": error.param},
+    }

@@ -1,0 +1,20 @@
+"""The one door that both transports use: what a handler may ask of the engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from service.core import Answer, ModelInfo, Request
+
+
+class Door(Protocol):
+    """Implemented by `engine.Engine`."""
+
+    async def submit(self, request: Request, received_s: float | None = None) -> Answer:
+        """The one answer of this request; raises FarsightError instead. `received_s`: perf_counter at its arrival."""
+        ...
+
+    def model_infos(self) -> tuple[ModelInfo, ...]: ...
+
+    @property
+    def ready(self) -> bool: ...

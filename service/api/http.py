@@ -1,0 +1,222 @@
+"""HTTP plumbing: bodies limited while they stream, errors by the one table, operations. Decides nothing else."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.api.codec import dump_json, error_document, parse_json
+from service.engine.engine import Engine, retry_after_header
+from service.errors import CODES, FarsightError, Kind, malformed, too_large
+from service.telemetry import exporter
+
+logger = logging.getLogger("farsight")
+
+# parsing or writing more than this leaves the event loop
+INLINE_BYTES = 256 * 1024
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request as handlers see it."""
+
+    id: str
+    headers: dict[str, str]
+    body: bytes
+    path_params: dict[str, Any]
+    received_s: float  # time.perf_counter() when the request's headers were here
+
+    @property
+    def timeout_s(self) -> float | None:
+        """The header form of `timeout_s`."""
+        text = self.headers.get("x-request-timeout-seconds")
+        if text is None:
+            return None
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds < float("inf"):
+            raise malformed(f"x-request-timeout-seconds: {text[:32]!r} is not a positive number")
+        return seconds
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+
+    def json(self, max_bytes: int) -> dict[str, Any]:
+        """The body as a JSON object."""
+        if self.content_type != JSON:
+            raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-type {self.content_type[:64]!r} is not {JSON}")
+        if len(self.body) > max_bytes:
+            raise too_large("JSON body (binary tensors may be larger)", len(self.body), max_bytes, "bytes")
+        return parse_json(self.body)
+
+
+Handler = Callable[[Call], Awaitable[Response]]
+Route = Callable[[Request], Awaitable[Response]]
+
+
+class Http:
+    """Shared by all routes of one replica."""
+
+    def __init__(self, engine: Engine, *, id_is_echoed: bool) -> None:
+        self.engine = engine
+        self._id_is_echoed = id_is_echoed  # what is in front of us adds x-request-id to every answer
+        self.direct: dict[tuple[str, str], Route] = {}
+
+    def endpoint(self, name: str, handle: Handler, *, v2: bool = False) -> Route:
+        """A route that reads its body within the limits and turns every error into its one answer."""
+
+        async def route(request: Request) -> Response:
+            received_s = time.perf_counter()
+            given_id = request.headers.get("x-request-id", "")
+            request_id = given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
+            response = await answered(request, request_id, received_s)
+            if not (self._id_is_echoed and request_id == given_id):
+                response.headers["x-request-id"] = request_id
+            elif "x-request-id" in response.headers:
+                del response.headers["x-request-id"]
+            return response
+
+        async def answered(request: Request, request_id: str, received_s: float) -> Response:
+            try:
+                async with self._body(request) as body:
+                    call = Call(request_id, dict(request.headers), body, request.path_params, received_s)
+                    return await handle(call)
+            except FarsightError as error:
+                if not error.counted:
+                    self.engine.metrics.refused(name, error.kind)
+                return error_response(error, v2=v2)
+            except Exception as error:  # noqa: BLE001 (a bug: the caller gets the id, the log gets the rest)
+                logger.error("request %s failed", request_id, exc_info=error)
+                self.engine.metrics.refused(name, Kind.INTERNAL)
+                bug = FarsightError(Kind.INTERNAL, f"internal error; request id {request_id}")
+                return error_response(bug, v2=v2)
+
+        return route
+
+    @asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The whole body. Its bytes count as in flight until the answer is made."""
+        limit = self.engine.config.max_request_bytes
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-encoding {encoding[:32]!r} is not accepted")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal():
+            with self.engine.hold(int(declared)):
+                yield await request.body()
+            return
+        body = bytearray()
+        with ExitStack() as held:
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limit:
+                    raise too_large("request body", len(body) + len(chunk), limit, "bytes")
+                held.enter_context(self.engine.hold(len(chunk)))
+                body += chunk
+            yield bytes(body)
+
+
+def error_response(error: FarsightError, *, v2: bool = False) -> Response:
+    after_s = error.retry_after_s
+    headers = {} if after_s is None else {"retry-after": retry_after_header(after_s)}
+    body = {"error": error.message} if v2 else error_document(error)
+    return Response(dump_json(body), CODES[error.kind].http, headers, JSON)
+
+
+def json_response(document: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    return Response(dump_json(document), 200, headers, JSON)
+
+
+class App:
+    """The ASGI application: busy routes are called directly, everything else goes through FastAPI.
+
+    FastAPI's routing and middleware cost as much as a small request itself, and these handlers use none of it; they
+    are registered there too, for the OpenAPI text.
+    """
+
+    def __init__(self, fastapi: FastAPI, direct: Mapping[tuple[str, str], Route]) -> None:
+        self.fastapi, self._direct = fastapi, direct
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._direct.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if route is None:
+            await self.fastapi(scope, receive, send)
+            return
+        response = await route(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
+    """All routes of one replica."""
+    from service.api import attention, openai, v2
+
+    app = FastAPI(
+        title="Farsight",
+        version=version("farsight"),
+        description="Long-context attention and small transformers: planned, batched and priced per request.\n\n"
+        + errors_table(),
+    )
+    http = Http(engine, id_is_echoed=id_is_echoed)
+    attention.add_routes(app, http)
+    openai.add_routes(app, http)
+    v2.add_routes(app, http)
+    _add_operations(app, engine)
+
+    @app.exception_handler(HTTPException)
+    async def _unrouted(request: Request, error: HTTPException) -> Response:
+        """Unknown routes and methods, in the same form as every other error."""
+        kind = Kind.METHOD_NOT_ALLOWED if error.status_code == 405 else Kind.NOT_FOUND
+        engine.metrics.refused("none", kind)
+        message = f"{request.method} {request.url.path[:128]}: {CODES[kind].meaning}"
+        response = error_response(FarsightError(kind, message), v2=request.url.path.startswith("/v2"))
+        response.headers.update(error.headers or {})
+        return response
+
+    return App(app, http.direct)
+
+
+def _add_operations(app: FastAPI, engine: Engine) -> None:
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["operations"], responses={503: {"description": CODES[Kind.UNAVAILABLE].meaning}})
+    async def readyz() -> Response:
+        """Models are loaded and the device thread answers."""
+        if not engine.ready:
+            return error_response(FarsightError(Kind.UNAVAILABLE, "not ready"))
+        return json_response({"status": "ready", "models": [info.name for info in engine.model_infos()]})
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        """Prometheus text, merged over the replicas of this node."""
+        text = await engine.off_loop(exporter.text, engine.config.metrics_dir)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def errors_table() -> str:
+    """The error table as Markdown, from the one table that the code answers by."""
+    rows = [f"| {code.http} | {code.grpc} | {code.meaning} |" for code in CODES.values()]
+    return "\n".join(["| HTTP | gRPC | meaning |", "|---|---|---|", *rows])
+
+
+def error_responses(*kinds: Kind) -> dict[int | str, dict[str, object]]:
+    """For the OpenAPI text of one route."""
+    return {CODES[kind].http: {"description": CODES[kind].meaning} for kind in kinds}

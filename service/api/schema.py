@@ -1,0 +1,87 @@
+"""What bodies look like, for validation and for the OpenAPI text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.core import AttentionOptions, Priority
+from service.errors import invalid
+
+Body = TypeVar("Body", bound=BaseModel)
+TextsOrIds = str | list[str] | list[int] | list[list[int]]
+
+
+def validated(model: type[Body], values: dict[str, Any]) -> Body:
+    """`values` as `model`, or 422 naming the first field that is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise invalid(f"{field}: {first['msg']}", param=field) from None
+
+
+Tensor = Annotated[
+    Any,
+    Field(
+        description='Nested lists of numbers (float32), or {"dtype": "float32|float16|bfloat16|bool", "shape": [...], '
+        '"data": "<base64, little endian>"}.'
+    ),
+]
+
+
+class AttentionBody(AttentionOptions):
+    """`POST /v1/attention` as JSON: three tensors, perhaps a mask, and the options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="AttentionRequest")
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+
+
+class EmbeddingsBody(BaseModel):
+    """`POST /v1/embeddings`, OpenAI's fields and ours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="EmbeddingsRequest")
+
+    model: str
+    input: TextsOrIds
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = Field(None, description="Taken and not used.")
+    truncate: Literal["error", "end"] = Field("error", description="What to do with inputs over the model's length.")
+    priority: Priority = Priority.INTERACTIVE
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+class ShapeBody(BaseModel):
+    """The sizes of an attention request, for an estimate without tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="AttentionSizes")
+
+    batch: int = Field(1, ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    query_length: int = Field(ge=1)
+    key_length: int | None = Field(None, ge=1)
+    head_dim: int = Field(ge=1)
+    value_dim: int | None = Field(None, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    is_causal: bool = False
+    window: tuple[int, int] | None = None
+    mode: Literal["auto", "dense", "chunked", "sparse"] = "auto"
+    max_error: float | None = Field(None, ge=0, le=1)
+
+
+class EstimateBody(BaseModel):
+    """`POST /v1/estimate`: sizes under `attention`, or any real body under `request` with its `endpoint`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="EstimateRequest")
+
+    attention: ShapeBody | None = None
+    endpoint: Literal["/v1/attention", "/v1/embeddings"] | None = None
+    request: dict[str, Any] | None = None

@@ -1,0 +1,99 @@
+"""The Open Inference Protocol over HTTP: routes only, `oip` knows the protocol."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from service.api import oip
+from service.api.answer import headers
+from service.api.http import INLINE_BYTES, JSON, Call, Handler, Http, error_responses, json_response
+from service.core import Request
+from service.errors import FarsightError, Kind, malformed
+
+HEADER_LENGTH = "inference-header-content-length"
+BINARY = "application/octet-stream"
+ERRORS = error_responses(
+    Kind.MALFORMED,
+    Kind.INVALID,
+    Kind.TOO_LARGE,
+    Kind.NOT_FOUND,
+    Kind.OVERLOADED,
+    Kind.DEADLINE,
+    Kind.UNAVAILABLE,
+    Kind.OUT_OF_MEMORY,
+    Kind.INTERNAL,
+)
+
+
+def header_length(call: Call) -> int | None:
+    text = call.headers.get(HEADER_LENGTH)
+    if text is None:
+        return None
+    if not text.isdecimal() or len(text) > 12:
+        raise malformed(f"Inference-Header-Content-Length: {text[:32]!r} is not a length")
+    return int(text)
+
+
+def add_routes(app: FastAPI, http: Http) -> None:
+    engine = http.engine
+
+    def route(path: str, handler: Handler, summary: str, method: str = "GET") -> None:
+        app.add_api_route(
+            path,
+            http.endpoint("infer" if method == "POST" else "v2", handler, v2=True),
+            methods=[method],
+            tags=["open inference protocol"],
+            summary=summary,
+            responses=ERRORS if method == "POST" else error_responses(Kind.NOT_FOUND),
+        )
+
+    async def server(_: Call) -> Response:
+        return json_response(oip.server_metadata())
+
+    async def live(_: Call) -> Response:
+        return json_response({"live": True})
+
+    async def ready(_: Call) -> Response:
+        if not engine.ready:
+            raise FarsightError(Kind.UNAVAILABLE, "not ready")
+        return json_response({"ready": True})
+
+    async def model(call: Call) -> Response:
+        name, version = call.path_params["name"], call.path_params.get("version", "")
+        return json_response(oip.model_metadata(name, version, engine.model_infos()))
+
+    async def model_ready(call: Call) -> Response:
+        name = call.path_params["name"]
+        oip.find_model(name, call.path_params.get("version", ""), engine.model_infos())
+        await ready(call)
+        return json_response({"name": name, "ready": True})
+
+    async def infer(call: Call) -> Response:
+        def parse() -> tuple[oip.Infer, Request]:
+            neutral = oip.parse_http(
+                call.body,
+                header_length(call),
+                model=call.path_params["name"],
+                model_version=call.path_params.get("version", ""),
+                max_json_bytes=engine.config.max_json_bytes,
+            )
+            infos = engine.model_infos()
+            return neutral, oip.parse_infer(neutral, infos, request_id=call.id, timeout_s=call.timeout_s)
+
+        neutral, request = await engine.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
+        answer = await engine.submit(request, call.received_s)
+        if sum(tensor.nbytes for tensor in answer.tensors.values()) > INLINE_BYTES:
+            body, length = await engine.off_loop(oip.render_http, answer, request, neutral)
+        else:
+            body, length = oip.render_http(answer, request, neutral)
+        extra = headers(answer) if length is None else {**headers(answer), HEADER_LENGTH: str(length)}
+        return Response(body, 200, extra, JSON if length is None else BINARY)
+
+    route("/v2", server, "Server metadata")
+    route("/v2/health/live", live, "The process answers")
+    route("/v2/health/ready", ready, "Models are loaded and the device answers")
+    for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        route(prefix, model, "Inputs and outputs of a model")
+        route(f"{prefix}/ready", model_ready, "The model answers")
+        route(f"{prefix}/infer", infer, "Inference with JSON or binary tensors", method="POST")

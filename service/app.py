@@ -1,0 +1,98 @@
+"""Farsight as a Ray Serve application: one deployment, one replica per device, HTTP and gRPC on one class."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from service.api.grpc import GrpcMethods
+from service.config import Config
+from service.errors import Kind
+
+GRPC_SERVICERS = [
+    "service.api.proto.open_inference_grpc_pb2_grpc.add_GRPCInferenceServiceServicer_to_server",
+    "service.api.grpc_health.add_health_to_server",
+]
+
+
+class Farsight(GrpcMethods):
+    """One replica: its engine, its routes, and its place in line for the node's metrics port."""
+
+    def __init__(self, config: Config) -> None:
+        # imported here: the driver and the controller also import this class, and need no models
+        from service.engine.engine import Engine
+        from service.telemetry import logging
+        from service.telemetry.exporter import Exporter
+        from service.telemetry.metrics import Metrics
+
+        logging.configure(config.log_level)
+        self.engine = Engine.start(config, Metrics())
+        self.door = self.engine
+        self.max_request_bytes = config.max_request_bytes
+        self.exporter = Exporter(config.metrics_host, config.metrics_port, config.metrics_dir)
+
+    def on_refused(self, endpoint: str, kind: Kind) -> None:
+        self.engine.metrics.refused(endpoint, kind)
+
+    def hold(self, size: int) -> AbstractContextManager[None]:
+        return self.engine.hold(size)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from service.api.http import create_app
+
+        return create_app(self.engine, id_is_echoed=True)  # by Serve
+
+    async def check_health(self) -> None:
+        """Raises where the device thread has died, so that Serve replaces this replica."""
+        if not self.engine.ready:
+            raise RuntimeError("the device thread is dead")
+
+
+def replica_environment(config: Config) -> dict[str, str]:
+    """Must be in place before the replica imports anything: prometheus_client reads its folder at import."""
+    return {
+        "PROMETHEUS_MULTIPROC_DIR": str(config.metrics_dir),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+
+
+def uses_cuda(config: Config) -> bool:
+    """Asked of Ray rather than torch: the driver may have no GPU where the workers have one."""
+    if config.device != "auto":
+        return config.device == "cuda"
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get("GPU", 0) > 0
+
+
+def build(config: Config) -> Application:
+    """The Serve application; `deploy/serve.yaml` names this function and gives its arguments."""
+    config.metrics_dir.mkdir(parents=True, exist_ok=True)
+    cuda = uses_cuda(config)
+    if config.cpu_threads is None and not cuda:
+        # replicas of one node share its cores
+        threads = max(1, (os.cpu_count() or 1) // config.replicas)
+        config = config.model_copy(update={"cpu_threads": threads})
+    actor: dict[str, Any] = {
+        "num_cpus": 0 if cuda else 1,
+        "num_gpus": 1 if cuda else 0,
+        "runtime_env": {"env_vars": replica_environment(config)},
+    }
+    decorate = serve.deployment(
+        name="Farsight",
+        num_replicas=config.replicas,
+        # the engine admits by predicted seconds; Serve's own limits are far backstops
+        max_ongoing_requests=4096,
+        ray_actor_options=actor,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=60,
+        logging_config={"enable_access_log": False},
+    )
+    return decorate(serve.ingress()(Farsight)).bind(config)

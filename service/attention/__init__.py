@@ -1,0 +1,66 @@
+"""Attention as pure tensor functions: `attend(query, key, value, plan, mask) -> AttentionOutput(out, lse, ...)`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from service.core import Plan, PlanKind
+
+if TYPE_CHECKING:  # masks and variants are imported when first used: `python -m service.attention.masks` stays clean
+    import torch
+
+    from service.attention.masks import MaskSpec
+    from service.attention.output import AttentionOutput, Checkpoint
+    from service.attention.pieces import Piece
+
+DEFAULT_BLOCK_SIZE = 128
+DEFAULT_EPSILON = 0.02
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Plan | PlanKind,
+    mask: MaskSpec,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> AttentionOutput:
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv], lse [B, Hq, Lq].
+
+    Inputs are validated and finite (`validate.check_attention`). `checkpoint` is called between blocks and may raise.
+    """
+    from service.attention.pieces import join, split
+
+    kind = plan if isinstance(plan, PlanKind) else plan.kind
+
+    def run(piece: Piece) -> AttentionOutput:
+        tensors = piece.query, piece.key, piece.value, piece.mask
+        match kind:
+            case PlanKind.DENSE:
+                from service.attention import dense
+
+                return dense.attend(*tensors, scale=scale, softcap=softcap, checkpoint=checkpoint)
+            case PlanKind.CHUNKED:
+                from service.attention import chunked
+
+                return chunked.attend(*tensors, scale=scale, softcap=softcap, checkpoint=checkpoint)
+            case PlanKind.SPARSE:
+                from service.attention import selection, sparse
+
+                block_size, epsilon = sparse_settings(plan)
+                chosen = selection.select(
+                    piece.query, piece.key, piece.mask, block_size, epsilon, scale, softcap, checkpoint
+                )
+                return sparse.attend(*tensors, chosen, scale=scale, softcap=softcap, checkpoint=checkpoint)
+
+    return join(query, value, split(query, key, value, mask), run)
+
+
+def sparse_settings(plan: Plan | PlanKind) -> tuple[int, float]:
+    """(tokens per key block, share of a row's mass that may be dropped)."""
+    if isinstance(plan, PlanKind):
+        return DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON
+    return plan.block_size, DEFAULT_EPSILON if plan.epsilon is None else plan.epsilon

@@ -1,0 +1,210 @@
+"""The fused exact kernel, a whole call at once or by blocks of rows, so that memory and time between checkpoints
+stay bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch.nn.functional import pad
+
+from service.attention.masks import Bounds, MaskSpec, as_bias, cut, row_bounds
+from service.attention.output import AttentionOutput, Checkpoint
+from service.attention.scores import block_scores, default_scale, exponentiate, grouped, normalise
+
+BLOCK_FLOPS = 4e9  # ~40 ms at the 100 GFLOP/s that 2 AVX2 cores gave the CPU kernel
+SCRATCH_BYTES = 64 * 2**20
+MIN_ROWS = 128  # fewer rows a call and the kernel is bound by reading the keys
+
+Partial = tuple[torch.Tensor, torch.Tensor]
+Tile = tuple[slice, slice, slice, slice]  # sequences, key heads, query heads, rows
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: MaskSpec,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> AttentionOutput:
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv], lse [B, Hq, Lq]."""
+    scale = default_scale(scale, query.shape[3])
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    batch, heads, query_length, head_dim = query.shape
+    key_length, value_dim = value.shape[2:]
+    flops = 4.0 * batch * heads * query_length * key_length * max(head_dim, value_dim)
+    if softcap is None and mask.attn_mask is None and (checkpoint is None or flops <= BLOCK_FLOPS):
+        causal = _simple(mask, query_length, key_length, query.device)
+        if causal is not None:
+            return AttentionOutput(*_kernel(query, key, value, causal, None, scale))
+
+    out = query.new_empty(batch, heads, query_length, value_dim)
+    lse = out.new_empty(batch, heads, query_length, dtype=torch.promote_types(query.dtype, torch.float32))
+    for b, h, hq, rows in _tiles(query, key, value, by_time=checkpoint is not None):
+        if checkpoint is not None:
+            checkpoint()
+        part = query[b, hq, rows], key[b, h], value[b, h]
+        out[b, hq, rows], lse[b, hq, rows] = _rows(*part, mask, (b, h, hq, rows), query_length, scale, softcap)
+    return AttentionOutput(out, lse)
+
+
+def _simple(mask: MaskSpec, query_length: int, key_length: int, device: torch.device) -> bool | None:
+    """False: every row sees every key; True: row i sees exactly the keys j <= i; None: neither."""
+    if mask.kv_lengths is not None or mask.cu_seqlens_q is not None:
+        return None
+    lo, hi = row_bounds(mask, 1, query_length, key_length, device=device)
+    if bool((lo > 0).any()):
+        return None
+    if bool((hi == key_length).all()):
+        return False
+    diagonal = torch.arange(1, query_length + 1, device=device).clamp(max=key_length)
+    return True if torch.equal(hi[0], diagonal) else None
+
+
+def _tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, by_time: bool) -> Iterator[Tile]:
+    """Blocks within the scratch and, with a checkpoint, the time limit; heads are split before rows get few."""
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length = key.shape[1:3]
+    group = heads // kv_heads
+    flops = 4.0 * group * key_length * max(head_dim, value.shape[3])
+    share = max(flops / BLOCK_FLOPS if by_time else 0.0, 4.0 * group * key_length / SCRATCH_BYTES)  # of a row
+    units = max(1, int(1 / (MIN_ROWS * share)))
+    h_step, b_step = min(kv_heads, units), min(batch, max(1, units // kv_heads))
+    rows = max(1, int(1 / (share * h_step * b_step)))
+    for b in range(0, batch, b_step):
+        for h in range(0, kv_heads, h_step):
+            h_end = min(h + h_step, kv_heads)
+            for q in range(0, query_length, rows):
+                yield (
+                    slice(b, min(b + b_step, batch)),
+                    slice(h, h_end),
+                    slice(h * group, h_end * group),
+                    slice(q, min(q + rows, query_length)),
+                )
+
+
+def _rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: MaskSpec,
+    tile: Tile,
+    query_length: int,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
+    """The rows of one tile against the keys that any of them sees."""
+    b, _, heads, rows = tile
+    lengths = None if mask.kv_lengths is None else mask.kv_lengths[b]
+    own = MaskSpec(
+        mask.is_causal, mask.causal_alignment, mask.window, lengths, None, mask.cu_seqlens_q, mask.cu_seqlens_k
+    )
+    lo, hi = row_bounds(own, query.shape[0], query_length, key.shape[2], rows.start, rows.stop, query.device)
+    keys = slice(int(lo.min()), int(hi.max()))
+    bias = None if mask.attn_mask is None else as_bias(cut(mask.attn_mask, b, heads, rows, keys))
+    key, value, bounds = key[:, :, keys], value[:, :, keys], (lo - keys.start, hi - keys.start)
+    if keys.stop <= keys.start:
+        return query.new_zeros(*query.shape[:3], value.shape[3]), _nothing(query)
+    if softcap is not None:
+        return _eager(query, key, value, bias, bounds, scale, softcap)
+    return _kernel(query, key, value, False, _bias(bias, bounds, key.shape[2]), scale)
+
+
+def _nothing(query: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.full(query.shape[:3], -torch.inf, dtype=dtype, device=query.device)
+
+
+def _bias(bias: torch.Tensor | None, bounds: Bounds, keys: int) -> torch.Tensor | None:
+    """Bias and bounds as one [B, 1 or Hq, rows, keys]; None where everything is visible."""
+    lo, hi = bounds
+    if bool((lo <= 0).all()) and bool((hi >= keys).all()):
+        return bias
+    columns = torch.arange(keys, device=lo.device)
+    hidden = ((columns < lo[..., None]) | (columns >= hi[..., None]))[:, None]
+    if bias is None:
+        return torch.zeros(hidden.shape, device=lo.device).masked_fill_(hidden, -torch.inf)
+    return bias.masked_fill(hidden, -torch.inf)
+
+
+def _eager(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    bounds: Bounds,
+    scale: float,
+    softcap: float,
+) -> Partial:
+    """No fused kernel caps scores."""
+    lo, hi = bounds
+    scores = block_scores(query, key, scale, softcap, bias, (lo[:, None], hi[:, None]))
+    weights, total, top = exponentiate(scores)
+    out = normalise(grouped(weights, value.to(weights.dtype)), total)
+    return out.to(query.dtype), total.log() + top
+
+
+def _kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> Partial:
+    """One fused call. Causal is top-left. Kernels disagree about rows without keys: zeros and -inf from here on."""
+    value_dim = value.shape[3]
+    width = max(query.shape[3], value_dim)
+    query, key, value = (x if x.shape[3] == width else pad(x, (0, width - x.shape[3])) for x in (query, key, value))
+    if bias is not None and query.dtype == torch.float64:
+        bias = bias.double()
+    fused = _cuda if query.is_cuda else _cpu
+    out, lse = fused(query, key, value, is_causal, bias, scale)
+    out = out[..., :value_dim]
+    if bias is not None:
+        empty = (bias.amax(-1) == -torch.inf).expand(lse.shape)
+        out = out.masked_fill(empty[..., None], 0.0)
+        lse = lse.masked_fill(empty, -torch.inf)
+    return out, lse
+
+
+def _cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> Partial:
+    if bias is not None:
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return cast(Partial, flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale))
+
+
+def _cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> Partial:
+    """The memory-efficient kernel by name: it takes masks and float32, and MATH (n x n) cannot be chosen instead.
+
+    Not measured: no CUDA device was at hand when this was written.
+    """
+    batch, heads, rows, width = query.shape
+    columns = key.shape[2]
+    aligned = -width % 8
+    query, key, value = (pad(x, (0, aligned)) for x in (query, key, value))
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))  # no grouped heads in it
+    if bias is not None:  # rows of the mask must start at multiples of 8 numbers
+        bias = pad(bias.to(query.dtype), (0, -columns % 8))[..., :columns].expand(batch, heads, rows, columns)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    out, lse, *_ = efficient(query, key, value, bias, True, 0.0, is_causal, scale=scale)
+    return out[..., :width], lse[..., :rows]

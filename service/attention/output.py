@@ -1,0 +1,28 @@
+"""What every attention variant answers with; the same structure from all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Checkpoint = Callable[[], None]  # called between blocks of work; raises to stop the computation
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOutput:
+    """out: [B, Hq, Lq, Dv] in the query's dtype; lse: [B, Hq, Lq], float32, natural log, -inf for empty rows.
+
+    The other fields are set by sparse attention only.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor  # float64 where the query is float64 (tests only)
+    density: float | None = None  # pairs_scored / visible pairs
+    pairs_scored: int | None = None  # visible pairs of the selected blocks and the outlier columns, over all heads
+    risky_rows: torch.Tensor | None = None  # [n, 3] int64 (batch, head, row): what the selector rates riskiest
+
+
+def no_checkpoint() -> None:
+    """Nothing waits and nothing cancels."""

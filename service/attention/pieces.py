@@ -1,0 +1,83 @@
+"""Packed and ragged batches are cut into pieces that share nothing, so that neighbours cannot influence each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from service.attention.masks import MaskSpec, cut, visible_pairs
+from service.attention.output import AttentionOutput
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One attention of its own: sequences `batch`, rows `rows` of the whole; its mask has no lengths and no packing."""
+
+    batch: slice
+    rows: slice
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: MaskSpec
+
+    @property
+    def visible_pairs(self) -> int:
+        """Over all heads."""
+        batch, heads, query_length, _ = self.query.shape
+        return heads * visible_pairs(self.mask, batch, query_length, self.key.shape[2])
+
+
+def split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: MaskSpec) -> list[Piece]:
+    """One piece a packed sequence, or one for each ragged one; keys past kv_lengths are never read."""
+
+    def piece(batch: slice, rows: slice, keys: slice) -> Piece:
+        attn_mask = None if mask.attn_mask is None else cut(mask.attn_mask, batch, ALL, rows, keys)
+        own = replace(mask, kv_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, attn_mask=attn_mask)
+        return Piece(batch, rows, query[batch, :, rows], key[batch, :, keys], value[batch, :, keys], own)
+
+    if mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None:
+        cu_q, cu_k = mask.cu_seqlens_q, mask.cu_seqlens_k
+        if cu_q[-1] != query.shape[2] or cu_k[-1] != key.shape[2] or query.shape[0] != 1 or len(cu_q) != len(cu_k):
+            raise ValueError(f"cu_seqlens: {cu_q} and {cu_k} do not cover {query.shape[2]} rows, {key.shape[2]} keys")
+        starts = zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
+        return [piece(slice(0, 1), slice(q, q_end), slice(k, k_end)) for q, q_end, k, k_end in starts if q_end > q]
+    if mask.kv_lengths is None:
+        return [Piece(slice(0, query.shape[0]), slice(0, query.shape[2]), query, key, value, mask)]
+    lengths: list[int] = mask.kv_lengths.tolist()
+    rows = slice(0, query.shape[2])
+    if len(set(lengths)) == 1:
+        return [piece(slice(0, query.shape[0]), rows, slice(0, lengths[0]))]
+    return [piece(slice(b, b + 1), rows, slice(0, length)) for b, length in enumerate(lengths)]
+
+
+def join(
+    query: torch.Tensor, value: torch.Tensor, pieces: Sequence[Piece], run: Callable[[Piece], AttentionOutput]
+) -> AttentionOutput:
+    """Run each piece by itself into one preallocated output."""
+    batch, heads, query_length, _ = query.shape
+    if len(pieces) == 1 and pieces[0].key.shape[2] > 0 and pieces[0].query.shape[:3] == query.shape[:3]:
+        return run(pieces[0])
+    out = query.new_zeros(batch, heads, query_length, value.shape[3])
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.full((batch, heads, query_length), -torch.inf, dtype=dtype, device=query.device)
+    pairs: int | None = None
+    visible = 0
+    risky: list[torch.Tensor] = []
+    for piece in pieces:
+        if piece.key.shape[2] == 0:
+            continue
+        part = run(piece)
+        out[piece.batch, :, piece.rows] = part.out
+        lse[piece.batch, :, piece.rows] = part.lse
+        if part.pairs_scored is not None:
+            pairs = (pairs or 0) + part.pairs_scored
+            visible += piece.visible_pairs
+        if part.risky_rows is not None:
+            risky.append(part.risky_rows + torch.tensor([piece.batch.start, 0, piece.rows.start]))
+    return AttentionOutput(
+        out, lse, None if pairs is None else pairs / max(visible, 1), pairs, torch.cat(risky) if risky else None
+    )

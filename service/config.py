@@ -1,0 +1,121 @@
+"""One frozen configuration, cross-checked at start. Environment: FARSIGHT_<FIELD>, JSON for lists."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+GIB = 1024**3
+MIB = 1024**2
+
+
+class ModelConfig(BaseModel):
+    """One local Hugging Face directory (config.json, safetensors, tokenizer.json) and how it is served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
+    path: str | None = Field(None, description="Directory of the model; or give `package`.")
+    package: str | None = Field(None, description="Installed Python package that carries it in its folder `model/`.")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_length: int | None = Field(None, ge=1, description="Tokens per input; default: what the model's files say.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.package is None):
+            raise ValueError(f"model {self.name!r}: give exactly one of path and package")
+        if self.name == "attention":
+            raise ValueError("model name 'attention' is taken by the attention endpoint itself")
+        return self
+
+
+class Config(BaseSettings):
+    """Everything that can be set; nobody writes to it after start."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="FARSIGHT_")
+
+    # where it listens
+    host: str = "127.0.0.1"
+    http_port: int = Field(8000, ge=1, le=65535)
+    grpc_port: int = Field(9000, ge=1, le=65535)
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(9464, ge=1, le=65535)
+    haproxy_metrics_port: int = Field(9101, ge=1, le=65535)
+    haproxy_stats_port: int = Field(8404, ge=1, le=65535)
+    replica_port_base: int = Field(
+        25000,
+        ge=1024,
+        le=32568,
+        description="Replicas on one machine listen behind HAProxy on the 200 ports from here (HTTP, then gRPC). Two "
+        "services on one machine need different ranges: Ray lets them share a gRPC port and mixes their traffic.",
+    )
+    state_dir: Path = Field(
+        Path(tempfile.gettempdir()) / "farsight", description="Metrics files and HAProxy state, one folder a service."
+    )
+
+    # what it serves, and on what
+    models: tuple[ModelConfig, ...] = ()
+    replicas: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpu_threads: int | None = Field(None, ge=1, description="Threads of the device thread; default: all cores.")
+
+    # limits, all checked before memory is taken
+    max_request_bytes: int = Field(256 * MIB, ge=1024)
+    max_json_bytes: int = Field(32 * MIB, ge=1024, description="JSON numbers cost ~16x their text once parsed.")
+    max_inflight_bytes: int = Field(2 * GIB, ge=1024, description="Bodies held by one replica at one time.")
+    max_weights_bytes: int = Field(64 * MIB, ge=0, description="Size of a returned attention-weight tensor.")
+    max_peak_bytes: int | None = Field(
+        None, description="Predicted peak of one request; default: 60 % of what is free."
+    )
+    max_texts: int = Field(2048, ge=1, description="Inputs of one embeddings request.")
+    max_text_bytes: int = Field(1 * MIB, ge=1, description="One text, refused before it is tokenised.")
+
+    # scheduling
+    target_slice_s: float = Field(0.05, gt=0, description="Predicted device time that a batch is filled to.")
+    max_batch_tokens: int = Field(16384, ge=1, description="Tokens of one packed forward pass.")
+    max_queue_s: float = Field(30.0, gt=0, description="Predicted device seconds that may wait.")
+    default_timeout_s: float = Field(300.0, gt=0)
+
+    # attention
+    block_size: int = Field(128, ge=16, le=1024)
+    max_error: float = Field(0.02, ge=0, le=1, description="Used where a request names none.")
+    epsilon: float = Field(0.02, gt=0, lt=1, description="Estimated mass that a sparse row may drop.")
+    audit_rows: int = Field(59, ge=8, le=4096, description="Exact rows per head; 59 = 95 % of rows at 95 % confidence.")
+    sparse_min_tokens: int = Field(4096, ge=256, description="Keys below which auto never tries sparse.")
+    max_density: float = Field(0.5, gt=0, le=1, description="Selected share of blocks above which auto goes exact.")
+
+    # money
+    price_per_device_hour_usd: float = Field(0.10, ge=0)
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _cross_check(self) -> Config:
+        ports = {
+            "http_port": self.http_port,
+            "grpc_port": self.grpc_port,
+            "metrics_port": self.metrics_port,
+            "haproxy_metrics_port": self.haproxy_metrics_port,
+            "haproxy_stats_port": self.haproxy_stats_port,
+        }
+        if len(set(ports.values())) != len(ports):
+            raise ValueError(f"ports must differ: {ports}")
+        if self.max_json_bytes > self.max_request_bytes:
+            raise ValueError(f"max_json_bytes {self.max_json_bytes} is over max_request_bytes {self.max_request_bytes}")
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"model names must differ: {names}")
+        return self
+
+    @property
+    def metrics_dir(self) -> Path:
+        """Where the replicas of one node keep their metric files."""
+        return self.state_dir / f"metrics-{self.metrics_port}"
+
+    @property
+    def haproxy_dir(self) -> Path:
+        return self.state_dir / f"haproxy-{self.http_port}"

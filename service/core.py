@@ -1,0 +1,242 @@
+"""The values that travel. Each stage adds a new frozen one: AttentionRequest -> Plan -> Answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PlanKind(StrEnum):
+    """How attention is computed."""
+
+    DENSE = "dense"
+    CHUNKED = "chunked"
+    SPARSE = "sparse"
+
+
+class Priority(StrEnum):
+    """Interactive work goes before batch work; batch work ages and does not starve."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+Returned = Literal["output", "lse", "weights", "top_weights"]
+Alignment = Literal["bottom_right", "top_left"]
+
+
+class AttentionOptions(BaseModel):
+    """Everything of an attention request but its tensors; the same on every transport."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    is_causal: bool = Field(False, description="Query i sees keys up to its own position.")
+    causal_alignment: Alignment | int = Field(
+        "bottom_right",
+        description="Where query 0 stands among the keys: `bottom_right` (the last query sees the last valid key), "
+        "`top_left`, or an integer offset o (query i sees keys <= i + o). Windows are placed by the same rule.",
+    )
+    window: tuple[Annotated[int, Field(ge=-1)], Annotated[int, Field(ge=-1)]] | None = Field(
+        None, description="[left, right] tokens around the query's position; -1 = unlimited."
+    )
+    kv_lengths: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="[B]: how many keys of each sequence are valid; the rest are never read."
+    )
+    scale: float | None = Field(None, gt=0, allow_inf_nan=False, description="Default 1/sqrt(head_dim).")
+    softcap: float | None = Field(None, gt=0, allow_inf_nan=False, description="Scores become c*tanh(score/c).")
+    mode: Literal["auto", "dense", "chunked", "sparse"] = Field(
+        "auto", description="A forced mode never falls back silently: `error.fallback` says when it did."
+    )
+    max_error: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Largest relative L2 error of the output allowed (upper confidence limit of the audit); "
+        "0 = exact only; default from the service's configuration.",
+    )
+    returns: tuple[Returned, ...] = Field(("output",), min_length=1, description="What the answer carries.")
+    rows: tuple[int, ...] | None = Field(None, description="Query rows of `weights` and `top_weights`; default all.")
+    top_k: int = Field(10, ge=1, le=1024, description="Keys per row of `top_weights`.")
+    priority: Priority = Priority.INTERACTIVE
+    timeout_s: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="The whole time the caller waits, in seconds."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRequest:
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv], validated and finite, on the CPU."""
+
+    id: str
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    options: AttentionOptions
+    attn_mask: torch.Tensor | None = None
+    rank: int = 4  # 3: the caller left the batch axis out, and gets its answer without it
+    tenant: str = "default"
+
+    @property
+    def shape(self) -> AttentionShape:
+        batch, heads, query_length, head_dim = self.query.shape
+        return AttentionShape(
+            batch=batch,
+            heads=heads,
+            kv_heads=self.key.shape[1],
+            query_length=query_length,
+            key_length=self.key.shape[2],
+            head_dim=head_dim,
+            value_dim=self.value.shape[3],
+            dtype=str(self.query.dtype).removeprefix("torch."),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """The sizes that decide what attention costs."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    query_length: int
+    key_length: int
+    head_dim: int
+    value_dim: int
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRequest:
+    """Texts or token ids for one task of one model."""
+
+    id: str
+    model: str
+    task: Literal["embed"]
+    texts: tuple[str, ...] = ()
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    truncate: Literal["error", "end"] = "error"
+    dimensions: int | None = None
+    priority: Priority = Priority.INTERACTIVE
+    timeout_s: float | None = None
+    tenant: str = "default"
+
+
+Request = AttentionRequest | ForwardRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a computation costs in closed form, before any device is named."""
+
+    pairs: int  # query-key pairs scored, causal counted as causal, summed over heads
+    flops: int
+    bytes: int  # read and written once each
+    peak_bytes: int  # inputs + output + scratch alive together
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Decided before the queue: how a request will be computed, what that costs, and why."""
+
+    kind: PlanKind
+    work: Work
+    predicted_s: float
+    reason: str
+    block_size: int = 128  # tokens per key block
+    selection: str | None = None  # how sparse blocks are chosen
+    epsilon: float | None = None  # share of a row's estimated mass that selection may drop
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """How far an output may be from the exact one, and how that is known.
+
+    `relative_l2` = sqrt(sum ||o - o'||^2 / sum ||o||^2) over `rows` rows drawn after selection; `relative_l2_upper`
+    is its one-sided upper confidence limit. At least `coverage` of all rows err by `row_bound` or less, with
+    `confidence`. `riskiest_row` is the largest error among rows that the selector itself rated worst. `recall` is
+    the mean share of softmax mass kept. `fallback`: a sparse answer was over the bound and this exact one replaced it.
+    """
+
+    kind: Literal["exact", "measured", "certified"] = "exact"
+    relative_l2: float = 0.0
+    relative_l2_upper: float = 0.0
+    row_bound: float = 0.0
+    rows: int = 0
+    coverage: float = 1.0
+    confidence: float = 1.0
+    riskiest_row: float = 0.0
+    recall: float = 1.0
+    fallback: bool = False
+    rejected_relative_l2_upper: float | None = None  # what the replaced sparse answer measured
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one request used; body, headers, gRPC parameters, metrics and the log line all read this."""
+
+    tokens: int
+    pairs_scored: int
+    pairs_dense: int
+    flops: int
+    flops_dense: int
+    device_s: float
+    peak_bytes: int
+    cost_usd: float
+    saved_usd: float
+    truncated: int = 0  # inputs that were cut
+    dropped_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time went, in seconds."""
+
+    queue_s: float
+    device_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The one answer of one request. `plan` is what produced the output; `density` is measured, sparse only."""
+
+    id: str
+    tensors: Mapping[str, torch.Tensor]
+    plan: Plan
+    error: ErrorReport
+    usage: Usage
+    timing: Timing
+    density: float | None = None
+    model: str = "attention"
+    batch_requests: int = 1
+    batch_tokens: int = 0
+    tokens_per_input: tuple[int, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a caller may know about a loaded model."""
+
+    name: str
+    task: Literal["embed"]
+    architecture: str
+    dtype: str
+    max_length: int  # tokens per input
+    dimensions: int  # of one embedding
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    parameters: int
+    packed: bool  # concurrent requests share one forward pass without padding

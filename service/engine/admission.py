@@ -1,0 +1,59 @@
+"""Refusals before the work, each with its numbers: what is waiting, what fits, when to come back."""
+
+from __future__ import annotations
+
+from service.config import Config
+from service.errors import FarsightError, Kind, too_large
+
+
+class Admission:
+    """The limits of one replica; bytes in flight are held between `take` and `give_back`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._inflight_bytes = 0
+
+    @property
+    def inflight_bytes(self) -> int:
+        return self._inflight_bytes
+
+    def take(self, size: int, ahead_s: float) -> None:
+        """Reserve `size` body bytes, or refuse: 413 where it can never fit, 429 where it could later.
+
+        Bytes are given back as requests finish, so `ahead_s` of work is how long the caller should stay away.
+        """
+        if size > self._config.max_request_bytes:
+            raise too_large("request body", size, self._config.max_request_bytes, "bytes")
+        if self._inflight_bytes + size > self._config.max_inflight_bytes:
+            raise FarsightError(
+                Kind.OVERLOADED,
+                f"{self._inflight_bytes} bytes of requests are in flight; {size} more are over the limit of "
+                f"{self._config.max_inflight_bytes} bytes",
+                retry_after_s=ahead_s,
+            )
+        self._inflight_bytes += size
+
+    def give_back(self, size: int) -> None:
+        self._inflight_bytes -= size
+        assert self._inflight_bytes >= 0, "bug: more bytes given back than taken"
+
+    def admit(self, predicted_s: float, ahead_s: float, timeout_s: float) -> None:
+        """Let a request of `predicted_s` queue behind `ahead_s` device seconds, or refuse it now.
+
+        A request over the queue limit by itself is taken when nothing is ahead of it.
+        """
+        if ahead_s > 0 and ahead_s + predicted_s > self._config.max_queue_s:
+            raise FarsightError(
+                Kind.OVERLOADED,
+                f"{ahead_s:.3g} predicted device seconds are queued; {predicted_s:.3g} more are over the limit of "
+                f"{self._config.max_queue_s:g} s",
+                # the queue drains one predicted second a second
+                retry_after_s=min(ahead_s, ahead_s + predicted_s - self._config.max_queue_s),
+            )
+        if ahead_s + predicted_s > timeout_s:
+            raise FarsightError(
+                Kind.DEADLINE,
+                f"predicted to finish in {ahead_s + predicted_s:.3g} s (queue {ahead_s:.3g} s, work "
+                f"{predicted_s:.3g} s), after the timeout of {timeout_s:g} s",
+                code="predicted_late",
+            )

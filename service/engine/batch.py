@@ -1,0 +1,275 @@
+"""One batch on the device thread: run its members together, alone where that fails, and measure each run."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import torch
+
+from service.attention import weights
+from service.attention.checked import attend_checked
+from service.attention.masks import MaskSpec
+from service.config import Config
+from service.core import AttentionRequest, ErrorReport, ForwardRequest, Plan, PlanKind, Priority, Request
+from service.engine.accounting import shares
+from service.engine.executor import clear_memory, is_out_of_memory
+from service.engine.planner import max_error
+from service.errors import FarsightError, Kind
+from service.models.packing import split_by_tokens
+from service.models.registry import Model, Tokenized
+
+
+class Stopped(Exception):
+    """Nobody waits for this work any more."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request in the queue. Only `cancelled` changes: the event loop sets it, the device thread reads it."""
+
+    request: Request
+    plan: Plan
+    key: Hashable
+    arrived_s: float
+    deadline_s: float
+    future: asyncio.Future[Result]
+    exact_kind: PlanKind = PlanKind.CHUNKED
+    model: Model | None = None
+    tokenized: Tokenized | None = None
+    cancelled: bool = False
+
+    @property
+    def predicted_s(self) -> float:
+        return self.plan.predicted_s
+
+    @property
+    def priority(self) -> Priority:
+        request = self.request
+        return request.priority if isinstance(request, ForwardRequest) else request.options.priority
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the device computed for one job."""
+
+    tensors: Mapping[str, torch.Tensor]
+    plan: Plan
+    error: ErrorReport
+    pairs_scored: int
+    density: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An outcome or the error that replaces it, with this job's share of the measured device time."""
+
+    outcome: Outcome | Exception
+    started_s: float
+    device_s: float
+    batch_requests: int
+    batch_tokens: int
+
+
+class BatchRunner:
+    """Knows how to compute jobs; lives on the device thread."""
+
+    def __init__(self, config: Config, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._config = config
+        self._device = device
+        self._clock = clock
+
+    def run(self, jobs: Sequence[Job]) -> list[Result]:
+        """One result per job, in order. A failing batch is retried member by member: only the guilty one fails."""
+        start = self._clock()
+        try:
+            outcomes = self._compute(jobs)
+            self._synchronize()
+        except Exception as error:  # noqa: BLE001 (every kind of failure must become this job's one answer)
+            if len(jobs) > 1:
+                return [self.run([job])[0] for job in jobs]
+            if is_out_of_memory(error):
+                clear_memory(self._device)
+                error = FarsightError(
+                    Kind.OUT_OF_MEMORY,
+                    f"the device ran out of memory; predicted peak was {jobs[0].plan.work.peak_bytes} bytes",
+                )
+            return [Result(error, start, self._clock() - start, 1, 0)]
+        device_s = self._clock() - start
+        parts = shares(device_s, [job.plan.work.flops for job in jobs])
+        tokens = sum(tokens_of(job) for job in jobs)
+        return [Result(outcome, start, part, len(jobs), tokens) for outcome, part in zip(outcomes, parts, strict=True)]
+
+    def _compute(self, jobs: Sequence[Job]) -> list[Outcome]:
+        def checkpoint() -> None:
+            now_s = self._clock()
+            if all(job.cancelled or now_s > job.deadline_s for job in jobs):
+                raise Stopped
+
+        checkpoint()
+        if isinstance(jobs[0].request, ForwardRequest):
+            return self._forward(jobs, checkpoint)
+        if len(jobs) == 1:
+            return [self._attend(jobs[0], jobs[0].request, checkpoint)]
+        return self._attend_stacked(jobs, checkpoint)
+
+    def _attend_stacked(self, jobs: Sequence[Job], checkpoint: Callable[[], None]) -> list[Outcome]:
+        """Requests of one key differ in their tensors only: one call over the joined batch axis."""
+        requests = [attention_request(job) for job in jobs]
+        first = requests[0]
+        sizes = [request.query.shape[0] for request in requests]
+        lengths: tuple[int, ...] | None = None
+        if any(request.options.kv_lengths for request in requests):
+            full = first.key.shape[2]
+            lengths = sum((r.options.kv_lengths or (full,) * r.key.shape[0] for r in requests), ())
+        joined = replace(
+            first,
+            query=torch.cat([request.query for request in requests]),
+            key=torch.cat([request.key for request in requests]),
+            value=torch.cat([request.value for request in requests]),
+            options=first.options.model_copy(update={"kv_lengths": lengths}),
+        )
+        whole = self._attend(jobs[0], joined, checkpoint)
+        parts = {name: torch.split(tensor, sizes) for name, tensor in whole.tensors.items()}
+        return [
+            replace(
+                whole,
+                # cloned: an answer must not keep its neighbours' memory alive
+                tensors={name: part[index].clone() for name, part in parts.items()},
+                plan=job.plan,
+                pairs_scored=job.plan.work.pairs,
+            )
+            for index, job in enumerate(jobs)
+        ]
+
+    @torch.inference_mode()
+    def _attend(self, job: Job, request: Request, checkpoint: Callable[[], None]) -> Outcome:
+        assert isinstance(request, AttentionRequest), "bug: not an attention request"
+        options, device = request.options, self._device
+        query, key, value = (tensor.to(device) for tensor in (request.query, request.key, request.value))
+        mask = mask_of(request, device)
+        checked = attend_checked(
+            query,
+            key,
+            value,
+            job.plan,
+            mask,
+            scale=options.scale,
+            softcap=options.softcap,
+            max_error=max_error(options, self._config),
+            audit_rows=self._config.audit_rows,
+            seed=_seed(request.query),
+            forced=options.mode != "auto",
+            max_density=self._config.max_density,
+            exact_kind=job.exact_kind,
+            checkpoint=checkpoint,
+        )
+        tensors: dict[str, torch.Tensor] = {}
+        if "output" in options.returns:
+            tensors["output"] = checked.out
+        if "lse" in options.returns:
+            tensors["lse"] = checked.lse
+        if "weights" in options.returns:
+            tensors["weights"] = weights.attention_weights(
+                query, key, mask, options.rows, scale=options.scale, softcap=options.softcap
+            )
+        if "top_weights" in options.returns:
+            tensors["top_weights"], tensors["top_indices"] = weights.top_weights(
+                query, key, mask, options.rows, options.top_k, scale=options.scale, softcap=options.softcap
+            )
+        plan = job.plan
+        if checked.kind is not plan.kind:
+            plan = replace(plan, kind=checked.kind, reason=checked.reason, selection=None, epsilon=None)
+        return Outcome(
+            tensors={name: tensor.to("cpu") for name, tensor in tensors.items()},
+            plan=plan,
+            error=checked.error,
+            pairs_scored=plan.work.pairs if checked.pairs_scored is None else checked.pairs_scored,
+            density=checked.density,
+        )
+
+    def _forward(self, jobs: Sequence[Job], checkpoint: Callable[[], None]) -> list[Outcome]:
+        """All sequences of all jobs in packed passes of at most `max_batch_tokens`."""
+        model = jobs[0].model
+        assert model is not None, "bug: a forward job without its model"
+        sequences = [ids for job in jobs for ids in token_ids(job)]
+        request = jobs[0].request
+        assert isinstance(request, ForwardRequest), "bug: not a forward request"
+        embeddings = []
+        for run in split_by_tokens([len(ids) for ids in sequences], self._config.max_batch_tokens):
+            part = [sequences[index] for index in run]
+            embeddings.append(model.embed(part, jobs[0].plan, request.dimensions, checkpoint))
+        rows = torch.cat(embeddings)
+        bounds = accumulate((len(token_ids(job)) for job in jobs), initial=0)
+        return [
+            Outcome({"embedding": rows[start:end]}, job.plan, ErrorReport(), job.plan.work.pairs)
+            for job, (start, end) in zip(jobs, pairwise(bounds), strict=True)
+        ]
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def attention_request(job: Job) -> AttentionRequest:
+    assert isinstance(job.request, AttentionRequest), "bug: not an attention request"
+    return job.request
+
+
+def token_ids(job: Job) -> tuple[tuple[int, ...], ...]:
+    assert job.tokenized is not None, "bug: a forward job without token ids"
+    return job.tokenized.token_ids
+
+
+def tokens_of(job: Job) -> int:
+    """Tokens that a job computes: queries of attention, or all ids of a forward pass."""
+    if isinstance(job.request, AttentionRequest):
+        return job.request.query.shape[0] * job.request.query.shape[2]
+    return sum(len(ids) for ids in token_ids(job))
+
+
+def batch_key(request: AttentionRequest, plan: Plan) -> Hashable:
+    """Requests with equal keys may share one call: same sizes, same options, nothing of their own but tensors."""
+    options = request.options
+    alone = (
+        plan.kind is PlanKind.SPARSE
+        or request.attn_mask is not None
+        or "weights" in options.returns
+        or "top_weights" in options.returns
+    )
+    if alone:
+        return request.id, id(request)
+    return (
+        plan.kind,
+        request.query.dtype,
+        request.query.shape[1:],
+        request.key.shape[1:],
+        request.value.shape[3],
+        options.is_causal,
+        options.causal_alignment,
+        options.window,
+        options.scale,
+        options.softcap,
+        options.returns,
+    )
+
+
+def mask_of(request: AttentionRequest, device: torch.device) -> MaskSpec:
+    options = request.options
+    return MaskSpec(
+        is_causal=options.is_causal,
+        causal_alignment=options.causal_alignment,
+        window=options.window,
+        kv_lengths=None if options.kv_lengths is None else torch.tensor(options.kv_lengths, device=device),
+        attn_mask=None if request.attn_mask is None else request.attn_mask.to(device),
+    )
+
+
+def _seed(query: torch.Tensor) -> int:
+    """Of the request's own numbers: the same request is audited on the same rows, nobody can pick them."""
+    sample = query.flatten()[:4096].contiguous().view(torch.uint8)
+    return zlib.crc32(sample.numpy().tobytes())

@@ -1,0 +1,120 @@
+"""Work into predicted seconds on this device: a few short measurements at start.
+
+The numbers are rates of this machine at one middle size each; `predict` is linear in FLOPs above a fixed cost per
+call. That is right within a small factor, which is what ordering, batching and refusals need.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from service.core import PlanKind, Work
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """Measured speed of one device. Rates in FLOP/s by (plan kind, dtype); overhead in seconds a call."""
+
+    device: str
+    attention_flops_per_s: Mapping[tuple[PlanKind, str], float]
+    linear_flops_per_s: Mapping[str, float]
+    overhead_s: Mapping[PlanKind, float]
+    layer_overhead_s: float
+    free_bytes: int
+
+    def attention_s(self, kind: PlanKind, work: Work, dtype: str) -> float:
+        return self.overhead_s[kind] + work.flops / self.attention_flops_per_s[kind, dtype]
+
+    def forward_s(self, work: Work, attention_flops: int, dtype: str, layers: int, passes: int) -> float:
+        """One packed forward: matrix products at the linear rate, attention at the dense one."""
+        return (
+            passes * layers * self.layer_overhead_s
+            + (work.flops - attention_flops) / self.linear_flops_per_s[dtype]
+            + attention_flops / self.attention_flops_per_s[PlanKind.DENSE, dtype]
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process could still take: of the GPU, or of the machine within its cgroup."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            text = limit.read().strip()
+            if text != "max":
+                available = min(available, int(text) - int(current.read()))
+    except FileNotFoundError:
+        pass  # no cgroup v2 memory controller: the machine's own figure stands
+    return max(available, 0)
+
+
+def measure(
+    device: torch.device, *, block_size: int, dtypes: tuple[str, ...] = ("float32", "bfloat16")
+) -> DeviceProfile:
+    """Under two seconds on two cores. float16 is taken as bfloat16's rate: both are half-width everywhere we run."""
+    import torch
+
+    from service.attention import attend
+    from service.attention.masks import MaskSpec
+    from service.core import Plan
+    from service.engine.cost import pair_flops
+
+    def seconds(run: Callable[[], object], repeats: int = 5) -> float:
+        run()
+        times = []
+        for _ in range(repeats):
+            _synchronize(device)
+            start = time.perf_counter()
+            run()
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+        return min(times)  # noise only ever adds
+
+    generator = torch.Generator().manual_seed(0)
+    rates: dict[tuple[PlanKind, str], float] = {}
+    linear: dict[str, float] = {}
+    overhead: dict[PlanKind, float] = {}
+    for dtype in dtypes:
+        torch_dtype = getattr(torch, dtype)
+        tiny = torch.randn(1, 1, 4, 16, generator=generator).to(device, torch_dtype)
+        for kind, length, heads in ((PlanKind.DENSE, 1024, 4), (PlanKind.CHUNKED, 1024, 4), (PlanKind.SPARSE, 1024, 2)):
+            tensor = torch.randn(1, heads, length, 64, generator=generator).to(device, torch_dtype)
+            plan = Plan(kind, Work(0, 0, 0, 0), 0.0, "calibration", block_size, "moments", 1e-9)
+            spec = MaskSpec()
+            base = seconds(lambda: attend(tiny, tiny, tiny, plan, spec))  # noqa: B023 (called at once)
+            total = seconds(lambda: attend(tensor, tensor, tensor, plan, spec))  # noqa: B023
+            # the rate includes the fixed part: never faster than what was seen
+            rates[kind, dtype] = pair_flops(heads * length * length, 64, 64) / total
+            overhead[kind] = max(overhead.get(kind, 0.0), base)
+        matrix = torch.randn(384, 1536, generator=generator).to(device, torch_dtype)
+        rows = torch.randn(1024, 384, generator=generator).to(device, torch_dtype)
+        linear[dtype] = 2 * 1024 * 384 * 1536 / seconds(lambda: rows @ matrix)  # noqa: B023
+    for kind in PlanKind:
+        rates[kind, "float16"] = rates[kind, "bfloat16"]
+    linear["float16"] = linear["bfloat16"]
+    return DeviceProfile(
+        device=device.type,
+        attention_flops_per_s=rates,
+        linear_flops_per_s=linear,
+        overhead_s=overhead,
+        # a transformer layer is about ten small kernels around one attention call
+        layer_overhead_s=10 * overhead[PlanKind.DENSE] / 2,
+        free_bytes=free_bytes(device),
+    )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

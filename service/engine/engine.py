@@ -1,0 +1,370 @@
+"""The only door: estimate, admit, plan, schedule, batch, execute, account. Both transports call `Engine.submit`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from service.config import Config
+from service.core import (
+    Answer,
+    AttentionOptions,
+    AttentionRequest,
+    AttentionShape,
+    ForwardRequest,
+    ModelInfo,
+    PlanKind,
+    Request,
+    Timing,
+    Usage,
+)
+from service.engine import planner
+from service.engine.accounting import cost_usd
+from service.engine.admission import Admission
+from service.engine.batch import BatchRunner, Job, Outcome, Result, Stopped, batch_key, tokens_of
+from service.engine.calibration import DeviceProfile, measure
+from service.engine.cost import attention_pairs, pair_flops, weights_bytes
+from service.engine.executor import Executor, pick_device
+from service.engine.scheduler import Scheduler
+from service.errors import FarsightError, Kind, invalid, too_large
+from service.models import registry
+from service.telemetry.logging import fields
+from service.telemetry.metrics import Metrics
+
+logger = logging.getLogger("farsight")
+
+# kept of a caller's timeout for writing the answer; Serve ends the same wait with a 408 of its own
+ANSWER_MARGIN_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would cost, by plan; nothing has run."""
+
+    candidates: Mapping[PlanKind, planner.Candidate]
+    chosen: PlanKind | None
+    reason: str
+    queue_s: float
+    would_admit: bool
+
+
+class Engine:
+    """One device's queue, models and accounts. Everything but `BatchRunner.run` happens on the event loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        profile: DeviceProfile,
+        models: Mapping[str, registry.Model],
+        device: torch.device,
+        executor: Executor,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.profile = profile
+        self.admission = Admission(config)
+        self._models = dict(models)
+        self._clock = clock
+        self._scheduler: Scheduler[Job] = Scheduler(config.target_slice_s)
+        self._executor = executor
+        self._runner = BatchRunner(config, device, clock)
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="parse")
+        self._running_until_s: float | None = None  # predicted end of the batch on the device; None = idle
+
+    @classmethod
+    def start(cls, config: Config, metrics: Metrics) -> Engine:
+        """Load the models, measure the device, start its thread. Takes seconds; raises where a model is unusable."""
+        device = pick_device(config.device)
+        threads = config.cpu_threads or os.cpu_count() or 1
+        torch.set_num_threads(threads)  # per thread: this one calibrates, the executor's computes
+        models = {model.name: registry.load(model, device, config.max_text_bytes) for model in config.models}
+        profile = measure(device, block_size=config.block_size)
+        return cls(config, metrics, profile, models, device, Executor(threads))
+
+    # -- what is asked of it ------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """The models are loaded (or there would be no engine) and the device thread lives."""
+        return self._executor.alive
+
+    @property
+    def ahead_s(self) -> float:
+        """Predicted device seconds before a new request could start."""
+        running_s = 0.0 if self._running_until_s is None else max(0.0, self._running_until_s - self._clock())
+        return self._scheduler.queued_s + running_s
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Count `size` body bytes as in flight for as long as the block runs; refuses over the limits."""
+        self.admission.take(size, self.ahead_s)
+        try:
+            yield
+        finally:
+            self.admission.give_back(size)
+
+    def model_infos(self) -> tuple[ModelInfo, ...]:
+        return tuple(model.info for model in self._models.values())
+
+    async def off_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run parsing, tokenising or encoding on a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+    async def submit(self, request: Request, received_s: float | None = None) -> Answer:
+        """The one answer of this request. Raises FarsightError; a caller that leaves cancels its work.
+
+        `received_s` (this engine's clock) is when its first byte was here: the timeout counts from then.
+        """
+        endpoint = "attention" if isinstance(request, AttentionRequest) else "embeddings"
+        arrived_s = self._clock() if received_s is None else received_s
+        try:
+            answer = await self._answer(request, arrived_s)
+        except FarsightError as error:
+            self.metrics.failed(endpoint, self._label(request), error.kind, self._clock() - arrived_s)
+            error.counted = True
+            raise
+        except asyncio.CancelledError:
+            self.metrics.failed(endpoint, self._label(request), Kind.CANCELLED, self._clock() - arrived_s)
+            raise
+        self.metrics.answered(endpoint, answer, request.tenant)
+        if logger.isEnabledFor(logging.INFO):
+            logger.info("answered", extra={"fields": fields(endpoint, answer)})
+        return answer
+
+    def estimate(self, shape: AttentionShape, options: AttentionOptions) -> Estimate:
+        """Price all plans of an attention request."""
+        priced = planner.candidates(shape, options, self.profile, self.config)
+        try:
+            plan = planner.plan_attention(shape, options, self.profile, self.config)
+            self.admission.admit(plan.predicted_s, self.ahead_s, self._timeout_s(options.timeout_s))
+        except FarsightError as error:
+            return Estimate(priced, None, error.message, self.ahead_s, would_admit=False)
+        return Estimate(priced, plan.kind, plan.reason, self.ahead_s, would_admit=True)
+
+    async def estimate_forward(self, request: ForwardRequest) -> Estimate:
+        """Price a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
+        model = self._model(request.model)
+        tokenized = await self._tokenize(model, request)
+        lengths = tuple(len(ids) for ids in tokenized.token_ids)
+        plan = planner.plan_forward(model.info, lengths, self.profile, self.config)
+        priced = {plan.kind: planner.Candidate(plan.kind, plan.work, plan.predicted_s, True, "fits")}
+        try:
+            self.admission.admit(plan.predicted_s, self.ahead_s, self._timeout_s(request.timeout_s))
+        except FarsightError as error:
+            return Estimate(priced, plan.kind, error.message, self.ahead_s, would_admit=False)
+        return Estimate(priced, plan.kind, plan.reason, self.ahead_s, would_admit=True)
+
+    def close(self) -> None:
+        """End the threads once what is queued on them has run; later requests are refused as unavailable."""
+        self._executor.stop()
+        self._workers.shutdown()
+
+    # -- the way of one request ---------------------------------------------------------------------------------
+
+    async def _answer(self, request: Request, arrived_s: float) -> Answer:
+        if not self.ready:
+            raise FarsightError(Kind.UNAVAILABLE, "the device of this replica does not answer", retry_after_s=1.0)
+        options = request.options if isinstance(request, AttentionRequest) else request
+        timeout_s = self._timeout_s(options.timeout_s)
+        job = await self._job(request, arrived_s, arrived_s + timeout_s)
+        self.admission.admit(job.predicted_s, self.ahead_s, timeout_s - (self._clock() - arrived_s))
+        return self._account(job, await self._run(job))
+
+    async def _job(self, request: Request, arrived_s: float, deadline_s: float) -> Job:
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        if isinstance(request, AttentionRequest):
+            self._check_weights(request)
+            shape = request.shape
+            plan = planner.plan_attention(shape, request.options, self.profile, self.config)
+            exact = plan.kind
+            if exact is PlanKind.SPARSE:
+                exact = planner.exact_kind(shape, request.options, self.profile, self.config)
+            return Job(request, plan, batch_key(request, plan), arrived_s, deadline_s, future, exact_kind=exact)
+        model = self._model(request.model)
+        tokenized = await self._tokenize(model, request)
+        lengths = tuple(len(ids) for ids in tokenized.token_ids)
+        plan = planner.plan_forward(model.info, lengths, self.profile, self.config)
+        key = (request.model, request.task, request.dimensions)
+        return Job(request, plan, key, arrived_s, deadline_s, future, model=model, tokenized=tokenized)
+
+    async def _run(self, job: Job) -> Result:
+        """Queue the job and wait for its result, its deadline, or its caller's leaving."""
+        timer = asyncio.get_running_loop().call_later(max(0.0, job.deadline_s - self._clock()), self._expire, job)
+        self._scheduler.add(job)
+        self._dispatch()
+        try:
+            return await job.future
+        finally:
+            timer.cancel()
+            if not job.future.done() or job.future.cancelled():
+                job.cancelled = True
+                self._scheduler.discard(job)
+
+    def _expire(self, job: Job) -> None:
+        """The deadline passed: queued work never starts, running work stops at its next checkpoint."""
+        job.cancelled = True
+        was_queued = self._scheduler.discard(job)
+        if not job.future.done():
+            waited_s = self._clock() - job.arrived_s
+            state = "waiting in the queue" if was_queued else "running"
+            job.future.set_exception(
+                FarsightError(Kind.DEADLINE, f"not finished after {waited_s:.3g} s ({state})", code="timeout")
+            )
+
+    def _dispatch(self) -> None:
+        """Give the device its next batch, if it is idle."""
+        self.metrics.queue_predicted_seconds.set(self._scheduler.queued_s)
+        if self._running_until_s is not None:
+            return
+        now_s = self._clock()
+        jobs = self._scheduler.next_batch(now_s)
+        if not jobs:
+            return
+        self._running_until_s = now_s + sum(job.predicted_s for job in jobs)
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            results = self._runner.run(jobs)
+            loop.call_soon_threadsafe(self._finished, jobs, results)
+
+        self._executor.submit(run)
+
+    def _finished(self, jobs: list[Job], results: list[Result]) -> None:
+        self._running_until_s = None
+        self._dispatch()  # first the device, then the bookkeeping
+        for job, result in zip(jobs, results, strict=True):
+            if job.future.done():  # late or gone: already answered
+                continue
+            if isinstance(result.outcome, Exception):
+                job.future.set_exception(self._failure(job, result.outcome))
+            else:
+                job.future.set_result(result)
+        self.metrics.batch(results)
+
+    def _failure(self, job: Job, error: Exception) -> FarsightError:
+        if isinstance(error, FarsightError):
+            return error
+        if isinstance(error, Stopped):
+            return FarsightError(Kind.DEADLINE, "the deadline passed before the work began", code="timeout")
+        logger.error("request %s failed", job.request.id, exc_info=error)
+        return FarsightError(Kind.INTERNAL, f"internal error; request id {job.request.id}")
+
+    def _account(self, job: Job, result: Result) -> Answer:
+        """The measured result as the one record that every face shows."""
+        outcome = result.outcome
+        assert isinstance(outcome, Outcome), "bug: a failed result has no account"
+        price = self.config.price_per_device_hour_usd
+        work, request = job.plan.work, job.request
+        pairs_dense, flops, flops_dense, dense_s = work.pairs, work.flops, work.flops, result.device_s
+        if isinstance(request, AttentionRequest):
+            shape = request.shape
+            pairs_dense = attention_pairs(shape, request.options)
+            flops_dense = pair_flops(pairs_dense, shape.head_dim, shape.value_dim)
+            # selection's own products are in the planned work beyond its pairs
+            extra = work.flops - pair_flops(work.pairs, shape.head_dim, shape.value_dim)
+            flops = extra + pair_flops(outcome.pairs_scored, shape.head_dim, shape.value_dim)
+            if outcome.plan.kind is PlanKind.SPARSE:
+                dense = replace(work, flops=flops_dense)
+                dense_s = self.profile.attention_s(PlanKind.DENSE, dense, shape.dtype)
+        finished_s = self._clock()
+        tokenized = job.tokenized
+        return Answer(
+            id=request.id,
+            tensors=outcome.tensors,
+            plan=outcome.plan,
+            error=outcome.error,
+            usage=Usage(
+                tokens=tokens_of(job),
+                pairs_scored=outcome.pairs_scored,
+                pairs_dense=pairs_dense,
+                flops=flops,
+                flops_dense=flops_dense,
+                device_s=result.device_s,
+                peak_bytes=work.peak_bytes,
+                cost_usd=cost_usd(result.device_s, price),
+                saved_usd=cost_usd(max(0.0, dense_s - result.device_s), price),
+                truncated=tokenized.truncated if tokenized else 0,
+                dropped_tokens=tokenized.dropped_tokens if tokenized else 0,
+            ),
+            timing=Timing(
+                queue_s=max(0.0, result.started_s - job.arrived_s),
+                device_s=result.device_s,
+                total_s=finished_s - job.arrived_s,
+            ),
+            density=outcome.density,
+            model=request.model if isinstance(request, ForwardRequest) else "attention",
+            batch_requests=result.batch_requests,
+            batch_tokens=result.batch_tokens,
+            tokens_per_input=tuple(len(ids) for ids in tokenized.token_ids) if tokenized else (),
+        )
+
+    # -- small rules --------------------------------------------------------------------------------------------
+
+    def _timeout_s(self, asked_s: float | None) -> float:
+        """The time until an answer must be made: what the caller waits, less the way back."""
+        waits_s = self.config.default_timeout_s if asked_s is None else asked_s
+        return waits_s - min(ANSWER_MARGIN_S, 0.1 * waits_s)
+
+    def _label(self, request: Request) -> str:
+        """A model name as a metric label: only names that exist, so that callers cannot make new series."""
+        if isinstance(request, AttentionRequest):
+            return "attention"
+        return request.model if request.model in self._models else "unknown"
+
+    def _model(self, name: str) -> registry.Model:
+        model = self._models.get(name)
+        if model is None:
+            known = ", ".join(["attention", *self._models])
+            raise FarsightError(
+                Kind.NOT_FOUND,
+                f"model {name[:96]!r} is not served; known: {known}",
+                code="model_not_found",
+                param="model",
+            )
+        return model
+
+    async def _tokenize(self, model: registry.Model, request: ForwardRequest) -> registry.Tokenized:
+        count = len(request.texts) + len(request.token_ids)
+        if count > self.config.max_texts:
+            raise too_large("input", count, self.config.max_texts, "items", param="input")
+        if request.dimensions is not None and not 1 <= request.dimensions <= model.info.dimensions:
+            raise invalid(
+                f"dimensions: expected 1..{model.info.dimensions}, got {request.dimensions}", param="dimensions"
+            )
+        if request.token_ids:
+            return model.check_ids(request.token_ids, request.truncate)
+        tokenized = await self.off_loop(model.tokenize, request.texts, request.truncate)
+        assert isinstance(tokenized, registry.Tokenized), "bug: tokenize returned something else"
+        return tokenized
+
+    def _check_weights(self, request: AttentionRequest) -> None:
+        """A weight tensor is n x n unless rows are named: refuse it before it is made."""
+        if "weights" in request.options.returns:
+            shape = request.shape
+            rows = shape.query_length if request.options.rows is None else len(request.options.rows)
+            size = weights_bytes(shape, rows)
+            if size > self.config.max_weights_bytes:
+                raise FarsightError(
+                    Kind.TOO_LARGE,
+                    f"weights of {rows} rows and {shape.key_length} keys take {size} bytes, over the limit of "
+                    f"{self.config.max_weights_bytes} bytes; name fewer rows, or ask for top_weights",
+                    code="weights_too_large",
+                    param="returns",
+                )
+
+
+def retry_after_header(seconds: float) -> str:
+    """Whole seconds, rounded up: never earlier than the queue can take the request."""
+    return str(max(1, math.ceil(seconds)))

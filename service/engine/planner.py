@@ -1,0 +1,108 @@
+"""Dense, chunked or sparse: the fastest plan that fits memory and the caller's error, with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.config import Config
+from service.core import AttentionOptions, AttentionShape, ModelInfo, Plan, PlanKind, Work
+from service.engine.calibration import DeviceProfile
+from service.engine.cost import attention_work, forward_work, pair_flops
+from service.errors import FarsightError, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to compute a request: what it costs, and whether it may be used."""
+
+    kind: PlanKind
+    work: Work
+    predicted_s: float
+    fits: bool
+    reason: str
+
+
+def candidates(
+    shape: AttentionShape, options: AttentionOptions, profile: DeviceProfile, config: Config
+) -> Mapping[PlanKind, Candidate]:
+    """All three plans priced for one request."""
+    limit = max_peak_bytes(profile, config)
+    found = {}
+    for kind in PlanKind:
+        work = attention_work(kind, shape, options, block_size=config.block_size)
+        predicted_s = profile.attention_s(kind, work, shape.dtype)
+        reason = "fits"
+        if work.peak_bytes > limit:
+            reason = f"needs {work.peak_bytes} bytes, over the limit of {limit} bytes"
+        elif kind is PlanKind.SPARSE and max_error(options, config) == 0:
+            reason = "max_error 0 asks for an exact answer"
+        elif kind is PlanKind.SPARSE and options.mode == "auto" and shape.key_length < config.sparse_min_tokens:
+            reason = f"{shape.key_length} keys are under sparse_min_tokens {config.sparse_min_tokens}"
+        found[kind] = Candidate(kind, work, predicted_s, reason == "fits", reason)
+    return found
+
+
+def max_error(options: AttentionOptions, config: Config) -> float:
+    return config.max_error if options.max_error is None else options.max_error
+
+
+def max_peak_bytes(profile: DeviceProfile, config: Config) -> int:
+    """Largest predicted peak of one request; the rest is for its neighbours, the models and the allocator."""
+    return config.max_peak_bytes or int(0.6 * profile.free_bytes)
+
+
+def plan_attention(shape: AttentionShape, options: AttentionOptions, profile: DeviceProfile, config: Config) -> Plan:
+    """The plan of one request. A forced mode that does not fit is refused (413), not replaced."""
+    priced = candidates(shape, options, profile, config)
+    if options.mode != "auto":
+        chosen = priced[PlanKind(options.mode)]
+        reason = f"mode {options.mode} was asked for"
+    else:
+        fitting = [candidate for candidate in priced.values() if candidate.fits]
+        chosen = min(fitting or priced.values(), key=lambda candidate: candidate.predicted_s)
+        reason = f"{shape.key_length} keys: " + ", ".join(
+            f"{candidate.kind} {candidate.predicted_s:.3g} s" + ("" if candidate.fits else f" ({candidate.reason})")
+            for candidate in priced.values()
+        )
+    if not chosen.fits:
+        raise FarsightError(Kind.TOO_LARGE, f"{chosen.kind} attention {chosen.reason}", code="memory_limit")
+    sparse = chosen.kind is PlanKind.SPARSE
+    return Plan(
+        kind=chosen.kind,
+        work=chosen.work,
+        predicted_s=chosen.predicted_s,
+        reason=reason,
+        block_size=config.block_size,
+        selection="moments" if sparse else None,
+        epsilon=config.epsilon if sparse else None,
+    )
+
+
+def exact_kind(shape: AttentionShape, options: AttentionOptions, profile: DeviceProfile, config: Config) -> PlanKind:
+    """What replaces a sparse answer that erred too much: the faster exact plan that fits."""
+    priced = candidates(shape, options, profile, config)
+    exact = [priced[PlanKind.DENSE], priced[PlanKind.CHUNKED]]
+    return min([c for c in exact if c.fits] or exact[1:], key=lambda candidate: candidate.predicted_s).kind
+
+
+def plan_forward(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProfile, config: Config) -> Plan:
+    """A packed forward pass: dense attention inside every sequence (models here are at most a few thousand tokens)."""
+    work = forward_work(model, lengths, max_batch_tokens=config.max_batch_tokens)
+    limit = max_peak_bytes(profile, config)
+    if work.peak_bytes > limit:
+        raise FarsightError(
+            Kind.TOO_LARGE,
+            f"forward needs {work.peak_bytes} bytes, over the limit of {limit} bytes",
+            code="memory_limit",
+        )
+    attention_flops = pair_flops(work.pairs, model.head_dim, model.head_dim)
+    passes = max(1, -(-sum(lengths) // config.max_batch_tokens))
+    predicted_s = profile.forward_s(work, attention_flops, model.dtype, model.num_layers, passes)
+    return Plan(
+        kind=PlanKind.DENSE,
+        work=work,
+        predicted_s=predicted_s,
+        reason=f"longest of {len(lengths)} inputs has {max(lengths)} tokens: dense, packed without padding",
+        block_size=config.block_size,
+    )

@@ -1,0 +1,99 @@
+"""What can go wrong, and how each transport says so: one table, no transport imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """Why a request was not answered."""
+
+    MALFORMED = "malformed"
+    INVALID = "invalid"
+    TOO_LARGE = "too_large"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    UNSUPPORTED_MEDIA = "unsupported_media"
+    OVERLOADED = "overloaded"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    UNAVAILABLE = "unavailable"
+    OUT_OF_MEMORY = "out_of_memory"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """How one kind of failure looks outside: HTTP status, gRPC status name, whether a retry can help."""
+
+    http: int
+    grpc: str
+    retryable: bool
+    meaning: str
+
+
+CODES: dict[Kind, Code] = {
+    Kind.MALFORMED: Code(400, "INVALID_ARGUMENT", False, "The body cannot be parsed."),
+    Kind.INVALID: Code(422, "INVALID_ARGUMENT", False, "Wrong shape, type, value or combination; non-finite numbers."),
+    # not RESOURCE_EXHAUSTED: that would invite a retry of what can never fit
+    Kind.TOO_LARGE: Code(413, "INVALID_ARGUMENT", False, "Can never fit; the message names the limit and the size."),
+    Kind.NOT_FOUND: Code(404, "NOT_FOUND", False, "Unknown model or route."),
+    Kind.METHOD_NOT_ALLOWED: Code(405, "UNIMPLEMENTED", False, "The route does not take this method."),
+    Kind.UNSUPPORTED_MEDIA: Code(415, "INVALID_ARGUMENT", False, "A content type or encoding that is not accepted."),
+    Kind.OVERLOADED: Code(429, "RESOURCE_EXHAUSTED", True, "The queue is full; Retry-After is computed from it."),
+    Kind.DEADLINE: Code(504, "DEADLINE_EXCEEDED", True, "Would not, or did not, finish within timeout_s."),
+    Kind.CANCELLED: Code(499, "CANCELLED", False, "The client left (seen in metrics and logs only)."),
+    Kind.UNAVAILABLE: Code(503, "UNAVAILABLE", True, "Starting or draining."),
+    Kind.OUT_OF_MEMORY: Code(507, "RESOURCE_EXHAUSTED", True, "The device ran out of memory and survived."),
+    Kind.INTERNAL: Code(500, "INTERNAL", False, "A bug; the answer carries the request id only."),
+}
+
+
+class FarsightError(Exception):
+    """A request that gets an error as its one answer.
+
+    `message` is shown to the caller: numbers and names, never inputs or internals.
+    `param` names the offending field. `retry_after_s` is computed, or None where waiting does not help.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.code = code or kind.value
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.counted = False  # set by the engine: this failure is in the metrics already
+
+
+def invalid(message: str, *, param: str | None = None, code: str | None = None) -> FarsightError:
+    """422: the request is understood and cannot be right."""
+    return FarsightError(Kind.INVALID, message, param=param, code=code)
+
+
+def malformed(message: str, *, param: str | None = None) -> FarsightError:
+    """400: the body cannot be read at all."""
+    return FarsightError(Kind.MALFORMED, message, param=param)
+
+
+def too_large(
+    what: str, size: int | float, limit: int | float, unit: str, *, param: str | None = None
+) -> FarsightError:
+    """413: `what` is `size` and can never be over `limit`."""
+    return FarsightError(Kind.TOO_LARGE, f"{what}: {size} {unit} is over the limit of {limit} {unit}", param=param)
+
+
+class UnsupportedPlan(FarsightError):
+    """A forced plan that cannot serve this request: it is refused, never replaced silently."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Kind.INVALID, message, code="unsupported_plan", param="mode")

@@ -1,0 +1,80 @@
+"""One scrape per node: whichever replica holds the metrics port serves the merge of all, and another takes over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse
+
+logger = logging.getLogger("farsight")
+
+TAKEOVER_INTERVAL_S = 1.0
+
+
+def merged(metrics_dir: Path) -> CollectorRegistry:
+    """All replicas of this node, the dead ones' counters included and their gauges left out."""
+    for file in metrics_dir.glob("gauge_live*.db"):
+        pid = int(file.stem.rsplit("_", 1)[1])
+        if not os.path.exists(f"/proc/{pid}"):
+            mark_process_dead(pid, str(metrics_dir))  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(metrics_dir))  # type: ignore[no-untyped-call]
+    return registry
+
+
+def text(metrics_dir: Path) -> bytes:
+    """Prometheus text of this node."""
+    return generate_latest(merged(metrics_dir))
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """A scrape every few seconds is not worth a log line."""
+
+
+class Exporter:
+    """Tries for the port until it has it; a process that dies frees it for the next."""
+
+    def __init__(self, host: str, port: int, metrics_dir: Path) -> None:
+        self._address, self._directory = (host, port), metrics_dir
+        self._stopped = threading.Event()
+        self._server: WSGIServer | None = None
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._server is not None:
+            self._server.shutdown()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._server = make_server(*self._address, self._app, server_class=_Server, handler_class=_Quiet)
+            except OSError:
+                # another replica of this node has the port and answers for all of us
+                self._stopped.wait(TAKEOVER_INTERVAL_S)
+                continue
+            logger.info("metrics of this node on %s:%d", *self._address)
+            with self._server:
+                self._server.serve_forever()
+
+    def _app(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        answer: Iterable[bytes] = make_wsgi_app(merged(self._directory))(environ, start_response)
+        return answer

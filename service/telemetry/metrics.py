@@ -1,0 +1,110 @@
+"""Every metric of the service, in base units, with closed label sets. Registry injected; prefix `farsight_`.
+
+In a replica prometheus_client runs in multiprocess mode (PROMETHEUS_MULTIPROC_DIR is set before it is imported):
+each process writes its own files, and `exporter` merges those of one node.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from service.core import Answer, PlanKind
+from service.errors import CODES, Kind
+
+if TYPE_CHECKING:
+    from service.engine.batch import Result
+
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+ERRORS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
+AROUND_ONE = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+
+
+class Metrics:
+    """Fed by the engine (answers, failures, batches) and by the transports (what they refuse before the engine)."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"farsight_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(f"farsight_{name}", text, labels, registry=registry, buckets=buckets)
+
+        self.requests = counter("requests", "Requests by the one answer they got.", "endpoint", "model", "plan", "code")
+        self.duration = histogram("request_duration_seconds", "From arrival to answer.", SECONDS, "endpoint", "model")
+        self.queue_duration = histogram("queue_duration_seconds", "From arrival to the device.", SECONDS, "endpoint")
+        self.device_seconds = counter("device_seconds", "Device time, shared over a batch.", "model", "plan", "tenant")
+        self.flops = counter("flops", "Floating-point operations.", "plan", "kind")
+        self.pairs = counter("attention_pairs", "Query-key pairs.", "kind")
+        self.cost = counter("cost_usd", "Used device time at the configured price.", "tenant", "model", "plan")
+        self.saved = counter("saved_usd", "Predicted dense cost less actual cost of sparse answers.", "tenant", "model")
+        self.peak_memory = Gauge(
+            "farsight_peak_memory_bytes",
+            "Most memory that a replica process has held.",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self.batch_requests = histogram("batch_requests", "Requests of one batch.", COUNTS)
+        self.batch_tokens = histogram("batch_tokens", "Tokens of one batch.", TOKENS)
+        self.density = histogram("sparse_density_ratio", "Share of pairs that sparse attention scored.", RATIOS)
+        self.error = histogram("sparse_error_ratio", "Upper limit of the measured relative L2 error.", ERRORS)
+        self.fallbacks = counter("fallbacks", "Sparse answers replaced by exact ones.", "reason")
+        self.plans = counter("plans", "Plans that produced answers.", "plan", "reason")
+        self.rejections = counter("rejections", "Requests refused.", "reason")
+        self.queue_predicted_seconds = Gauge(
+            "farsight_queue_predicted_seconds",
+            "Predicted device seconds that wait.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.prediction = histogram("prediction_ratio", "Predicted over actual device seconds.", AROUND_ONE, "plan")
+
+    def answered(self, endpoint: str, answer: Answer, tenant: str) -> None:
+        plan, usage, error = answer.plan.kind.value, answer.usage, answer.error
+        model = answer.model
+        self.requests.labels(endpoint, model, plan, "200").inc()
+        self.duration.labels(endpoint, model).observe(answer.timing.total_s)
+        self.queue_duration.labels(endpoint).observe(answer.timing.queue_s)
+        self.device_seconds.labels(model, plan, tenant).inc(usage.device_s)
+        self.flops.labels(plan, "executed").inc(usage.flops)
+        self.flops.labels(plan, "dense_equivalent").inc(usage.flops_dense)
+        self.pairs.labels("scored").inc(usage.pairs_scored)
+        self.pairs.labels("dense_equivalent").inc(usage.pairs_dense)
+        self.cost.labels(tenant, model, plan).inc(usage.cost_usd)
+        if usage.device_s > 0:
+            self.prediction.labels(plan).observe(answer.plan.predicted_s / usage.device_s)
+        if error.fallback:
+            self.fallbacks.labels("max_error").inc()
+            self.plans.labels(plan, "fallback").inc()
+        else:
+            self.plans.labels(plan, "planned").inc()
+        if answer.plan.kind is PlanKind.SPARSE:
+            self.saved.labels(tenant, model).inc(usage.saved_usd)
+            self.error.observe(error.relative_l2_upper)
+            if answer.density is not None:
+                self.density.observe(answer.density)
+
+    def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float) -> None:
+        self.requests.labels(endpoint, model, "none", str(CODES[kind].http)).inc()
+        self.duration.labels(endpoint, model).observe(duration_s)
+        if kind not in (Kind.INTERNAL, Kind.CANCELLED):
+            self.rejections.labels(kind.value).inc()
+
+    def refused(self, endpoint: str, kind: Kind) -> None:
+        """A request that a transport refused before the engine saw it."""
+        self.failed(endpoint, "unknown", kind, 0.0)
+
+    def batch(self, results: Sequence[Result]) -> None:
+        """One run of the device; members that were retried alone are batches of their own."""
+        alone = [result for result in results if result.batch_requests == 1]
+        for result in alone or results[:1]:
+            self.batch_requests.observe(result.batch_requests)
+            self.batch_tokens.observe(result.batch_tokens)
+        # ru_maxrss is in KiB on Linux
+        self.peak_memory.set(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

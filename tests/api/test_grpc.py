@@ -1,0 +1,390 @@
+"""The gRPC methods with a hand-made door and context: same requests, one status for each failure, no internals."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2
+
+from service.api import answer as answers
+from service.api import grpc as methods
+from service.api import grpc_health, oip
+from service.api import tensors as wire
+from service.api.proto import open_inference_grpc_pb2 as pb
+from service.core import (
+    Answer,
+    AttentionRequest,
+    ErrorReport,
+    ForwardRequest,
+    ModelInfo,
+    Plan,
+    PlanKind,
+    Request,
+    Timing,
+    Usage,
+    Work,
+)
+from service.errors import CODES, FarsightError, Kind
+
+T = TypeVar("T")
+
+INFO = ModelInfo("mini", "embed", "BertModel", "float32", 128, 3, 1, 1, 1, 4, 4, 4, 100, 1000, packed=True)
+SAMPLE = torch.arange(8.0).reshape(1, 1, 2, 4)
+RAW = bytes(wire.to_raw(SAMPLE))
+
+
+def answer(tensors: dict[str, torch.Tensor]) -> Answer:
+    plan = Plan(PlanKind.DENSE, Work(1, 2, 3, 4), 0.5, "short")
+    usage = Usage(2, 3, 3, 4, 4, 0.25, 5, 1e-6, 0.0)
+    return Answer("req-1", tensors, plan, ErrorReport(), usage, Timing(0.125, 0.25, 0.5))
+
+
+class Door:
+    """Answers value as output; `error` replaces the answer."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.ready = True
+        self.requests: list[Request] = []
+
+    async def submit(self, request: Request, received_s: float | None = None) -> Answer:
+        self.requests.append(request)
+        if self.error:
+            raise self.error
+        if isinstance(request, ForwardRequest):
+            return answer({"embedding": torch.zeros(len(request.texts), 3)})
+        return answer({"output": request.value, "lse": torch.zeros(request.query.shape[:3])})
+
+    def model_infos(self) -> tuple[ModelInfo, ...]:
+        return (INFO,)
+
+
+class Context:
+    """As Serve's: what was set last is sent, its own request_id is kept."""
+
+    def __init__(self, **metadata: str) -> None:
+        self.code = grpc.StatusCode.OK
+        self.details = ""
+        self.trailing = [("request_id", "serve-1")]
+        self.metadata = [(name.replace("_", "-"), value) for name, value in metadata.items()]
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
+        self.trailing = [self.trailing[0], *trailing_metadata]
+
+    def trailing_metadata(self) -> list[tuple[str, str]]:
+        return self.trailing
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return self.metadata
+
+
+class Methods(methods.GrpcMethods):
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self.refused: list[tuple[str, Kind]] = []
+
+    def on_refused(self, endpoint: str, kind: Kind) -> None:
+        self.refused.append((endpoint, kind))
+
+
+def run(call: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(call)
+
+
+def attention(datatype: str = "FP32", sample: torch.Tensor = SAMPLE, **parameters: Any) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name="attention", id="caller-1")
+    for name in ("query", "key", "value"):
+        request.inputs.add(name=name, datatype=datatype, shape=sample.shape)
+        request.raw_input_contents.append(bytes(wire.to_raw(sample)))
+    fields = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
+    for name, value in parameters.items():
+        setattr(request.parameters[name], fields[type(value)], value)
+    return request
+
+
+def infer(request: pb.ModelInferRequest, door: Door | None = None, **metadata: str) -> tuple[Any, Context, Methods]:
+    context, service = Context(**metadata), Methods(door or Door())
+    return run(service.ModelInfer(request, context)), context, service
+
+
+def fails(request: pb.ModelInferRequest, says: str, kind: Kind = Kind.INVALID) -> Context:
+    response, context, service = infer(request)
+    assert says in context.details
+    assert context.code.name == CODES[kind].grpc
+    assert response == pb.ModelInferResponse()
+    assert service.refused == [("infer", kind)]
+    return context
+
+
+# answers
+
+
+def test_infer() -> None:
+    door = Door()
+    request = attention(is_causal=True, window="[-1, 0]", max_error=0, causal_alignment=0, scale=0.5)
+    request.outputs.add(name="output").parameters["binary_data"].bool_param = True
+    request.outputs.add(name="lse")
+    response, context, service = infer(request, door)
+    assert (context.code, service.refused) == (grpc.StatusCode.OK, [])
+    assert (response.model_name, response.model_version, response.id) == ("attention", "1", "caller-1")
+    assert [(one.name, one.datatype, list(one.shape)) for one in response.outputs] == [
+        ("output", "FP32", [1, 1, 2, 4]),
+        ("lse", "FP32", [1, 1, 2]),
+    ]
+    assert list(response.raw_output_contents) == [RAW, bytes(8)]
+    got = {name: value.string_param for name, value in response.parameters.items()}
+    assert got == answers.headers(answer({}))
+    (sent,) = door.requests
+    assert isinstance(sent, AttentionRequest)
+    assert sent.options.window == (-1, 0)
+    assert sent.options.returns == ("output", "lse")
+    assert sent.options.scale == 0.5
+
+
+def test_both_transports_make_the_same_request() -> None:
+    entries = [
+        {"name": name, "shape": [1, 1, 2, 4], "datatype": "FP32", "parameters": {"binary_data_size": 32}}
+        for name in ("query", "key", "value")
+    ]
+    head = json.dumps({"inputs": entries}).encode()
+    by_http = oip.parse_infer(oip.parse_http(head + RAW * 3, len(head), model="attention"), [INFO], request_id="x")
+    by_grpc = oip.parse_infer(methods.parse_message(attention()), [INFO], request_id="x")
+    assert isinstance(by_http, AttentionRequest)
+    assert isinstance(by_grpc, AttentionRequest)
+    for field in dataclasses.fields(AttentionRequest):
+        one, other = getattr(by_http, field.name), getattr(by_grpc, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize(("datatype", "dtype"), [("BF16", torch.bfloat16), ("FP16", torch.float16)])
+def test_sixteen_bit_floats_round_trip(datatype: str, dtype: torch.dtype) -> None:
+    sample = torch.randn(1, 2, 5, 4).to(dtype)
+    response, _, _ = infer(attention(datatype, sample))
+    assert response.outputs[0].datatype == datatype
+    back = wire.from_raw("output", datatype, response.outputs[0].shape, response.raw_output_contents[0])
+    assert isinstance(back, torch.Tensor)
+    assert torch.equal(back, sample)
+
+
+def test_typed_contents() -> None:
+    request = pb.ModelInferRequest(model_name="attention")
+    for name in ("query", "key", "value"):
+        entry = request.inputs.add(name=name, datatype="FP32", shape=SAMPLE.shape)
+        entry.contents.fp32_contents.extend(SAMPLE.flatten().tolist())
+    request.inputs.add(name="attn_mask", datatype="BOOL", shape=[2, 2]).contents.bool_contents.extend([True] * 4)
+    response, context, _ = infer(request)
+    assert context.code == grpc.StatusCode.OK
+    assert response.raw_output_contents[0] == RAW
+
+
+def test_texts() -> None:
+    request = pb.ModelInferRequest(model_name="mini")
+    request.inputs.add(name="text", datatype="BYTES", shape=[2]).contents.bytes_contents.extend([b"a", "é".encode()])
+    door = Door()
+    response, _, _ = infer(request, door)
+    assert isinstance(door.requests[0], ForwardRequest)
+    assert door.requests[0].texts == ("a", "é")
+    assert list(response.outputs[0].shape) == [2, 3]
+
+
+def test_large_tensors_leave_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    for name in ("parse_message", "render_message"):
+        inner = getattr(methods, name)
+
+        def spy(*arguments: Any, inner: Any = inner) -> Any:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return inner(*arguments)
+
+        monkeypatch.setattr(methods, name, spy)
+    infer(attention())
+    assert threads == [True, True]
+    infer(attention(sample=torch.zeros(1, 1, 32768, 4)))
+    assert threads[2:] == [False, False]
+
+
+def test_the_id_of_a_request() -> None:
+    def id_of(request: pb.ModelInferRequest, **metadata: str) -> tuple[str, str]:
+        door = Door()
+        _, context, _ = infer(request, door, **metadata)
+        return door.requests[0].id, dict(context.trailing)["x-request-id"]
+
+    request = attention()
+    assert id_of(request, x_request_id="mine") == ("mine", "mine")
+    assert id_of(request, x_request_id="not\nmine") == ("caller-1", "caller-1")
+    request.id = "x" * 129
+    assert id_of(request) == ("serve-1", "serve-1")
+
+
+def test_the_timeout_of_a_request() -> None:
+    door = Door()
+    infer(attention(timeout=5_000_000), door, x_request_timeout_seconds="1.5")
+    assert isinstance(door.requests[0], AttentionRequest)
+    assert door.requests[0].options.timeout_s == 1.5
+    _, context, _ = infer(attention(), x_request_timeout_seconds="soon")
+    assert context.details == "x-request-timeout-seconds: 'soon' is not a positive number"
+
+
+# failures
+
+
+def test_wrong_requests() -> None:
+    request = attention()
+    request.model_name = "bert"
+    fails(request, "model 'bert' is not served; there are: attention, mini", Kind.NOT_FOUND)
+    fails(attention("FP16"), "query: FP16 [1, 1, 2, 4] takes 16 bytes, got 32")
+    fails(attention(mode="fast"), "mode: Input should be")
+    fails(attention(mod="fast"), "parameter 'mod' is unknown")
+    request = attention()
+    request.parameters["mode"].SetInParent()
+    fails(request, "parameter 'mode' has no value")
+    request = attention()
+    del request.raw_input_contents[2]
+    fails(request, "expected one for each of 3 inputs, got 2")
+    request = attention()
+    request.inputs[0].contents.fp32_contents.append(1)
+    fails(request, "query: contents and raw_input_contents exclude each other")
+    request = attention()
+    request.inputs[0].parameters["shared_memory_region"].string_param = "x"
+    fails(request, "query: parameter 'shared_memory_region' is unknown")
+    request = attention()
+    request.outputs.add(name="output")
+    request.outputs.add(name="output")
+    fails(request, "output 'output' is requested twice")
+    request = attention()
+    del request.raw_input_contents[:]
+    request.inputs[0].contents.fp64_contents.append(1)
+    fails(request, "query: FP32 belongs in fp32_contents, got fp64_contents")
+    request.inputs[0].datatype = "BF16"
+    fails(request, "query: BF16 has no form as a list of numbers")
+    request.inputs[0].datatype = "UINT8"
+    fails(request, "query: datatype 'UINT8' is not one of")
+    fails(pb.ModelInferRequest(model_name="attention"), "input 'query' is missing")
+
+
+def test_a_claim_over_the_limit_is_refused_by_size() -> None:
+    request = pb.ModelInferRequest(model_name="attention")
+    request.inputs.add(name="query", datatype="FP32", shape=[2**31, 2**20])
+    fails(request, "9007199254740992 bytes is over the limit of 268435456 bytes", Kind.TOO_LARGE)
+
+
+def test_tensor_bytes_are_held_until_the_answer_is_made() -> None:
+    log: list[object] = []
+
+    class Held(Methods):
+        @contextmanager
+        def hold(self, size: int) -> Iterator[None]:
+            log.append(size)
+            yield
+            log.append(len(self.door.requests))  # type: ignore[attr-defined]
+
+    run(Held(Door()).ModelInfer(attention(), Context()))
+    assert log == [96, 1]
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_kind_of_failure_has_its_status(kind: Kind) -> None:
+    response, context, service = infer(attention(), Door(FarsightError(kind, "because", retry_after_s=2.2)))
+    assert (context.code.name, context.details) == (CODES[kind].grpc, "because")
+    assert dict(context.trailing) == {"request_id": "serve-1", "x-request-id": "caller-1", "retry-after": "3"}
+    assert response == pb.ModelInferResponse()
+    assert service.refused == [("infer", kind)]
+
+
+def test_what_the_engine_counted_is_not_counted_again() -> None:
+    error = FarsightError(Kind.OVERLOADED, "full")
+    error.counted = True
+    assert infer(attention(), Door(error))[2].refused == []
+
+
+def test_a_bug_shows_the_request_id_only(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, logger="farsight"):
+        _, context, service = infer(attention(), Door(RuntimeError("secret")))
+    assert (context.code, context.details) == (grpc.StatusCode.INTERNAL, "internal error; request id caller-1")
+    assert service.refused == [("infer", Kind.INTERNAL)]
+    assert "secret" in caplog.text
+
+
+def test_a_client_that_left_cancels_the_method() -> None:
+    class Slow(Door):
+        async def submit(self, request: Request, received_s: float | None = None) -> Answer:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    async def leave() -> None:
+        task = asyncio.create_task(Methods(Slow()).ModelInfer(attention(), Context()))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        run(leave())
+
+
+# metadata and health
+
+
+def test_readiness_follows_the_door() -> None:
+    door = Door()
+    service = Methods(door)
+    for ready in (True, False):
+        door.ready = ready
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        assert run(service.ServerLive(pb.ServerLiveRequest(), Context())).live
+        assert run(service.ServerReady(pb.ServerReadyRequest(), Context())).ready == ready
+        assert run(service.ModelReady(pb.ModelReadyRequest(name="mini", version="1"), Context())).ready == ready
+        for name in ("", methods.SERVICE):
+            assert run(service.Check(health_pb2.HealthCheckRequest(service=name), Context())).status == status
+
+
+def test_what_is_not_there_is_not_found() -> None:
+    service = Methods(Door())
+    for call, message in (
+        (service.ModelReady, pb.ModelReadyRequest(name="x")),
+        (service.ModelMetadata, pb.ModelMetadataRequest(name="mini", version="3")),
+        (service.Check, health_pb2.HealthCheckRequest(service="x")),
+    ):
+        context = Context()
+        run(call(message, context))
+        assert context.code == grpc.StatusCode.NOT_FOUND
+    assert service.refused == [(name, Kind.NOT_FOUND) for name in ("model_ready", "model_metadata", "health")]
+
+
+def test_metadata_equals_the_documents() -> None:
+    service = Methods(Door())
+    server = run(service.ServerMetadata(pb.ServerMetadataRequest(), Context()))
+    assert (server.name, list(server.extensions)) == ("farsight", ["binary_tensor_data"])
+    for name in ("attention", "mini"):
+        model = run(service.ModelMetadata(pb.ModelMetadataRequest(name=name), Context()))
+        document = oip.model_metadata(name, "", [INFO])
+        assert (model.name, list(model.versions), model.platform) == (name, ["1"], "farsight_torch")
+        for side in ("inputs", "outputs"):
+            got = [{"name": t.name, "datatype": t.datatype, "shape": list(t.shape)} for t in getattr(model, side)]
+            assert got == document[side]
+
+
+def test_health_registers_check_alone() -> None:
+    added: list[grpc.GenericRpcHandler] = []
+
+    class Server:
+        def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
+            added.extend(handlers)
+
+    grpc_health.add_health_to_server(Methods(Door()), Server())
+    assert added[0].service_name() == "grpc.health.v1.Health"

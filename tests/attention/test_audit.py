@@ -1,0 +1,109 @@
+"""The audit says what is true, and its upper limit covers the true error as often as it claims."""
+
+import pytest
+import torch
+
+from service.attention import attend, reference, sparse
+from service.attention.audit import audit, measure, ratio_limits, student
+from service.attention.masks import MaskSpec, visible_pairs
+from service.attention.output import AttentionOutput
+from service.attention.selection import select
+from service.attention.workloads import structured
+from service.core import PlanKind
+
+
+def true_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((out.double() - exact.double()).norm() / exact.double().norm())
+
+
+def test_all_rows_give_the_true_error():
+    q, k, v = structured(2, 4, 2, 150, 16, topic_tokens=20)
+    mask = MaskSpec(is_causal=True, kv_lengths=torch.tensor([150, 90]))
+    exact = reference.attend(q, k, v, mask)
+    wrong = exact.out + 0.1 * torch.randn(exact.out.shape, generator=torch.Generator().manual_seed(0))
+    report, pairs = (lambda m: (m.report, m.pairs))(measure(q, k, v, AttentionOutput(wrong, exact.lse), mask, rows=999))
+    assert report.relative_l2 == pytest.approx(true_error(wrong, exact.out), rel=1e-4)
+    assert report.relative_l2_upper == report.relative_l2
+    assert (report.kind, report.coverage, report.confidence, report.rows) == ("measured", 1.0, 1.0, 2 * 4 * 150)
+    assert pairs == 4 * visible_pairs(mask, 2, 150, 150)
+    assert report.recall == pytest.approx(1.0, abs=1e-5)
+
+
+def test_told_numbers():
+    q, k, v = structured(1, 2, 2, 1024, 16, topic_tokens=64)
+    exact = reference.attend(q, k, v, MaskSpec())
+    output = AttentionOutput(exact.out * 1.01, exact.lse - 0.5, risky_rows=torch.tensor([[0, 0, 7], [0, 1, 9]]))
+    report = audit(q, k, v, output, MaskSpec(), rows=59)
+    assert report.relative_l2 == pytest.approx(0.01, rel=1e-3)
+    assert report.relative_l2 < report.relative_l2_upper < 0.02
+    assert report.row_bound == pytest.approx(0.01, rel=1e-2)
+    assert report.riskiest_row == pytest.approx(0.01, rel=1e-2)
+    assert report.recall == pytest.approx(2.718281828**-0.5, rel=1e-3)
+    assert report.rows == 118
+    assert report.confidence == pytest.approx(1 - 0.95**118)
+    assert audit(q, k, v, output, MaskSpec(), rows=59) == report
+    assert audit(q, k, v, output, MaskSpec(), rows=59, seed=1) != report
+
+
+def test_the_riskiest_row_is_looked_at():
+    q, k, v = structured(1, 1, 1, 1024, 16, topic_tokens=64)
+    exact = reference.attend(q, k, v, MaskSpec())
+    out = exact.out.clone()
+    out[0, 0, 500] = 0
+    report = audit(q, k, v, AttentionOutput(out, exact.lse, risky_rows=torch.tensor([[0, 0, 500]])), MaskSpec(), rows=8)
+    assert report.riskiest_row == pytest.approx(1.0)
+    assert report.relative_l2 < 1e-5  # it was not drawn
+    assert report.relative_l2_upper > true_error(out, exact.out)  # and yet it is paid for
+
+
+def test_rows_that_are_zero():
+    q, k, v = structured(1, 2, 2, 64, 16, topic_tokens=16)
+    mask = MaskSpec(is_causal=True, causal_alignment=-80)  # nobody sees anything
+    exact = reference.attend(q, k, v, mask)
+    report = audit(q, k, v, exact, mask)
+    assert (report.relative_l2, report.relative_l2_upper, report.row_bound, report.recall) == (0, 0, 0, 1)
+    report = audit(q, k, v, AttentionOutput(exact.out + 1, exact.lse), mask)
+    assert (report.relative_l2, report.row_bound) == (1, 1)
+
+
+def test_nan_is_the_largest_error_there_is():
+    q, k, v = structured(1, 2, 2, 64, 16, topic_tokens=16)
+    exact = reference.attend(q, k, v, MaskSpec())
+    report = audit(q, k, v, AttentionOutput(exact.out * torch.nan, exact.lse), MaskSpec(), rows=16)
+    assert report.relative_l2_upper > 1e300
+
+
+def test_the_upper_limit_covers():
+    """72 sparse answers of all densities: the limit may be too low in 5 % of them (3.6; 8 would be 2.4 sigma)."""
+    missed = cases = 0
+    for seed in range(12):
+        q, k, v = structured(1, 2, 2, 512, 32, seed=seed, topic_tokens=64, needles=seed % 4)
+        for mask in (MaskSpec(is_causal=True), MaskSpec()):
+            exact = attend(q, k, v, PlanKind.DENSE, mask)
+            for epsilon in (0.02, 0.1, 0.3):
+                output = sparse.attend(q, k, v, mask, select(q, k, mask, 32, epsilon))
+                report = audit(q, k, v, output, mask, rows=59, seed=seed)
+                missed += report.relative_l2_upper < true_error(output.out, exact.out)
+                cases += 1
+    assert cases == 72
+    assert missed <= 3
+
+
+@pytest.mark.parametrize("tail", [0.0, 0.01, 0.1])
+def test_the_upper_limit_covers_heavy_tails(tail):
+    """Populations where a share `tail` of the rows errs 100 times as much; the selector knows one of them."""
+    draw = torch.Generator().manual_seed(7)
+    covered = 0
+    for _ in range(400):
+        error = torch.rand(4000, generator=draw, dtype=torch.float64)
+        error[torch.rand(4000, generator=draw) < tail] *= 100
+        norm = 50 * (0.5 + torch.rand(4000, generator=draw, dtype=torch.float64))
+        drawn = torch.randperm(4000, generator=draw)[:118]
+        _, upper = ratio_limits(error[drawn], norm[drawn], float(error.max()), 118 / 4000)
+        covered += upper >= float((error.sum() / norm.sum()).sqrt())
+    assert covered >= 380
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(7, 1.8946), (15, 1.7531), (58, 1.6716), (471, 1.6481)])
+def test_student_quantiles(freedom, expected):
+    assert student(0.95, freedom) == pytest.approx(expected, abs=2e-3)

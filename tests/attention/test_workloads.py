@@ -1,0 +1,28 @@
+"""Workloads are what they say: the same for a seed, typed, shaped, and findable."""
+
+import pytest
+import torch
+
+from service.attention.masks import MaskSpec
+from service.attention.weights import top_weights
+from service.attention.workloads import diffuse, plant_needle, structured
+
+
+@pytest.mark.parametrize("make", [structured, diffuse])
+def test_shapes_types_and_seeds(make):
+    q, k, v = make(2, 4, 2, 300, 16, torch.bfloat16, seed=1)
+    assert q.shape == (2, 4, 300, 16)
+    assert k.shape == v.shape == (2, 2, 300, 16)
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+    assert all(x.isfinite().all() for x in (q, k, v))
+    assert torch.equal(q, make(2, 4, 2, 300, 16, torch.bfloat16, seed=1)[0])
+    assert not torch.equal(q, make(2, 4, 2, 300, 16, torch.bfloat16, seed=2)[0])
+
+
+def test_needles_are_found_by_their_rows():
+    q, k, v = structured(1, 2, 1, 600, 32, needles=0)
+    plant_needle(q, k, v, 123, (400, 500))
+    values, indices = top_weights(q, k, MaskSpec(is_causal=True), (400, 500, 450), top_k=1)
+    assert (indices[:, :, :2, 0] == 123).all()
+    assert (values[:, :, :2, 0] > 0.99).all()
+    assert (indices[:, :, 2, 0] != 123).all()
