@@ -126,7 +126,7 @@ class Report:
 def bucket_of(length: int) -> int:
     """The power of four at or below the length."""
     assert length >= 1, "bug: a request without a length"
-    return 4 ** ((length.bit_length() - 1) // 2)
+    return 1 << (length.bit_length() - 1) // 2 * 2
 
 
 def bucket_name(bucket: int) -> str:

@@ -102,7 +102,7 @@ class Http:
                 if not error.counted:
                     self.engine.metrics.refused(name, error.kind)
                 return error_response(error, v2=v2)
-            except Exception as error:  # noqa: BLE001 (a bug: the caller gets the id, the log gets the rest)
+            except Exception as error:
                 logger.error("request %s failed", request_id, exc_info=error)
                 self.engine.metrics.refused(name, Kind.INTERNAL)
                 bug = FarsightError(Kind.INTERNAL, f"internal error; request id {request_id}")

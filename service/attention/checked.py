@@ -49,10 +49,10 @@ def attend_checked(
     Not `forced`, it goes exact before any sparse work where the selection is denser than `max_density`.
     """
     pieces = split(query, key, value, mask)
-    exact_pairs = sum(piece.visible_pairs for piece in pieces)
 
     def exact(kind: PlanKind, error: ErrorReport, before: int, reason: str) -> Checked:
         output = attend(query, key, value, kind, mask, scale=scale, softcap=softcap, checkpoint=checkpoint)
+        exact_pairs = sum(piece.visible_pairs for piece in pieces)
         return Checked(output.out, output.lse, error, kind, None, before + exact_pairs, reason)
 
     if plan.kind is not PlanKind.SPARSE:

@@ -56,6 +56,8 @@ def _simple(mask: MaskSpec, query_length: int, key_length: int, device: torch.de
     """False: every row sees every key; True: row i sees exactly the keys j <= i; None: neither."""
     if mask.kv_lengths is not None or mask.cu_seqlens_q is not None:
         return None
+    if not mask.is_causal and mask.window is None:
+        return False
     lo, hi = row_bounds(mask, 1, query_length, key_length, device=device)
     if bool((lo > 0).any()):
         return None

@@ -103,12 +103,6 @@ def row_bounds(
     return lo.expand(batch, -1), hi.expand(batch, -1)
 
 
-def visible_pairs(mask: MaskSpec, batch: int, query_length: int, key_length: int) -> int:
-    """Query-key pairs of one head that the index part leaves visible."""
-    lo, hi = row_bounds(mask, batch, query_length, key_length)
-    return int((hi - lo).sum())
-
-
 def as_bias(mask: torch.Tensor) -> torch.Tensor:
     """Float32 numbers to add to the scores; bool masks become 0 and -inf."""
     if mask.dtype == torch.bool:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from service.attention.masks import MaskSpec, cut, visible_pairs
+from service.attention.masks import MaskSpec, cut
 from service.attention.output import AttentionOutput
+from service.attention.pairs import visible_pairs
 
 ALL = slice(None)
 
@@ -28,15 +29,29 @@ class Piece:
     def visible_pairs(self) -> int:
         """Over all heads."""
         batch, heads, query_length, _ = self.query.shape
-        return heads * visible_pairs(self.mask, batch, query_length, self.key.shape[2])
+        own = self.mask
+        return (
+            batch
+            * heads
+            * visible_pairs(
+                query_length,
+                self.key.shape[2],
+                is_causal=own.is_causal,
+                causal_alignment=own.causal_alignment,
+                window=own.window,
+            )
+        )
 
 
 def split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: MaskSpec) -> list[Piece]:
     """One piece a packed sequence, or one for each ragged one; keys past kv_lengths are never read."""
 
+    index_only = replace(mask, kv_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, attn_mask=None)
+
     def piece(batch: slice, rows: slice, keys: slice) -> Piece:
-        attn_mask = None if mask.attn_mask is None else cut(mask.attn_mask, batch, ALL, rows, keys)
-        own = replace(mask, kv_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, attn_mask=attn_mask)
+        own = index_only
+        if mask.attn_mask is not None:
+            own = replace(own, attn_mask=cut(mask.attn_mask, batch, ALL, rows, keys))
         return Piece(batch, rows, query[batch, :, rows], key[batch, :, keys], value[batch, :, keys], own)
 
     if mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None:

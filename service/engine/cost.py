@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+from service.attention.pairs import visible_pairs
 from service.core import AttentionOptions, AttentionShape, ModelInfo, PlanKind, Work
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -19,39 +20,19 @@ TILE_ELEMENTS = 1 << 22
 BASE_SCRATCH_BYTES = 1 << 20
 
 
-def _clamped_ramp(first: int, count: int, cap: int) -> int:
-    """Sum of min(max(first + i, 0), cap) for i in 0..count-1."""
-    start = min(max(-first, 0), count)  # leading rows that are below zero
-    ramp_end = min(max(cap - first, start), count)  # from here on every row is at the cap
-    ramp = ramp_end - start
-    return ramp * (first + start) + ramp * (ramp - 1) // 2 + (count - ramp_end) * cap
-
-
-def visible_pairs(query_length: int, key_length: int, options: AttentionOptions, valid: int | None = None) -> int:
-    """Query-key pairs of one head that causality, window and length leave; causal is counted as causal.
-
-    An `attn_mask` is not looked into: it can only take pairs away.
-    """
-    valid = key_length if valid is None else valid
-    match options.causal_alignment:
-        case "bottom_right":
-            offset = valid - query_length
-        case "top_left":
-            offset = 0
-        case int(given):
-            offset = given
-    left, right = options.window or (-1, -1)
-    right = 0 if options.is_causal else right
-    upper = query_length * valid if right < 0 else _clamped_ramp(offset + right + 1, query_length, valid)
-    lower = 0 if left < 0 else _clamped_ramp(offset - left, query_length, valid)
-    return upper - lower
-
-
 def attention_pairs(shape: AttentionShape, options: AttentionOptions) -> int:
     """Visible pairs over all heads and sequences."""
     lengths = options.kv_lengths or (shape.key_length,) * shape.batch
-    per_head = sum(visible_pairs(shape.query_length, shape.key_length, options, valid) for valid in lengths)
-    return per_head * shape.heads
+    return shape.heads * sum(
+        visible_pairs(
+            shape.query_length,
+            length,
+            is_causal=options.is_causal,
+            causal_alignment=options.causal_alignment,
+            window=options.window,
+        )
+        for length in lengths
+    )
 
 
 def pair_flops(pairs: int, head_dim: int, value_dim: int) -> int:

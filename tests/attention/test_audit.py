@@ -5,8 +5,9 @@ import torch
 
 from service.attention import attend, reference, sparse
 from service.attention.audit import audit, measure, ratio_limits, student
-from service.attention.masks import MaskSpec, visible_pairs
+from service.attention.masks import MaskSpec
 from service.attention.output import AttentionOutput
+from service.attention.pairs import visible_pairs
 from service.attention.selection import select
 from service.attention.workloads import structured
 from service.core import PlanKind
@@ -25,7 +26,8 @@ def test_all_rows_give_the_true_error():
     assert report.relative_l2 == pytest.approx(true_error(wrong, exact.out), rel=1e-4)
     assert report.relative_l2_upper == report.relative_l2
     assert (report.kind, report.coverage, report.confidence, report.rows) == ("measured", 1.0, 1.0, 2 * 4 * 150)
-    assert pairs == 4 * visible_pairs(mask, 2, 150, 150)
+    triangle = visible_pairs(150, 150, is_causal=True) + visible_pairs(150, 90, is_causal=True)
+    assert pairs == 4 * triangle
     assert report.recall == pytest.approx(1.0, abs=1e-5)
 
 

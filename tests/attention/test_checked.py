@@ -5,7 +5,8 @@ import torch
 
 from service.attention import attend, sparse
 from service.attention.checked import attend_checked
-from service.attention.masks import MaskSpec, visible_pairs
+from service.attention.masks import MaskSpec
+from service.attention.pairs import visible_pairs
 from service.attention.workloads import diffuse, structured
 from service.core import ErrorReport, PlanKind
 
@@ -47,7 +48,7 @@ def test_too_dense_goes_exact_before_any_sparse_work(monkeypatch):
     assert (checked.kind, checked.error, checked.density) == (PlanKind.DENSE, ErrorReport(), None)
     assert checked.reason.startswith("predicted density ")
     assert checked.reason.endswith(" > 0.5")
-    assert checked.pairs_scored == 2 * visible_pairs(CAUSAL, 1, 1024, 1024)
+    assert checked.pairs_scored == 2 * visible_pairs(1024, 1024, is_causal=True)
 
 
 def test_forced_sparse_runs_even_where_it_saves_nothing():
@@ -69,7 +70,7 @@ def test_over_the_bound_is_recomputed_and_told(inputs, forced, kind):
     assert checked.error.rejected_relative_l2_upper is not None
     assert checked.error.rejected_relative_l2_upper > 1e-3
     assert "> max_error 0.001" in checked.reason
-    assert checked.pairs_scored > 4 * visible_pairs(CAUSAL, 1, 2048, 2048)
+    assert checked.pairs_scored > 4 * visible_pairs(2048, 2048, is_causal=True)
 
 
 @pytest.mark.parametrize(

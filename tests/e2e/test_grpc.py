@@ -1,0 +1,80 @@
+"""gRPC as our own stubs and the standard services see it, through HAProxy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from service.api.proto import open_inference_grpc_pb2 as pb
+from service.api.proto import open_inference_grpc_pb2_grpc as pb_grpc
+from tests.e2e.conftest import Service
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def channel(service: Service) -> Iterator[grpc.Channel]:
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{service.grpc_port}", options=options) as channel:
+        yield channel
+
+
+def infer(*tensors: torch.Tensor, **parameters: str) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name="attention", id="mine")
+    for name, tensor in zip(("query", "key", "value"), tensors, strict=False):
+        request.inputs.add(name=name, datatype="FP32", shape=list(tensor.shape))
+        request.raw_input_contents.append(tensor.numpy().tobytes())
+    for name, text in parameters.items():
+        request.parameters[name].string_param = text
+    return request
+
+
+def test_health_and_reflection(channel: grpc.Channel) -> None:
+    health = health_pb2_grpc.HealthStub(channel)
+    assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        health.Check(health_pb2.HealthCheckRequest(service="nobody"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= set(services)
+
+
+def test_every_answer_says_plan_error_and_cost(channel: grpc.Channel) -> None:
+    tensors = torch.randn(3, 1, 2, 16, 8)
+    response = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer(*tensors, mode="sparse"))
+    parameters = {name: value.string_param for name, value in response.parameters.items()}
+    assert response.id == "mine"
+    assert parameters["x-attention-plan"] == "sparse"
+    assert float(parameters["x-attention-error"]) >= 0
+    assert float(parameters["x-cost-usd"]) > 0
+
+
+def test_a_tensor_of_32_mib_travels(channel: grpc.Channel) -> None:
+    query = torch.randn(1, 1, 131072, 64)
+    key = torch.randn(1, 1, 8, 64)
+    response = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer(query, key, key))
+    output = torch.frombuffer(bytearray(response.raw_output_contents[0]), dtype=torch.float32).reshape(query.shape)
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, key)
+    assert (output - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ({"mode": "fast"}, grpc.StatusCode.INVALID_ARGUMENT, "mode"),
+        ({"wrong": "1"}, grpc.StatusCode.INVALID_ARGUMENT, "wrong"),
+        ({"timeout_s": "1e-6"}, grpc.StatusCode.DEADLINE_EXCEEDED, "timeout"),
+    ],
+)
+def test_refusals(channel: grpc.Channel, change: dict[str, str], code: grpc.StatusCode, message: str) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer(*torch.randn(3, 1, 1, 4, 4), **change))
+    assert caught.value.code() is code
+    assert message in caught.value.details()
+    assert "Traceback" not in caught.value.details()
+    assert "x-request-id" in dict(caught.value.trailing_metadata())

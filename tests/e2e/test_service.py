@@ -1,0 +1,158 @@
+"""Through the real ports: HTTP answers, refusals, metrics of both replicas, sizes and lost clients."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from service.attention import reference
+from service.attention.masks import MaskSpec
+from service.attention.workloads import structured
+from tests.e2e.conftest import Service, environment
+
+pytestmark = pytest.mark.e2e
+
+SMALL = {"query": [[[1, 0]]], "key": [[[1, 0], [0, 1]]], "value": [[[1, 2], [3, 4]]]}
+BINARY = {"content-type": "application/x-safetensors", "accept": "application/x-safetensors"}
+
+
+def scrape(service: Service) -> dict[str, float]:
+    text = httpx.get(f"http://127.0.0.1:{service.metrics_port}/metrics").text
+    samples = re.findall(r"^(farsight_\S+) (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in samples}
+
+
+def total(samples: dict[str, float], name: str, *labels: str) -> float:
+    return sum(
+        value for key, value in samples.items() if key.startswith(name) and all(label in key for label in labels)
+    )
+
+
+@pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
+def test_long_attention_as_safetensors(http: httpx.Client, mode: str) -> None:
+    query, key, value = structured(1, 4, 2, 2048, 64, dtype=torch.float32, seed=3)
+    options = json.dumps({"is_causal": True, "mode": mode})
+    body = save({"query": query, "key": key, "value": value}, metadata={"options": options})
+    response = http.post("/v1/attention", content=body, headers=BINARY)
+    assert response.status_code == 200, response.text
+    assert response.headers["x-attention-plan"] == mode
+    output = load(response.content)["output"]
+    exact = reference.attend(query, key, value, MaskSpec(is_causal=True)).out
+    error = ((output - exact).norm() / exact.norm()).item()
+    assert error <= (0.02 if mode == "sparse" else 1e-5)
+    assert (response.headers["x-attention-error"] == "exact") == (mode != "sparse")
+    if mode == "sparse":
+        assert error <= float(response.headers["x-attention-error"])
+
+
+def test_the_request_id_is_said_once(http: httpx.Client) -> None:
+    response = http.post("/v1/attention", json=SMALL, headers={"x-request-id": "mine"})
+    assert response.headers.get_list("x-request-id") == ["mine"]
+    assert response.json()["id"] == "mine"
+    generated = http.post("/v1/attention", json=SMALL)
+    assert generated.headers.get_list("x-request-id") == [generated.json()["id"]]
+    assert len(http.get("/nothing").headers.get_list("x-request-id")) == 1
+
+
+def test_counters_of_both_replicas_are_in_one_scrape(service: Service) -> None:
+    before = scrape(service)
+
+    def post(_: int) -> float:
+        body = json.dumps({"model": "all-MiniLM-L6-v2", "input": "count me " * 20})
+        answer = httpx.post(f"{service.url}/v1/embeddings", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 200
+        return float(answer.headers["x-device-seconds"])
+
+    with ThreadPoolExecutor(8) as pool:
+        device_s = list(pool.map(post, range(64)))
+    after = scrape(service)
+
+    def grown(name: str, *labels: str) -> float:
+        return total(after, name, *labels) - total(before, name, *labels)
+
+    assert grown("farsight_requests_total", 'endpoint="embeddings"', 'code="200"') == 64
+    spent = grown("farsight_device_seconds_total", 'model="all-MiniLM-L6-v2"')
+    assert spent == pytest.approx(sum(device_s), rel=1e-3)
+    files = list(Path(service.log.parent, f"metrics-{service.metrics_port}").glob("counter_*.db"))
+    assert len(files) == 2, "each replica keeps a file of its own"
+    assert scrape(service) == {**scrape(service)}
+    same = httpx.get(f"{service.url}/metrics").text
+    assert "farsight_requests_total" in same
+
+
+def test_all_metric_families_are_there(service: Service, http: httpx.Client) -> None:
+    query, key, value = structured(1, 2, 2, 1024, 32, seed=0)
+    for options in ({"mode": "sparse"}, {"mode": "sparse", "max_error": 1e-9}):
+        body = save({"query": query, "key": key, "value": value}, metadata={"options": json.dumps(options)})
+        assert http.post("/v1/attention", content=body, headers=BINARY).status_code == 200
+    assert http.post("/v1/attention", json={**SMALL, "mode": "wrong"}).status_code == 422
+    found = {name.split("{")[0] for name in scrape(service)}
+    families = {
+        "requests_total", "request_duration_seconds_count", "queue_duration_seconds_count", "device_seconds_total",
+        "flops_total", "attention_pairs_total", "cost_usd_total", "saved_usd_total", "peak_memory_bytes",
+        "batch_requests_count", "batch_tokens_count", "sparse_density_ratio_count", "sparse_error_ratio_count",
+        "fallbacks_total", "plans_total", "rejections_total", "queue_predicted_seconds", "prediction_ratio_count",
+    }  # fmt: skip
+    assert {f"farsight_{family}" for family in families} <= found
+
+
+def test_a_3_gb_upload_is_refused_at_its_first_bytes(service: Service) -> None:
+    head = (
+        "POST /v1/attention HTTP/1.1\r\nhost: test\r\ncontent-type: application/x-safetensors\r\n"
+        f"content-length: {3 * 10**9}\r\n\r\n"
+    )
+    start = time.monotonic()
+    with socket.create_connection(("127.0.0.1", service.http_port), timeout=20) as connection:
+        connection.sendall(head.encode() + bytes(1 << 16))
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"3000000000" in answer
+    assert time.monotonic() - start < 5
+
+
+def test_a_client_that_leaves_is_counted_and_its_work_stops(service: Service, http: httpx.Client) -> None:
+    query, key, value = structured(1, 8, 8, 8192, 64, seed=1)
+    body = save({"query": query, "key": key, "value": value}, metadata={"options": '{"mode": "chunked"}'})
+    before = total(scrape(service), "farsight_requests_total", 'code="499"')
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/attention", content=body, headers=BINARY, timeout=httpx.Timeout(30, read=0.7))
+    deadline = time.monotonic() + 10
+    while total(scrape(service), "farsight_requests_total", 'code="499"') == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    start = time.monotonic()
+    assert http.post("/v1/attention", json=SMALL).status_code == 200
+    assert time.monotonic() - start < 2
+
+
+def test_the_timeout_is_ours_and_says_504(http: httpx.Client) -> None:
+    query, key, value = structured(1, 8, 8, 8192, 64, seed=1)
+    body = save({"query": query, "key": key, "value": value}, metadata={"options": '{"mode": "chunked"}'})
+    response = http.post("/v1/attention", content=body, headers={**BINARY, "x-request-timeout-seconds": "0.6"})
+    assert response.status_code == 504
+    assert response.json()["error"]["type"] == "deadline"
+
+
+def test_a_taken_port_is_one_line(service: Service, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "service", "serve"],
+        env=environment(tmp_path, service.http_port),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    lines = (result.stdout + result.stderr).strip().splitlines()
+    assert len(lines) == 1, lines
+    assert f"http {service.http_port}" in lines[0]

@@ -1,0 +1,55 @@
+"""Refusals carry numbers, and a Retry-After that follows from the queue."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.config import Config
+from service.engine.admission import Admission
+from service.errors import FarsightError, Kind
+
+
+def refused(call: object, *arguments: object) -> FarsightError:
+    with pytest.raises(FarsightError) as caught:
+        call(*arguments)  # type: ignore[operator]
+    return caught.value
+
+
+def test_bytes_in_flight_are_taken_and_given_back() -> None:
+    admission = Admission(Config(max_request_bytes=2048, max_json_bytes=1024, max_inflight_bytes=3000))
+    admission.take(2000, 0.0)
+    error = refused(admission.take, 1500, 2.5)
+    assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, 2.5)
+    assert "2000" in error.message
+    assert "3000" in error.message
+    admission.give_back(2000)
+    admission.take(1500, 0.0)
+    assert admission.inflight_bytes == 1500
+
+
+def test_a_body_over_the_limit_can_never_come_back() -> None:
+    error = refused(Admission(Config()).take, 3 * 10**9, 0.0)
+    assert error.kind is Kind.TOO_LARGE
+    assert "3000000000" in error.message
+    assert str(Config().max_request_bytes) in error.message
+
+
+def test_a_full_queue_says_when_it_can_take_the_request() -> None:
+    admission = Admission(Config(max_queue_s=10))
+    admission.admit(2.0, 8.0, 100.0)
+    error = refused(admission.admit, 2.0, 9.5, 100.0)
+    assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, pytest.approx(1.5))
+
+
+def test_a_request_over_the_queue_limit_runs_when_it_is_alone() -> None:
+    admission = Admission(Config(max_queue_s=10))
+    admission.admit(60.0, 0.0, 100.0)
+    error = refused(admission.admit, 60.0, 3.0, 100.0)
+    assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, 3.0)
+
+
+def test_a_request_that_would_be_late_is_told_so_at_once() -> None:
+    error = refused(Admission(Config()).admit, 2.0, 4.0, 5.0)
+    assert error.kind is Kind.DEADLINE
+    assert "6 s" in error.message
+    assert "5 s" in error.message

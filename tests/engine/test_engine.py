@@ -1,0 +1,319 @@
+"""The whole way of a request without a transport: real device thread, real model, real batches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry
+
+from service.attention import reference
+from service.attention.masks import MaskSpec
+from service.attention.workloads import diffuse, structured
+from service.config import Config
+from service.core import Answer, AttentionOptions, AttentionRequest, ForwardRequest, PlanKind, Priority
+from service.engine.batch import BatchRunner, Job, Outcome
+from service.engine.engine import Engine
+from service.errors import FarsightError, Kind
+
+
+def attention(length: int = 16, seed: int = 0, *, heads: int = 2, **options: object) -> AttentionRequest:
+    query, key, value = structured(1, heads, heads, length, 16, seed=seed)
+    return AttentionRequest(f"r{seed}", query, key, value, AttentionOptions.model_validate(options))
+
+
+def embed(*texts: str, **fields: Any) -> ForwardRequest:
+    return ForwardRequest("e", "all-MiniLM-L6-v2", "embed", texts, **fields)
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
+
+
+def refusal(engine: Engine, request: AttentionRequest | ForwardRequest) -> FarsightError:
+    with pytest.raises(FarsightError) as caught:
+        run(engine.submit(request))
+    return caught.value
+
+
+def total(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    return registry.get_sample_value(f"farsight_{name}", labels) or 0.0
+
+
+@pytest.mark.parametrize("mode", ["auto", "dense", "chunked", "sparse"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_mode_answers_what_is_right(engine: Engine, mode: str, causal: bool) -> None:
+    request = attention(600, mode=mode, is_causal=causal, returns=("output", "lse"))
+    answer: Answer = run(engine.submit(request))
+    exact = reference.attend(
+        request.query.double(), request.key.double(), request.value.double(), MaskSpec(is_causal=causal)
+    )
+    error = ((answer.tensors["output"] - exact.out).norm() / exact.out.norm()).item()
+    assert error <= max(1e-5, answer.error.relative_l2_upper)
+    assert answer.tensors["lse"].shape == (1, 2, 600)
+    if mode != "auto":
+        assert answer.plan.kind == mode
+    if mode == "sparse":
+        assert answer.error.kind == "measured"
+        assert answer.error.rows > 0
+        assert answer.density is not None
+    else:
+        assert answer.error.kind == "exact"
+
+
+def test_usage_adds_up(engine: Engine) -> None:
+    answer: Answer = run(engine.submit(attention(128, mode="dense", is_causal=True)))
+    usage, price = answer.usage, engine.config.price_per_device_hour_usd
+    assert usage.pairs_scored == usage.pairs_dense == 2 * 128 * 129 // 2
+    assert usage.flops == usage.flops_dense == 4 * 16 * usage.pairs_dense
+    assert usage.cost_usd == usage.device_s * price / 3600
+    assert usage.tokens == 128
+    assert 0 < usage.device_s <= answer.timing.total_s
+    assert answer.timing.queue_s + answer.timing.device_s <= answer.timing.total_s + 1e-3
+
+
+def test_an_error_over_the_bound_is_replaced_by_the_exact_answer(engine: Engine) -> None:
+    request = attention(2048, mode="sparse", is_causal=True, max_error=1e-9)
+    answer: Answer = run(engine.submit(request))
+    assert answer.plan.kind in (PlanKind.DENSE, PlanKind.CHUNKED)
+    assert answer.error.kind == "exact"
+    assert answer.error.fallback
+    assert answer.error.rejected_relative_l2_upper is not None
+    assert "recomputed exactly" in answer.plan.reason
+    assert answer.usage.pairs_scored > answer.usage.pairs_dense
+
+
+def test_diffuse_inputs_go_exact_by_themselves(engine: Engine) -> None:
+    query, key, value = diffuse(1, 1, 1, 4096, 64)
+    request = AttentionRequest("d", query, key, value, AttentionOptions(is_causal=True))
+    sparse = Config(sparse_min_tokens=256, max_density=0.5)
+    profile = engine.profile
+    fast_sparse = {
+        key: 1e15 if key[0] is PlanKind.SPARSE else rate for key, rate in profile.attention_flops_per_s.items()
+    }
+    from dataclasses import replace
+
+    other = Engine(
+        sparse,
+        engine.metrics,
+        replace(profile, attention_flops_per_s=fast_sparse, overhead_s=dict.fromkeys(PlanKind, 1e-6)),
+        {},
+        torch.device("cpu"),
+        engine._executor,
+    )
+    answer: Answer = run(other.submit(request))
+    assert answer.plan.kind in (PlanKind.DENSE, PlanKind.CHUNKED)
+    assert "predicted density" in answer.plan.reason
+    assert not answer.error.fallback
+
+
+def test_concurrent_requests_share_batches_and_answers_do_not_mix(engine: Engine) -> None:
+    async def together() -> list[Answer]:
+        return list(await asyncio.gather(*(engine.submit(attention(32, seed)) for seed in range(40))))
+
+    answers: list[Answer] = run(together())
+    for seed, answer in enumerate(answers):
+        alone: Answer = run(engine.submit(attention(32, seed)))
+        assert answer.id == f"r{seed}"
+        assert torch.allclose(answer.tensors["output"], alone.tensors["output"], atol=1e-6)
+    assert max(answer.batch_requests for answer in answers) > 1
+
+
+def test_stacked_requests_of_different_lengths_of_keys(engine: Engine) -> None:
+    lengths = [(5,), None, (32,), (1,)]
+
+    async def together() -> list[Answer]:
+        requests = (attention(32, seed, kv_lengths=valid) for seed, valid in enumerate(lengths))
+        return list(await asyncio.gather(*(engine.submit(request) for request in requests)))
+
+    for seed, (valid, answer) in enumerate(zip(lengths, run(together()), strict=True)):
+        request = attention(32, seed)
+        mask = MaskSpec(kv_lengths=torch.tensor(valid or (32,)))
+        exact = reference.attend(request.query, request.key, request.value, mask)
+        assert torch.allclose(answer.tensors["output"], exact.out, atol=1e-5)
+
+
+def test_embeddings_are_packed_together_and_equal_single_ones(engine: Engine) -> None:
+    texts = [f"text number {index} " * (index % 7 + 1) for index in range(24)]
+
+    async def together() -> list[Answer]:
+        return list(await asyncio.gather(*(engine.submit(embed(text)) for text in texts)))
+
+    answers: list[Answer] = run(together())
+    alone: Answer = run(engine.submit(embed(*texts)))
+    assert torch.allclose(
+        torch.cat([answer.tensors["embedding"] for answer in answers]), alone.tensors["embedding"], atol=1e-5
+    )
+    assert max(answer.batch_requests for answer in answers) > 1
+    assert sum(answer.usage.tokens for answer in answers) == alone.usage.tokens
+
+
+def test_a_guilty_batch_mate_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = BatchRunner._attend
+
+    def poisoned(self: BatchRunner, job: Job, request: Any, checkpoint: Any) -> Outcome:
+        if request.query.eq(12345.0).any():
+            raise ValueError("secret internals")
+        return original(self, job, request, checkpoint)
+
+    monkeypatch.setattr(BatchRunner, "_attend", poisoned)
+    bad = attention(16, 99)
+    bad.query[0, 0, 0, 0] = 12345.0
+
+    async def together() -> list[Any]:
+        requests = [attention(16, seed) for seed in range(8)]
+        requests.insert(4, bad)
+        return await asyncio.gather(*(engine.submit(request) for request in requests), return_exceptions=True)
+
+    results = run(together())
+    error = results.pop(4)
+    assert isinstance(error, FarsightError)
+    assert error.kind is Kind.INTERNAL
+    assert "secret" not in error.message
+    assert "r99" in error.message
+    assert all(isinstance(result, Answer) for result in results)
+
+
+def test_out_of_memory_is_survived(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: object) -> Outcome:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchRunner, "_attend", greedy)
+        error = refusal(engine, attention())
+    assert error.kind is Kind.OUT_OF_MEMORY
+    assert "bytes" in error.message
+    assert run(engine.submit(attention())).error.kind == "exact"
+
+
+def test_a_caller_that_leaves_cancels_queued_work(engine: Engine) -> None:
+    async def leave() -> tuple[int, Answer]:
+        first = asyncio.create_task(engine.submit(attention(4096, 1, heads=8, mode="chunked")))
+        await asyncio.sleep(0.05)  # on the device now
+        queued = asyncio.create_task(engine.submit(attention(64, 2)))
+        await asyncio.sleep(0.01)
+        waiting = len(engine._scheduler)
+        queued.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await queued
+        assert len(engine._scheduler) == 0
+        return waiting, await first
+
+    waiting, answer = run(leave())
+    assert waiting == 1
+    assert answer.error.kind == "exact"
+
+
+def test_running_work_stops_at_its_deadline_and_frees_the_device(engine: Engine) -> None:
+    async def late() -> tuple[FarsightError, float]:
+        loop = asyncio.get_running_loop()
+        profile_hidden = attention(8192, 3, heads=8, mode="chunked", timeout_s=0.3)
+        engine_admits = engine.admission.admit
+        engine.admission.admit = lambda *_: None  # type: ignore[method-assign]  # it would be refused as late at once
+        try:
+            with pytest.raises(FarsightError) as caught:
+                await engine.submit(profile_hidden)
+        finally:
+            engine.admission.admit = engine_admits  # type: ignore[method-assign]
+        start = loop.time()
+        await engine.submit(attention(16, 4, timeout_s=60))
+        return caught.value, loop.time() - start
+
+    error, freed_after_s = run(late())
+    assert error.kind is Kind.DEADLINE
+    assert "running" in error.message
+    assert freed_after_s < 1.0
+
+
+def test_what_would_be_late_is_refused_before_it_starts(engine: Engine) -> None:
+    error = refusal(engine, attention(8192, heads=8, timeout_s=0.01))
+    assert (error.kind, error.code) == (Kind.DEADLINE, "predicted_late")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"model": "nope"}, Kind.NOT_FOUND, "known: attention, all-MiniLM-L6-v2"),
+        ({"texts": ("word " * 300,)}, Kind.TOO_LARGE, "302 tokens, over the 256"),
+        ({"texts": ("a",) * 2049}, Kind.TOO_LARGE, "2049 items"),
+        ({"dimensions": 385}, Kind.INVALID, "expected 1..384"),
+        ({"texts": (), "token_ids": ((99999,),)}, Kind.INVALID, "token id 99999"),
+    ],
+)
+def test_forward_refusals(engine: Engine, fields: dict[str, Any], kind: Kind, message: str) -> None:
+    from dataclasses import replace
+
+    error = refusal(engine, replace(embed("a"), **fields))
+    assert error.kind is kind
+    assert message in error.message
+
+
+def test_weights_are_returned_by_row_and_refused_whole(engine: Engine) -> None:
+    rows = attention(64, returns=("weights", "top_weights"), rows=(0, 63), top_k=3)
+    answer: Answer = run(engine.submit(rows))
+    assert answer.tensors["weights"].shape == (1, 2, 2, 64)
+    assert torch.allclose(answer.tensors["weights"].sum(-1), torch.ones(1, 2, 2), atol=1e-5)
+    best, where = answer.tensors["weights"].topk(3)
+    assert torch.allclose(answer.tensors["top_weights"], best)
+    assert torch.equal(answer.tensors["top_indices"], where)
+    error = refusal(engine, attention(4096, heads=2, returns=("weights",)))
+    assert (error.kind, error.code) == (Kind.TOO_LARGE, "weights_too_large")
+    assert str(4 * 2 * 4096 * 4096) in error.message
+
+
+def test_metrics_hold_what_the_answers_said(engine: Engine, registry: CollectorRegistry) -> None:
+    labels = {"endpoint": "attention", "model": "attention", "plan": "dense", "code": "200"}
+    seconds = {"model": "attention", "plan": "dense", "tenant": "default"}
+    before = total(registry, "requests_total", **labels), total(registry, "device_seconds_total", **seconds)
+    flops = total(registry, "flops_total", plan="dense", kind="executed")
+    answers: list[Answer] = [run(engine.submit(attention(64, seed, mode="dense"))) for seed in range(5)]
+    assert total(registry, "requests_total", **labels) - before[0] == 5
+    spent = total(registry, "device_seconds_total", **seconds) - before[1]
+    assert spent == pytest.approx(sum(answer.usage.device_s for answer in answers))
+    assert total(registry, "flops_total", plan="dense", kind="executed") - flops == sum(a.usage.flops for a in answers)
+
+
+def test_refusals_are_counted_once(engine: Engine, registry: CollectorRegistry) -> None:
+    before = total(registry, "rejections_total", reason="not_found")
+    refusal(engine, ForwardRequest("e", "no-such-model", "embed", ("a",)))
+    assert total(registry, "rejections_total", reason="not_found") - before == 1
+    # a name that does not exist makes no series of its own
+    assert total(registry, "requests_total", endpoint="embeddings", model="no-such-model", plan="none", code="404") == 0
+
+
+def test_estimates_price_all_plans_and_run_nothing(engine: Engine, registry: CollectorRegistry) -> None:
+    before = total(registry, "batch_requests_count")
+    request = attention(512, is_causal=True)
+    estimate = engine.estimate(request.shape, request.options)
+    assert set(estimate.candidates) == set(PlanKind)
+    assert estimate.chosen is PlanKind.DENSE
+    assert estimate.would_admit
+    forward = run(engine.estimate_forward(embed("what does this cost?")))
+    answer: Answer = run(engine.submit(embed("what does this cost?")))
+    assert forward.candidates[PlanKind.DENSE].work.flops == answer.usage.flops
+    assert total(registry, "batch_requests_count") - before == 1
+
+
+def test_batch_priority_is_carried(engine: Engine) -> None:
+    answer: Answer = run(engine.submit(attention(16, priority="batch")))
+    assert answer.error.kind == "exact"
+    assert run(engine.submit(embed("a", priority=Priority.BATCH))).usage.tokens == 3
+
+
+@pytest.fixture
+def closed(engine: Engine) -> Iterator[Engine]:
+    from service.engine.executor import Executor
+
+    other = Engine(engine.config, engine.metrics, engine.profile, {}, torch.device("cpu"), Executor(1))
+    other.close()
+    yield other
+
+
+def test_a_dead_device_thread_is_unavailable_not_a_hang(closed: Engine) -> None:
+    assert not closed.ready
+    error = refusal(closed, attention())
+    assert error.kind is Kind.UNAVAILABLE
+    assert error.retry_after_s is not None

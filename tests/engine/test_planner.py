@@ -1,0 +1,81 @@
+"""Which plan, and why: pure functions of sizes, options, profile and configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from service.config import Config
+from service.core import AttentionOptions, AttentionShape, ModelInfo, PlanKind
+from service.engine import planner
+from service.engine.calibration import DeviceProfile
+from service.errors import FarsightError, Kind
+
+PROFILE = DeviceProfile(
+    device="cpu",
+    attention_flops_per_s={
+        (kind, dtype): rate
+        for kind, rate in ((PlanKind.DENSE, 1e11), (PlanKind.CHUNKED, 6e10), (PlanKind.SPARSE, 5e10))
+        for dtype in ("float32", "bfloat16", "float16")
+    },
+    linear_flops_per_s={"float32": 1e11, "bfloat16": 1e11, "float16": 1e11},
+    overhead_s={PlanKind.DENSE: 1e-4, PlanKind.CHUNKED: 5e-4, PlanKind.SPARSE: 2e-3},
+    layer_overhead_s=1e-3,
+    free_bytes=8 * 1024**3,
+)
+SHORT = AttentionShape(1, 8, 8, 512, 512, 64, 64)
+LONG = AttentionShape(1, 8, 8, 32768, 32768, 64, 64)
+
+
+def plan(shape: AttentionShape, **options: object) -> PlanKind:
+    return planner.plan_attention(shape, AttentionOptions.model_validate(options), PROFILE, Config()).kind
+
+
+def test_length_decides() -> None:
+    assert plan(SHORT) is PlanKind.DENSE
+    assert plan(LONG) is PlanKind.SPARSE
+
+
+def test_exact_only_is_never_sparse() -> None:
+    assert plan(LONG, max_error=0) is PlanKind.DENSE
+
+
+@pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
+def test_a_mode_that_is_asked_for_is_kept(mode: str) -> None:
+    assert plan(SHORT, mode=mode) == mode
+    assert plan(LONG, mode=mode) == mode
+
+
+def test_the_reason_names_all_three_predictions() -> None:
+    reason = planner.plan_attention(LONG, AttentionOptions(), PROFILE, Config()).reason
+    assert reason.startswith("32768 keys: dense ")
+    assert "chunked " in reason
+    assert "sparse " in reason
+
+
+def test_what_does_not_fit_memory_is_refused_with_both_numbers() -> None:
+    huge = replace(SHORT, query_length=1_000_000, value_dim=100_000, key_length=8)
+    with pytest.raises(FarsightError) as caught:
+        plan(huge)
+    assert caught.value.kind is Kind.TOO_LARGE
+    assert str(planner.max_peak_bytes(PROFILE, Config())) in caught.value.message
+
+
+def test_a_plan_that_fits_replaces_a_faster_one_that_does_not() -> None:
+    shape = replace(LONG, heads=1, kv_heads=1)
+    options = AttentionOptions(max_error=0)
+    priced = planner.candidates(shape, options, PROFILE, Config())
+    between = (priced[PlanKind.DENSE].work.peak_bytes + priced[PlanKind.CHUNKED].work.peak_bytes) // 2
+    assert priced[PlanKind.DENSE].work.peak_bytes > between
+    chosen = planner.plan_attention(shape, options, PROFILE, Config(max_peak_bytes=between))
+    assert chosen.kind is PlanKind.CHUNKED
+    assert planner.exact_kind(shape, options, PROFILE, Config(max_peak_bytes=between)) is PlanKind.CHUNKED
+
+
+def test_forward_work_grows_with_tokens_and_lengths() -> None:
+    info = ModelInfo("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 384, 1536, 30522, 22_000_000, True)
+    one = planner.plan_forward(info, (512,), PROFILE, Config())
+    split = planner.plan_forward(info, (256, 256), PROFILE, Config())
+    assert one.work.pairs == 2 * split.work.pairs
+    assert one.predicted_s > split.predicted_s
