@@ -1,6 +1,7 @@
-"""Farsight as a Ray Serve application: one deployment, one replica per device, HTTP and gRPC on one class."""
+"""Farsight as a Ray Serve application: one deployment, one replica per device, HTTP and gRPC on one class.
 
-from __future__ import annotations
+No postponed annotations here: Serve reads the type of `build`'s argument from its signature without evaluating it.
+"""
 
 import os
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ class Farsight(GrpcMethods):
         from service.telemetry.metrics import Metrics
 
         logging.configure(config.log_level)
+        config.metrics_dir.mkdir(parents=True, exist_ok=True)  # of this node
         self.engine = Engine.start(config, Metrics())
         self.door = self.engine
         self.max_request_bytes = config.max_request_bytes
@@ -73,7 +75,6 @@ def uses_cuda(config: Config) -> bool:
 
 def build(config: Config) -> Application:
     """The Serve application; `deploy/serve.yaml` names this function and gives its arguments."""
-    config.metrics_dir.mkdir(parents=True, exist_ok=True)
     cuda = uses_cuda(config)
     if config.cpu_threads is None and not cuda:
         # replicas of one node share its cores

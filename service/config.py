@@ -50,12 +50,10 @@ class Config(BaseSettings):
         25000,
         ge=1024,
         le=32568,
-        description="Replicas on one machine listen behind HAProxy on the 200 ports from here (HTTP, then gRPC). Two "
-        "services on one machine need different ranges: Ray lets them share a gRPC port and mixes their traffic.",
+        description="Replicas listen behind HAProxy on the 200 ports from here (100 HTTP, 100 gRPC). Two services on "
+        "one machine need different ranges: Ray lets them share ports and mixes their traffic.",
     )
-    state_dir: Path = Field(
-        Path(tempfile.gettempdir()) / "farsight", description="Metrics files and HAProxy state, one folder a service."
-    )
+    state_dir: Path = Field(Path(tempfile.gettempdir()) / "farsight", description="Where the metric files are kept.")
 
     # what it serves, and on what
     models: tuple[ModelConfig, ...] = ()
@@ -118,4 +116,5 @@ class Config(BaseSettings):
 
     @property
     def haproxy_dir(self) -> Path:
-        return self.state_dir / f"haproxy-{self.http_port}"
+        """HAProxy's configuration and sockets; short, for a socket's path may have 97 characters and Ray adds 68."""
+        return Path(tempfile.gettempdir()) / f"farsight-{self.http_port}"

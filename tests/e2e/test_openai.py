@@ -32,7 +32,6 @@ def test_embeddings_equal_sentence_transformers(client: openai.OpenAI, encoding:
     expected = torch.from_numpy(SentenceTransformer(str(directory_of(MINILM)), device="cpu").encode(TEXTS))
     cosine = torch.nn.functional.cosine_similarity(torch.tensor(vectors), expected)
     assert cosine.min() >= 0.9999
-    assert response.usage.total_tokens == 8 + 14 + 5 or response.usage.total_tokens > 0
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -86,7 +86,6 @@ def test_counters_of_both_replicas_are_in_one_scrape(service: Service) -> None:
     assert spent == pytest.approx(sum(device_s), rel=1e-3)
     files = list(Path(service.log.parent, f"metrics-{service.metrics_port}").glob("counter_*.db"))
     assert len(files) == 2, "each replica keeps a file of its own"
-    assert scrape(service) == {**scrape(service)}
     same = httpx.get(f"{service.url}/metrics").text
     assert "farsight_requests_total" in same
 

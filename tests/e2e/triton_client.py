@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from tritonclient.utils import InferenceServerException
 
 
 def exact(query, key, value):
@@ -22,7 +23,7 @@ def attention(module, client, datatype, numpy_type, **arguments):
     generator = np.random.default_rng(0)
     tensors = [generator.standard_normal((1, 2, 24, 16)).astype(numpy_type) for _ in range(3)]
     inputs = []
-    for name, tensor in zip(("query", "key", "value"), tensors):
+    for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
         entry = module.InferInput(name, tensor.shape, datatype)
         entry.set_data_from_numpy(tensor)
         inputs.append(entry)
@@ -45,7 +46,7 @@ def refusal(module, client):
     entry.set_data_from_numpy(np.ones((1, 1, 1, 1), np.float32))
     try:
         client.infer("no-such-model", [entry])
-    except Exception as error:
+    except InferenceServerException as error:
         return [str(error.status()), error.message()]
     return None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from service.config import Config
 from service.core import Answer, AttentionOptions, AttentionRequest, ForwardRequest, PlanKind, Priority
 from service.engine.batch import BatchRunner, Job, Outcome
 from service.engine.engine import Engine
+from service.engine.executor import Executor
 from service.errors import FarsightError, Kind
 
 
@@ -89,21 +91,10 @@ def test_an_error_over_the_bound_is_replaced_by_the_exact_answer(engine: Engine)
 def test_diffuse_inputs_go_exact_by_themselves(engine: Engine) -> None:
     query, key, value = diffuse(1, 1, 1, 4096, 64)
     request = AttentionRequest("d", query, key, value, AttentionOptions(is_causal=True))
-    sparse = Config(sparse_min_tokens=256, max_density=0.5)
-    profile = engine.profile
-    fast_sparse = {
-        key: 1e15 if key[0] is PlanKind.SPARSE else rate for key, rate in profile.attention_flops_per_s.items()
-    }
-    from dataclasses import replace
-
-    other = Engine(
-        sparse,
-        engine.metrics,
-        replace(profile, attention_flops_per_s=fast_sparse, overhead_s=dict.fromkeys(PlanKind, 1e-6)),
-        {},
-        torch.device("cpu"),
-        engine._executor,
-    )
+    rates = engine.profile.attention_flops_per_s
+    fast_sparse = {key: 1e15 if key[0] is PlanKind.SPARSE else rate for key, rate in rates.items()}
+    profile = replace(engine.profile, attention_flops_per_s=fast_sparse, overhead_s=dict.fromkeys(PlanKind, 1e-6))
+    other = Engine(Config(), engine.metrics, profile, {}, torch.device("cpu"), engine._executor)
     answer: Answer = run(other.submit(request))
     assert answer.plan.kind in (PlanKind.DENSE, PlanKind.CHUNKED)
     assert "predicted density" in answer.plan.reason
@@ -244,8 +235,6 @@ def test_what_would_be_late_is_refused_before_it_starts(engine: Engine) -> None:
     ],
 )
 def test_forward_refusals(engine: Engine, fields: dict[str, Any], kind: Kind, message: str) -> None:
-    from dataclasses import replace
-
     error = refusal(engine, replace(embed("a"), **fields))
     assert error.kind is kind
     assert message in error.message
@@ -304,12 +293,10 @@ def test_batch_priority_is_carried(engine: Engine) -> None:
 
 
 @pytest.fixture
-def closed(engine: Engine) -> Iterator[Engine]:
-    from service.engine.executor import Executor
-
+def closed(engine: Engine) -> Engine:
     other = Engine(engine.config, engine.metrics, engine.profile, {}, torch.device("cpu"), Executor(1))
     other.close()
-    yield other
+    return other
 
 
 def test_a_dead_device_thread_is_unavailable_not_a_hang(closed: Engine) -> None:
