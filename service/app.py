@@ -3,8 +3,9 @@
 No postponed annotations here: Serve reads the type of `build`'s argument from its signature without evaluating it.
 """
 
+import gc
 import os
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -29,11 +30,13 @@ class Farsight(GrpcMethods):
         from service.engine.engine import Engine
         from service.telemetry import logging
         from service.telemetry.exporter import Exporter
-        from service.telemetry.metrics import Metrics
+        from service.telemetry.metrics import Metrics, share_files
 
         logging.configure(config.log_level)
-        config.metrics_dir.mkdir(parents=True, exist_ok=True)  # of this node
+        share_files(config.metrics_dir)
         self.engine = Engine.start(config, Metrics())
+        # a request leaves hundreds of short-lived objects: collect the young ones every few dozen requests, not at each
+        gc.set_threshold(20_000, 50, 50)
         self.door = self.engine
         self.max_request_bytes = config.max_request_bytes
         self.exporter = Exporter(config.metrics_host, config.metrics_port, config.metrics_dir)
@@ -41,8 +44,8 @@ class Farsight(GrpcMethods):
     def on_refused(self, endpoint: str, kind: Kind) -> None:
         self.engine.metrics.refused(endpoint, kind)
 
-    def hold(self, size: int) -> AbstractContextManager[None]:
-        return self.engine.hold(size)
+    def hold(self, size: int, held: ExitStack) -> None:
+        self.engine.hold(size, held)
 
     def __serve_build_asgi_app__(self) -> Any:
         from service.api.http import create_app
@@ -53,16 +56,6 @@ class Farsight(GrpcMethods):
         """Raises where the device thread has died, so that Serve replaces this replica."""
         if not self.engine.ready:
             raise RuntimeError("the device thread is dead")
-
-
-def replica_environment(config: Config) -> dict[str, str]:
-    """Must be in place before the replica imports anything: prometheus_client reads its folder at import."""
-    return {
-        "PROMETHEUS_MULTIPROC_DIR": str(config.metrics_dir),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-    }
 
 
 def uses_cuda(config: Config) -> bool:
@@ -83,7 +76,6 @@ def build(config: Config) -> Application:
     actor: dict[str, Any] = {
         "num_cpus": 0 if cuda else 1,
         "num_gpus": 1 if cuda else 0,
-        "runtime_env": {"env_vars": replica_environment(config)},
     }
     decorate = serve.deployment(
         name="Farsight",

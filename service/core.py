@@ -86,6 +86,7 @@ class AttentionRequest:
 
     @property
     def shape(self) -> AttentionShape:
+        """Made anew at each call; callers keep it."""
         batch, heads, query_length, head_dim = self.query.shape
         return AttentionShape(
             batch=batch,

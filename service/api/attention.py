@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from fastapi import FastAPI
 from starlette.responses import Response
 
 from service.api import codec, openai
 from service.api.answer import document, headers
-from service.api.http import INLINE_BYTES, JSON, Call, Http, error_responses, json_response
+from service.api.http import INLINE_BYTES, JSON, Answered, Call, Http, error_responses, json_response
 from service.api.schema import AttentionBody, EstimateBody, ShapeBody, validated
 from service.attention.validate import check_attention
 from service.config import Config
@@ -47,37 +48,38 @@ def parse_attention(call: Call, config: Config) -> tuple[AttentionRequest, bool]
 def attention_from_json(call: Call, values: dict[str, Any]) -> tuple[AttentionRequest, bool]:
     given, options = codec.split_tensors(values)
     encoded = isinstance(given["query"], dict)
+    lists = not any(isinstance(value, dict) for value in given.values())
     tensors = {name: codec.tensor_from_json(name, value) for name, value in given.items()}
-    return build_attention(call, tensors, options), encoded
+    return build_attention(call, tensors, options, known_finite=lists), encoded
 
 
-def build_attention(call: Call, tensors: dict[str, Any], given: dict[str, Any]) -> AttentionRequest:
+def build_attention(
+    call: Call, tensors: dict[str, torch.Tensor], given: dict[str, Any], *, known_finite: bool = False
+) -> AttentionRequest:
     if call.timeout_s is not None:
         given = {"timeout_s": call.timeout_s, **given}
     options = validated(AttentionOptions, given)
-    rank = tensors["query"].dim()
-    if rank == 3:  # the batch axis was left out
-        tensors = {
-            name: tensor[None] if name != "attn_mask" or tensor.dim() == 3 else tensor
-            for name, tensor in tensors.items()
-        }
-    mask = tensors.get("attn_mask")
-    query, key, value = check_attention(tensors["query"], tensors["key"], tensors["value"], mask, options)
+    mask, rank = tensors.get("attn_mask"), tensors["query"].dim()
+    if mask is not None and rank == mask.dim() == 3:
+        mask = mask[None]  # the batch axis was left out of all four
+    query, key, value = check_attention(
+        tensors["query"], tensors["key"], tensors["value"], mask, options, known_finite=known_finite
+    )
     return AttentionRequest(call.id, query, key, value, options, attn_mask=mask, rank=rank)
 
 
 def answer_body(answer: Answer, request: AttentionRequest, accept: str, *, encoded: bool) -> tuple[bytes, str]:
     """The answer's tensors in the caller's rank and form, with plan, error, usage, cost and timing."""
-    tensors = {name: tensor[0] if request.rank == 3 else tensor for name, tensor in answer.tensors.items()}
+    squeeze = request.rank == 3
     if SAFETENSORS in accept:
+        tensors = {name: tensor[0] if squeeze else tensor for name, tensor in answer.tensors.items()}
         return codec.dump_safetensors(tensors, document(answer)), SAFETENSORS
-    if "top_indices" in tensors:
-        indices, values = tensors.pop("top_indices"), tensors.pop("top_weights")
-        top = {"top_weights": {"indices": indices.numpy(), "weights": codec.tensor_to_json(values, encoded=False)}}
-    else:
-        top = {}
-    named = {name: codec.tensor_to_json(tensor, encoded=encoded) for name, tensor in tensors.items()}
-    return codec.dump_json({**named, **top, **document(answer)}), JSON
+    named: dict[str, Any] = {
+        name: codec.tensor_to_json(tensor, encoded=encoded, squeeze=squeeze) for name, tensor in answer.tensors.items()
+    }
+    if "top_weights" in named:
+        named["top_weights"] = {"indices": named.pop("top_indices"), "weights": named["top_weights"]}
+    return codec.dump_json({**named, **document(answer)}), JSON
 
 
 def estimate_document(estimate: Estimate, config: Config) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
             body, media = await engine.off_loop(lambda: answer_body(answer, request, accept, encoded=encoded))
         else:
             body, media = answer_body(answer, request, accept, encoded=encoded)
-        return Response(body, 200, headers(answer), media)
+        return Answered(body, headers(answer), media)
 
     async def estimate(call: Call) -> Response:
         """What a request would cost under each plan. Nothing runs."""

@@ -25,6 +25,7 @@ DTYPES = {
     "bool": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT32_MAX = 3.4028234663852886e38
 ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
 
@@ -58,7 +59,10 @@ def _has_non_finite(body: bytes | bytearray) -> bool:
 
 
 def tensor_from_json(name: str, value: Any) -> torch.Tensor:
-    """Nested lists -> float32 (a mask of booleans -> bool); {"dtype", "shape", "data"} -> what it says."""
+    """{"dtype", "shape", "data"} -> what it says, nested lists -> float32 (a mask of booleans -> bool).
+
+    Lists come out finite: a number beyond float32 is refused by name, and JSON has no others.
+    """
     if isinstance(value, dict):
         return _from_base64(name, value)
     if not isinstance(value, list):
@@ -67,12 +71,14 @@ def tensor_from_json(name: str, value: Any) -> torch.Tensor:
         array = np.array(value)
     except ValueError:
         raise invalid(f"{name}: the nested lists are ragged", param=name) from None
-    if array.dtype == bool:
-        return torch.from_numpy(array)
-    if array.dtype.kind not in "iuf":
+    if array.dtype.kind not in "biuf":
         raise invalid(f"{name}: expected numbers in the nested lists", param=name)
-    with np.errstate(over="ignore"):  # beyond float32 becomes inf, which validation refuses by name
-        return torch.from_numpy(array.astype(np.float32))
+    if array.dtype != bool:
+        largest = max(array.max(initial=0), -array.min(initial=0))
+        if largest > FLOAT32_MAX:
+            raise invalid(f"{name}: {largest:g} is beyond float32", param=name)
+        array = array.astype(np.float32)
+    return torch.from_numpy(array)
 
 
 def _from_base64(name: str, value: Mapping[str, Any]) -> torch.Tensor:
@@ -123,14 +129,18 @@ def split_tensors(named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     return tensors, {name: value for name, value in named.items() if name not in ATTENTION_TENSORS}
 
 
-def tensor_to_json(tensor: torch.Tensor, *, encoded: bool) -> Any:
+def tensor_to_json(tensor: torch.Tensor, *, encoded: bool, squeeze: bool = False) -> Any:
     """The form the caller used: an object with base64 data, or an array that orjson writes as nested lists.
+
+    `squeeze` drops the first axis, of size 1.
 
     JSON has no infinities: in nested lists a log-sum-exp of -inf (a row without keys) is null.
     """
-    tensor = tensor.contiguous()
     if not encoded:
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        array = (tensor.float() if half else tensor).numpy()
+        return np.ascontiguousarray(array[0] if squeeze else array)
+    tensor = (tensor[0] if squeeze else tensor).contiguous()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return {"dtype": dtype, "shape": list(tensor.shape), "data": base64.b64encode(raw_bytes(tensor)).decode()}
 

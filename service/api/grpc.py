@@ -14,7 +14,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -68,9 +68,8 @@ class GrpcMethods:
     def on_refused(self, endpoint: str, kind: Kind) -> None:
         """Called for a request that failed before or outside of `door.submit`, which counts its own."""
 
-    def hold(self, size: int) -> AbstractContextManager[None]:
-        """Entered with the tensor bytes of a request until its answer is made; may refuse by raising."""
-        return nullcontext()
+    def hold(self, size: int, held: ExitStack) -> None:
+        """Counts the tensor bytes of a request until `held` is closed; may refuse by raising."""
 
     async def ServerLive(self, request: pb.ServerLiveRequest, grpc_context: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -109,7 +108,8 @@ class GrpcMethods:
                 infos = self.door.model_infos()
                 return neutral, oip.parse_infer(neutral, infos, request_id=request_id, timeout_s=timeout_s)
 
-            with self.hold(size):
+            with ExitStack() as held:
+                self.hold(size, held)
                 neutral, parsed = await asyncio.to_thread(parse) if size > INLINE_BYTES else parse()
                 answer = await self.door.submit(parsed, received_s)
                 if sum(tensor.nbytes for tensor in answer.tensors.values()) > INLINE_BYTES:

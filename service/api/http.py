@@ -6,8 +6,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -67,6 +67,16 @@ class Call:
         return parse_json(self.body)
 
 
+class Answered(Response):
+    """A response whose headers are all ours: encoded once, without Starlette's look at each of them."""
+
+    def __init__(self, body: bytes, headers: Mapping[str, str], media_type: str, status: int = 200) -> None:
+        self.status_code, self.body, self.background = status, body, None
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        raw += [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode())]
+        self.raw_headers = raw
+
+
 Handler = Callable[[Call], Awaitable[Response]]
 Route = Callable[[Request], Awaitable[Response]]
 
@@ -95,7 +105,8 @@ class Http:
 
         async def answered(request: Request, request_id: str, received_s: float) -> Response:
             try:
-                async with self._body(request) as body:
+                with ExitStack() as held:
+                    body = await self._read(request, held)
                     call = Call(request_id, dict(request.headers), body, request.path_params, received_s)
                     return await handle(call)
             except FarsightError as error:
@@ -110,26 +121,23 @@ class Http:
 
         return route
 
-    @asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The whole body. Its bytes count as in flight until the answer is made."""
+    async def _read(self, request: Request, held: ExitStack) -> bytes:
+        """The whole body; its bytes count as in flight until `held` is closed."""
         limit = self.engine.config.max_request_bytes
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-encoding {encoding[:32]!r} is not accepted")
         declared = request.headers.get("content-length", "")
         if declared.isdecimal():
-            with self.engine.hold(int(declared)):
-                yield await request.body()
-            return
+            self.engine.hold(int(declared), held)
+            return await request.body()
         body = bytearray()
-        with ExitStack() as held:
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limit:
-                    raise too_large("request body", len(body) + len(chunk), limit, "bytes")
-                held.enter_context(self.engine.hold(len(chunk)))
-                body += chunk
-            yield bytes(body)
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > limit:
+                raise too_large("request body", len(body) + len(chunk), limit, "bytes")
+            self.engine.hold(len(chunk), held)
+            body += chunk
+        return bytes(body)
 
 
 def error_response(error: FarsightError, *, v2: bool = False) -> Response:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from service.api import codec
 from service.api.answer import document, headers
-from service.api.http import INLINE_BYTES, JSON, Call, Http, error_responses, json_response
+from service.api.http import INLINE_BYTES, JSON, Answered, Call, Http, error_responses, json_response
 from service.api.schema import EmbeddingsBody, TextsOrIds, validated
 from service.core import Answer, ForwardRequest, ModelInfo
 from service.errors import FarsightError, Kind, invalid
@@ -92,7 +92,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
             body = await engine.off_loop(lambda: embeddings_body(answer, as_base64=as_base64))
         else:
             body = embeddings_body(answer, as_base64=as_base64)
-        return Response(body, 200, headers(answer), JSON)
+        return Answered(body, headers(answer), JSON)
 
     @app.get("/v1/models", tags=["models"])
     async def models() -> Response:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from service.api import oip
 from service.api.answer import headers
-from service.api.http import INLINE_BYTES, JSON, Call, Handler, Http, error_responses, json_response
+from service.api.http import INLINE_BYTES, JSON, Answered, Call, Handler, Http, error_responses, json_response
 from service.core import Request
 from service.errors import FarsightError, Kind, malformed
 
@@ -88,7 +88,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
         else:
             body, length = oip.render_http(answer, request, neutral)
         extra = headers(answer) if length is None else {**headers(answer), HEADER_LENGTH: str(length)}
-        return Response(body, 200, extra, JSON if length is None else BINARY)
+        return Answered(body, extra, JSON if length is None else BINARY)
 
     route("/v2", server, "Server metadata")
     route("/v2/health/live", live, "The process answers")

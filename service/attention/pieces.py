@@ -46,22 +46,22 @@ class Piece:
 def split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: MaskSpec) -> list[Piece]:
     """One piece a packed sequence, or one for each ragged one; keys past kv_lengths are never read."""
 
-    index_only = replace(mask, kv_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, attn_mask=None)
-
     def piece(batch: slice, rows: slice, keys: slice) -> Piece:
         own = index_only
         if mask.attn_mask is not None:
             own = replace(own, attn_mask=cut(mask.attn_mask, batch, ALL, rows, keys))
         return Piece(batch, rows, query[batch, :, rows], key[batch, :, keys], value[batch, :, keys], own)
 
+    if mask.kv_lengths is None and mask.cu_seqlens_q is None:
+        return [Piece(slice(0, query.shape[0]), slice(0, query.shape[2]), query, key, value, mask)]
+    index_only = replace(mask, kv_lengths=None, cu_seqlens_q=None, cu_seqlens_k=None, attn_mask=None)
     if mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None:
         cu_q, cu_k = mask.cu_seqlens_q, mask.cu_seqlens_k
         if cu_q[-1] != query.shape[2] or cu_k[-1] != key.shape[2] or query.shape[0] != 1 or len(cu_q) != len(cu_k):
             raise ValueError(f"cu_seqlens: {cu_q} and {cu_k} do not cover {query.shape[2]} rows, {key.shape[2]} keys")
         starts = zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False)
         return [piece(slice(0, 1), slice(q, q_end), slice(k, k_end)) for q, q_end, k, k_end in starts if q_end > q]
-    if mask.kv_lengths is None:
-        return [Piece(slice(0, query.shape[0]), slice(0, query.shape[2]), query, key, value, mask)]
+    assert mask.kv_lengths is not None, "bug: cu_seqlens of queries without those of keys"
     lengths: list[int] = mask.kv_lengths.tolist()
     rows = slice(0, query.shape[2])
     if len(set(lengths)) == 1:

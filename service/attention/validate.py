@@ -20,11 +20,14 @@ def check_attention(
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
     options: AttentionOptions,
+    *,
+    known_finite: bool = False,
 ) -> Tensors:
     """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> the same, rank 4 and finite.
 
     Rank 3 for all three means B = 1. Raises FarsightError (422) that names the tensor or option. NaN and infinity are
     refused but for keys and values that kv_lengths masks out, which are zeroed in a copy: 0 * NaN would leak.
+    `known_finite`: the decoder of all three has seen to that.
     """
     query, key, value = _rank_four(query, key, value)
     _check_shapes(query, key, value)
@@ -32,6 +35,8 @@ def check_attention(
     _check_options(options, query.shape[0], query.shape[2], key.shape[2])
     if attn_mask is not None:
         _check_mask(attn_mask, (query.shape[0], query.shape[1], query.shape[2], key.shape[2]))
+    if known_finite:
+        return query, key, value
     _check_finite("query", query)
     if options.kv_lengths is not None:
         key, value = (_blank(x, options.kv_lengths) for x in (key, value))
@@ -42,17 +47,22 @@ def check_attention(
 
 def _rank_four(*tensors: torch.Tensor) -> Tensors:
     rank = tensors[0].dim()
+    query, key, value = tensors
+    if rank == key.dim() == value.dim() == 4:
+        return query, key, value
     expected = "[B, H, L, D]" if rank == 4 else "[H, L, D]" if rank == 3 else "[B, H, L, D] or [H, L, D]"
     for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
         if rank not in (3, 4) or tensor.dim() != rank:
             raise _wrong_shape(name, expected, tensor)
-    query, key, value = (x[None] if rank == 3 else x for x in tensors)
-    return query, key, value
+    return query[None], key[None], value[None]
 
 
 def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     batch, heads, _, head_dim = query.shape
     kv_heads, key_length = key.shape[1:3]
+    fits = (key.shape[0], key.shape[3], *value.shape[:3]) == (batch, head_dim, batch, kv_heads, key_length)
+    if fits and query.numel() and key.numel() and value.numel() and not heads % kv_heads:
+        return
     table = (
         ("query", query, ("B", "Hq", "Lq", "D")),
         ("key", key, (batch, "Hkv", "Lk", head_dim)),

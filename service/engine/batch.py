@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from service.attention import weights
+from service.attention import attend, weights
 from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
 from service.config import Config
@@ -136,12 +136,9 @@ class BatchRunner:
         whole = self._attend(jobs[0], joined, checkpoint)
         parts = {name: torch.split(tensor, sizes) for name, tensor in whole.tensors.items()}
         return [
-            replace(
-                whole,
-                # cloned: an answer must not keep its neighbours' memory alive
-                tensors={name: part[index].clone() for name, part in parts.items()},
-                plan=job.plan,
-                pairs_scored=job.plan.work.pairs,
+            # cloned: an answer must not keep its neighbours' memory alive
+            Outcome(
+                {name: part[index].clone() for name, part in parts.items()}, job.plan, whole.error, job.plan.work.pairs
             )
             for index, job in enumerate(jobs)
         ]
@@ -152,27 +149,19 @@ class BatchRunner:
         options, device = request.options, self._device
         query, key, value = (tensor.to(device) for tensor in (request.query, request.key, request.value))
         mask = mask_of(request, device)
-        checked = attend_checked(
-            query,
-            key,
-            value,
-            job.plan,
-            mask,
-            scale=options.scale,
-            softcap=options.softcap,
-            max_error=max_error(options, self._config),
-            audit_rows=self._config.audit_rows,
-            seed=_seed(request.query),
-            forced=options.mode != "auto",
-            max_density=self._config.max_density,
-            exact_kind=job.exact_kind,
-            checkpoint=checkpoint,
-        )
+        if job.plan.kind is PlanKind.SPARSE:
+            computed = self._sparse(job, request, (query, key, value), mask, checkpoint)
+        else:
+            output = attend(
+                query, key, value, job.plan, mask, scale=options.scale, softcap=options.softcap, checkpoint=checkpoint
+            )
+            computed = output.out, output.lse, Outcome({}, job.plan, ErrorReport(), job.plan.work.pairs)
+        out, lse, outcome = computed
         tensors: dict[str, torch.Tensor] = {}
         if "output" in options.returns:
-            tensors["output"] = checked.out
+            tensors["output"] = out
         if "lse" in options.returns:
-            tensors["lse"] = checked.lse
+            tensors["lse"] = lse
         if "weights" in options.returns:
             tensors["weights"] = weights.attention_weights(
                 query, key, mask, options.rows, scale=options.scale, softcap=options.softcap
@@ -181,16 +170,35 @@ class BatchRunner:
             tensors["top_weights"], tensors["top_indices"] = weights.top_weights(
                 query, key, mask, options.rows, options.top_k, scale=options.scale, softcap=options.softcap
             )
-        plan = job.plan
+        return replace(outcome, tensors={name: tensor.to("cpu") for name, tensor in tensors.items()})
+
+    def _sparse(
+        self,
+        job: Job,
+        request: AttentionRequest,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mask: MaskSpec,
+        checkpoint: Callable[[], None],
+    ) -> tuple[torch.Tensor, torch.Tensor, Outcome]:
+        """(output, lse, how they came about): sparse where that is within the caller's error, else exact."""
+        options, plan = request.options, job.plan
+        checked = attend_checked(
+            *tensors,
+            plan,
+            mask,
+            scale=options.scale,
+            softcap=options.softcap,
+            max_error=max_error(options, self._config),
+            audit_rows=self._config.audit_rows,
+            seed=_seed(request.query),
+            forced=options.mode == "sparse",
+            max_density=self._config.max_density,
+            exact_kind=job.exact_kind,
+            checkpoint=checkpoint,
+        )
         if checked.kind is not plan.kind:
             plan = replace(plan, kind=checked.kind, reason=checked.reason, selection=None, epsilon=None)
-        return Outcome(
-            tensors={name: tensor.to("cpu") for name, tensor in tensors.items()},
-            plan=plan,
-            error=checked.error,
-            pairs_scored=plan.work.pairs if checked.pairs_scored is None else checked.pairs_scored,
-            density=checked.density,
-        )
+        return checked.out, checked.lse, Outcome({}, plan, checked.error, checked.pairs_scored, checked.density)
 
     def _forward(self, jobs: Sequence[Job], checkpoint: Callable[[], None]) -> list[Outcome]:
         """All sequences of all jobs in packed passes of at most `max_batch_tokens`."""

@@ -7,10 +7,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class Engine:
         self.admission = Admission(config)
         self._models = dict(models)
         self._clock = clock
+        # the profile does not change, so equal sizes and options have equal plans
+        self._plan = lru_cache(4096)(partial(planner.plan_attention, profile=profile, config=config))
         self._scheduler: Scheduler[Job] = Scheduler(config.target_slice_s)
         self._executor = executor
         self._runner = BatchRunner(config, device, clock)
@@ -106,14 +109,10 @@ class Engine:
         running_s = 0.0 if self._running_until_s is None else max(0.0, self._running_until_s - self._clock())
         return self._scheduler.queued_s + running_s
 
-    @contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Count `size` body bytes as in flight for as long as the block runs; refuses over the limits."""
+    def hold(self, size: int, held: ExitStack) -> None:
+        """Count `size` body bytes as in flight until `held` is closed; refuses over the limits."""
         self.admission.take(size, self.ahead_s)
-        try:
-            yield
-        finally:
-            self.admission.give_back(size)
+        held.callback(self.admission.give_back, size)
 
     def model_infos(self) -> tuple[ModelInfo, ...]:
         return tuple(model.info for model in self._models.values())
@@ -139,7 +138,7 @@ class Engine:
             self.metrics.failed(endpoint, self._label(request), Kind.CANCELLED, self._clock() - arrived_s)
             raise
         self.metrics.answered(endpoint, answer, request.tenant)
-        if logger.isEnabledFor(logging.INFO):
+        if self.config.request_log:
             logger.info("answered", extra={"fields": fields(endpoint, answer)})
         return answer
 
@@ -185,9 +184,9 @@ class Engine:
     async def _job(self, request: Request, arrived_s: float, deadline_s: float) -> Job:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         if isinstance(request, AttentionRequest):
-            self._check_weights(request)
             shape = request.shape
-            plan = planner.plan_attention(shape, request.options, self.profile, self.config)
+            self._check_weights(shape, request.options)
+            plan = self._plan(shape, request.options)
             exact = plan.kind
             if exact is PlanKind.SPARSE:
                 exact = planner.exact_kind(shape, request.options, self.profile, self.config)
@@ -225,7 +224,6 @@ class Engine:
 
     def _dispatch(self) -> None:
         """Give the device its next batch, if it is idle."""
-        self.metrics.queue_predicted_seconds.set(self._scheduler.queued_s)
         if self._running_until_s is not None:
             return
         now_s = self._clock()
@@ -251,7 +249,7 @@ class Engine:
                 job.future.set_exception(self._failure(job, result.outcome))
             else:
                 job.future.set_result(result)
-        self.metrics.batch(results)
+        self.metrics.batch(results, self._scheduler.queued_s)
 
     def _failure(self, job: Job, error: Exception) -> FarsightError:
         if isinstance(error, FarsightError):
@@ -268,7 +266,7 @@ class Engine:
         price = self.config.price_per_device_hour_usd
         work, request = job.plan.work, job.request
         pairs_dense, flops, flops_dense, dense_s = work.pairs, work.flops, work.flops, result.device_s
-        if isinstance(request, AttentionRequest):
+        if isinstance(request, AttentionRequest) and job.plan.kind is PlanKind.SPARSE:
             shape = request.shape
             pairs_dense = attention_pairs(shape, request.options)
             flops_dense = pair_flops(pairs_dense, shape.head_dim, shape.value_dim)
@@ -349,11 +347,10 @@ class Engine:
         assert isinstance(tokenized, registry.Tokenized), "bug: tokenize returned something else"
         return tokenized
 
-    def _check_weights(self, request: AttentionRequest) -> None:
+    def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
         """A weight tensor is n x n unless rows are named: refuse it before it is made."""
-        if "weights" in request.options.returns:
-            shape = request.shape
-            rows = shape.query_length if request.options.rows is None else len(request.options.rows)
+        if "weights" in options.returns:
+            rows = shape.query_length if options.rows is None else len(options.rows)
             size = weights_bytes(shape, rows)
             if size > self.config.max_weights_bytes:
                 raise FarsightError(

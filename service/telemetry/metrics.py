@@ -1,16 +1,19 @@
 """Every metric of the service, in base units, with closed label sets. Registry injected; prefix `farsight_`.
 
-In a replica prometheus_client runs in multiprocess mode (PROMETHEUS_MULTIPROC_DIR is set before it is imported):
-each process writes its own files, and `exporter` merges those of one node.
+A replica calls `share_files` first: each process then writes its own files, and `exporter` merges those of one node.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, values
 
 from service.core import Answer, PlanKind
 from service.errors import CODES, Kind
@@ -24,6 +27,32 @@ TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 ERRORS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
 AROUND_ONE = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+
+
+def share_files(directory: Path) -> None:
+    """Keep this process's values in files of `directory` (prometheus_client's multiprocess mode)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+    # a replica never forks: its pid is looked up once, not at every increment
+    pid = os.getpid()
+    values.ValueClass = values.MultiProcessValue(process_identifier=lambda: pid)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The children that one kind of answer increments."""
+
+    requests: Counter
+    duration: Histogram
+    queue_duration: Histogram
+    device_seconds: Counter
+    flops: Counter
+    flops_dense: Counter
+    pairs: Counter
+    pairs_dense: Counter
+    cost: Counter
+    prediction: Histogram
+    planned: Counter
 
 
 class Metrics:
@@ -67,28 +96,44 @@ class Metrics:
 
     def answered(self, endpoint: str, answer: Answer, tenant: str) -> None:
         plan, usage, error = answer.plan.kind.value, answer.usage, answer.error
-        model = answer.model
-        self.requests.labels(endpoint, model, plan, "200").inc()
-        self.duration.labels(endpoint, model).observe(answer.timing.total_s)
-        self.queue_duration.labels(endpoint).observe(answer.timing.queue_s)
-        self.device_seconds.labels(model, plan, tenant).inc(usage.device_s)
-        self.flops.labels(plan, "executed").inc(usage.flops)
-        self.flops.labels(plan, "dense_equivalent").inc(usage.flops_dense)
-        self.pairs.labels("scored").inc(usage.pairs_scored)
-        self.pairs.labels("dense_equivalent").inc(usage.pairs_dense)
-        self.cost.labels(tenant, model, plan).inc(usage.cost_usd)
-        if usage.device_s > 0:
-            self.prediction.labels(plan).observe(answer.plan.predicted_s / usage.device_s)
-        if error.fallback:
+        series = self._series(endpoint, answer.model, plan, tenant)
+        series.requests.inc()
+        series.duration.observe(answer.timing.total_s)
+        series.queue_duration.observe(answer.timing.queue_s)
+        series.device_seconds.inc(usage.device_s)
+        series.flops.inc(usage.flops)
+        series.flops_dense.inc(usage.flops_dense)
+        series.pairs.inc(usage.pairs_scored)
+        series.pairs_dense.inc(usage.pairs_dense)
+        series.cost.inc(usage.cost_usd)
+        series.prediction.observe(answer.plan.predicted_s / usage.device_s)
+        if not error.fallback:
+            series.planned.inc()
+        else:
             self.fallbacks.labels("max_error").inc()
             self.plans.labels(plan, "fallback").inc()
-        else:
-            self.plans.labels(plan, "planned").inc()
         if answer.plan.kind is PlanKind.SPARSE:
-            self.saved.labels(tenant, model).inc(usage.saved_usd)
+            self.saved.labels(tenant, answer.model).inc(usage.saved_usd)
             self.error.observe(error.relative_l2_upper)
             if answer.density is not None:
                 self.density.observe(answer.density)
+
+    @lru_cache(1024)  # noqa: B019 (lives as long as the process, like the series themselves)
+    def _series(self, endpoint: str, model: str, plan: str, tenant: str) -> Series:
+        """Looked up once for each set of labels: `labels` costs more than the increment."""
+        return Series(
+            requests=self.requests.labels(endpoint, model, plan, "200"),
+            duration=self.duration.labels(endpoint, model),
+            queue_duration=self.queue_duration.labels(endpoint),
+            device_seconds=self.device_seconds.labels(model, plan, tenant),
+            flops=self.flops.labels(plan, "executed"),
+            flops_dense=self.flops.labels(plan, "dense_equivalent"),
+            pairs=self.pairs.labels("scored"),
+            pairs_dense=self.pairs.labels("dense_equivalent"),
+            cost=self.cost.labels(tenant, model, plan),
+            prediction=self.prediction.labels(plan),
+            planned=self.plans.labels(plan, "planned"),
+        )
 
     def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float) -> None:
         self.requests.labels(endpoint, model, "none", str(CODES[kind].http)).inc()
@@ -100,8 +145,9 @@ class Metrics:
         """A request that a transport refused before the engine saw it."""
         self.failed(endpoint, "unknown", kind, 0.0)
 
-    def batch(self, results: Sequence[Result]) -> None:
+    def batch(self, results: Sequence[Result], queued_s: float) -> None:
         """One run of the device; members that were retried alone are batches of their own."""
+        self.queue_predicted_seconds.set(queued_s)
         alone = [result for result in results if result.batch_requests == 1]
         for result in alone or results[:1]:
             self.batch_requests.observe(result.batch_requests)

@@ -68,8 +68,10 @@ def test_bad_base64_cannot_be_parsed() -> None:
     assert "base64" in error.message
 
 
-def test_too_large_a_number_becomes_infinite_and_is_left_to_validation() -> None:
-    assert codec.tensor_from_json("query", [1e300]).isinf().all()
+@pytest.mark.parametrize("number", [1e300, -1e39, 10**40])
+def test_a_number_beyond_float32_is_refused_by_name(number: float) -> None:
+    error = refusal(codec.tensor_from_json, "query", [[0.5, number]])
+    assert (error.kind, error.param) == (Kind.INVALID, "query")
 
 
 @pytest.mark.parametrize("text", ['{"query": [NaN]}', '{"query": [-Infinity]}'])

@@ -7,8 +7,8 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import grpc
@@ -288,11 +288,9 @@ def test_tensor_bytes_are_held_until_the_answer_is_made() -> None:
     log: list[object] = []
 
     class Held(Methods):
-        @contextmanager
-        def hold(self, size: int) -> Iterator[None]:
+        def hold(self, size: int, held: ExitStack) -> None:
             log.append(size)
-            yield
-            log.append(len(self.door.requests))  # type: ignore[attr-defined]
+            held.callback(lambda: log.append(len(self.door.requests)))  # type: ignore[attr-defined]
 
     run(Held(Door()).ModelInfer(attention(), Context()))
     assert log == [96, 1]
