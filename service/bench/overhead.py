@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import orjson
+import uvloop
 
 from service.bench.client import drive, post
 
@@ -84,4 +84,4 @@ async def measure(host: str, port: int, rounds: int, requests: int) -> dict[str,
 
 
 def run(host: str, port: int, rounds: int, requests: int) -> dict[str, Figures]:
-    return asyncio.run(measure(host, port, rounds, requests))
+    return uvloop.run(measure(host, port, rounds, requests))

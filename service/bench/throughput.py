@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import orjson
+import uvloop
 
 from service.bench.client import Connection, drive, post
 
@@ -42,7 +42,7 @@ def run(host: str, port: int, model: str, directory: Path, rounds: int, count: i
     """The same texts three ways, in turn, round by round."""
     from sentence_transformers import SentenceTransformer
 
-    info = asyncio.run(_get(host, port, f"/v1/models/{model}"))
+    info = uvloop.run(_get(host, port, f"/v1/models/{model}"))
     yardstick = SentenceTransformer(str(directory), device="cpu")
     yardstick.max_seq_length = info["max_length"]
     sample = texts(count)
@@ -50,8 +50,8 @@ def run(host: str, port: int, model: str, directory: Path, rounds: int, count: i
     requests = [post(host, port, "/v1/embeddings", body) for body in bodies]
     timings: dict[str, list[float]] = {"one": [], "many": [], "yardstick": []}
     for round_number in range(rounds + 1):
-        one_s, _ = asyncio.run(drive(host, port, requests, 1))
-        many_s, _ = asyncio.run(drive(host, port, requests, clients))
+        one_s, _ = uvloop.run(drive(host, port, requests, 1))
+        many_s, _ = uvloop.run(drive(host, port, requests, clients))
         start = time.perf_counter()
         expected = yardstick.encode(sample, batch_size=32, show_progress_bar=False)
         yardstick_s = time.perf_counter() - start
@@ -59,7 +59,7 @@ def run(host: str, port: int, model: str, directory: Path, rounds: int, count: i
             timings["one"].append(one_s)
             timings["many"].append(many_s)
             timings["yardstick"].append(yardstick_s)
-    got, tokens = asyncio.run(_embeddings(host, port, requests))
+    got, tokens = uvloop.run(_embeddings(host, port, requests))
     cosines = [
         sum(a * b for a, b in zip(ours, theirs, strict=True)) for ours, theirs in zip(got, expected, strict=True)
     ]
@@ -71,7 +71,7 @@ def run(host: str, port: int, model: str, directory: Path, rounds: int, count: i
 async def _get(host: str, port: int, path: str) -> dict[str, int]:
     connection = await Connection.open(host, port)
     status, body = await connection.send(f"GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode())
-    await connection.close()
+    connection.close()
     if status != 200:
         raise RuntimeError(f"{path}: status {status}: {body[:200]!r}")
     document: dict[str, int] = orjson.loads(body)
@@ -86,5 +86,5 @@ async def _embeddings(host: str, port: int, requests: list[bytes]) -> tuple[list
         document = orjson.loads(body)
         vectors.append(document["data"][0]["embedding"])
         tokens += document["usage"]["total_tokens"]
-    await connection.close()
+    connection.close()
     return vectors, tokens
