@@ -241,3 +241,4 @@ class ModelInfo:
     vocab_size: int
     parameters: int
     packed: bool  # concurrent requests share one forward pass without padding
+    smallest_pass_s: float = 0.0  # a few tokens through all layers, measured at load

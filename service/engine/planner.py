@@ -98,7 +98,7 @@ def plan_forward(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProf
         )
     attention_flops = pair_flops(work.pairs, model.head_dim, model.head_dim)
     passes = max(1, -(-sum(lengths) // config.max_batch_tokens))
-    predicted_s = profile.forward_s(work, attention_flops, model.dtype, model.num_layers, passes)
+    predicted_s = profile.forward_s(work, attention_flops, model.dtype, passes * model.smallest_pass_s)
     return Plan(
         kind=PlanKind.DENSE,
         work=work,

@@ -21,7 +21,6 @@ PROFILE = DeviceProfile(
     },
     linear_flops_per_s={"float32": 1e11, "bfloat16": 1e11, "float16": 1e11},
     overhead_s={PlanKind.DENSE: 1e-4, PlanKind.CHUNKED: 5e-4, PlanKind.SPARSE: 2e-3},
-    layer_overhead_s=1e-3,
     free_bytes=8 * 1024**3,
 )
 SHORT = AttentionShape(1, 8, 8, 512, 512, 64, 64)
