@@ -85,9 +85,9 @@ def answer_body(answer: Answer, request: AttentionRequest, accept: str, *, encod
 def estimate_document(estimate: Estimate, config: Config) -> dict[str, Any]:
     plans = {
         kind.value: {
-            "flops": candidate.work.flops,
-            "bytes": candidate.work.bytes,
-            "peak_bytes": candidate.work.peak_bytes,
+            "flops": _within_json(candidate.work.flops),
+            "bytes": _within_json(candidate.work.bytes),
+            "peak_bytes": _within_json(candidate.work.peak_bytes),
             "predicted_s": candidate.predicted_s,
             "cost_usd": cost_usd(candidate.predicted_s, config.price_per_device_hour_usd),
             "fits": candidate.fits,
@@ -97,6 +97,11 @@ def estimate_document(estimate: Estimate, config: Config) -> dict[str, Any]:
     }
     chosen = {"kind": estimate.chosen.value if estimate.chosen else None, "reason": estimate.reason}
     return {**plans, "chosen": chosen, "queue_s": estimate.queue_s, "would_admit": estimate.would_admit}
+
+
+def _within_json(count: int) -> int | float:
+    """JSON encoders stop at 64 bits; what is beyond is an estimate of the absurd, and a float will do."""
+    return count if count < 2**63 else float(count)
 
 
 def shape_of(body: ShapeBody) -> tuple[AttentionShape, AttentionOptions]:

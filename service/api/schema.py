@@ -63,13 +63,13 @@ class ShapeBody(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="AttentionSizes")
 
-    batch: int = Field(1, ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int | None = Field(None, ge=1)
-    query_length: int = Field(ge=1)
-    key_length: int | None = Field(None, ge=1)
-    head_dim: int = Field(ge=1)
-    value_dim: int | None = Field(None, ge=1)
+    batch: int = Field(1, ge=1, le=2**16)
+    heads: int = Field(ge=1, le=2**16)
+    kv_heads: int | None = Field(None, ge=1, le=2**16)
+    query_length: int = Field(ge=1, le=2**32)
+    key_length: int | None = Field(None, ge=1, le=2**32)
+    head_dim: int = Field(ge=1, le=2**16)
+    value_dim: int | None = Field(None, ge=1, le=2**16)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     is_causal: bool = False
     window: tuple[int, int] | None = None

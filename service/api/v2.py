@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from service.api import oip
+from service.api import oip, oip_http
 from service.api.answer import headers
 from service.api.http import INLINE_BYTES, JSON, Answered, Call, Handler, Http, error_responses, json_response
 from service.core import Request
@@ -71,7 +71,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
 
     async def infer(call: Call) -> Response:
         def parse() -> tuple[oip.Infer, Request]:
-            neutral = oip.parse_http(
+            neutral = oip_http.parse_http(
                 call.body,
                 header_length(call),
                 model=call.path_params["name"],
@@ -84,9 +84,9 @@ def add_routes(app: FastAPI, http: Http) -> None:
         neutral, request = await engine.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
         answer = await engine.submit(request, call.received_s)
         if sum(tensor.nbytes for tensor in answer.tensors.values()) > INLINE_BYTES:
-            body, length = await engine.off_loop(oip.render_http, answer, request, neutral)
+            body, length = await engine.off_loop(oip_http.render_http, answer, request, neutral)
         else:
-            body, length = oip.render_http(answer, request, neutral)
+            body, length = oip_http.render_http(answer, request, neutral)
         extra = headers(answer) if length is None else {**headers(answer), HEADER_LENGTH: str(length)}
         return Answered(body, extra, JSON if length is None else BINARY)
 

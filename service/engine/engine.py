@@ -46,6 +46,7 @@ logger = logging.getLogger("farsight")
 
 # kept of a caller's timeout for writing the answer; Serve ends the same wait with a 408 of its own
 ANSWER_MARGIN_S = 0.02
+MAX_TIMEOUT_S = 86_400.0  # event loops have no timers for longer than some weeks
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +313,7 @@ class Engine:
 
     def _timeout_s(self, asked_s: float | None) -> float:
         """The time until an answer must be made: what the caller waits, less the way back."""
-        waits_s = self.config.default_timeout_s if asked_s is None else asked_s
+        waits_s = self.config.default_timeout_s if asked_s is None else min(asked_s, MAX_TIMEOUT_S)
         return waits_s - min(ANSWER_MARGIN_S, 0.1 * waits_s)
 
     def _label(self, request: Request) -> str:

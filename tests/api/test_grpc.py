@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2
 
 from service.api import answer as answers
 from service.api import grpc as methods
-from service.api import grpc_health, oip
+from service.api import grpc_health, oip, oip_http
 from service.api import tensors as wire
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.core import (
@@ -163,7 +163,7 @@ def test_both_transports_make_the_same_request() -> None:
         for name in ("query", "key", "value")
     ]
     head = json.dumps({"inputs": entries}).encode()
-    by_http = oip.parse_infer(oip.parse_http(head + RAW * 3, len(head), model="attention"), [INFO], request_id="x")
+    by_http = oip.parse_infer(oip_http.parse_http(head + RAW * 3, len(head), model="attention"), [INFO], request_id="x")
     by_grpc = oip.parse_infer(methods.parse_message(attention()), [INFO], request_id="x")
     assert isinstance(by_http, AttentionRequest)
     assert isinstance(by_grpc, AttentionRequest)

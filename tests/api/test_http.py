@@ -275,6 +275,18 @@ def test_estimate_by_sizes(call: Any) -> None:
     assert body["would_admit"] is True
 
 
+def test_estimate_of_the_absurd_is_a_number_not_an_error(call: Any) -> None:
+    sizes = {"batch": 2**16, "heads": 2**16, "query_length": 2**32, "head_dim": 2**16}
+    body = call("POST", "/v1/estimate", json={"attention": sizes}).json()
+    assert body["dense"]["flops"] > 2**100
+    assert body["would_admit"] is False
+    assert call("POST", "/v1/estimate", json={"attention": {**sizes, "batch": 2**40}}).status_code == 422
+
+
+def test_a_timeout_of_ages_is_no_error(call: Any) -> None:
+    assert call("POST", "/v1/attention", json={**SMALL, "timeout_s": 1e300}).status_code == 200
+
+
 def test_estimate_of_real_requests(call: Any) -> None:
     body = call("POST", "/v1/estimate", json={"endpoint": "/v1/attention", "request": SMALL}).json()
     assert body["dense"]["flops"] == 16

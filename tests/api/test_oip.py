@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.api import answer as answers
-from service.api import oip
+from service.api import oip, oip_http
 from service.api.oip import Infer, Input
 from service.api.tensors import DATATYPES
 from service.core import (
@@ -322,13 +322,13 @@ RAW = struct.pack("<8f", *range(8))
 
 
 def http(head: str, raw: bytes = b"", model: str = "attention") -> Infer:
-    return oip.parse_http(head.encode() + raw, len(head) if raw else None, model=model)
+    return oip_http.parse_http(head.encode() + raw, len(head) if raw else None, model=model)
 
 
 @pytest.mark.parametrize("make", [bytes, bytearray])
 def test_a_binary_body(make: Any) -> None:
     body = make(BINARY.encode() + RAW * 3)
-    infer = oip.parse_http(body, len(BINARY), model="attention", model_version="1")
+    infer = oip_http.parse_http(body, len(BINARY), model="attention", model_version="1")
     request = parse(infer)
     assert isinstance(request, AttentionRequest)
     assert all(torch.equal(one, SAMPLE) for one in (request.query, request.key, request.value))
@@ -355,11 +355,11 @@ def test_sixteen_bit_floats(datatype: str) -> None:
     request = parse(infer)
     assert isinstance(request, AttentionRequest)
     assert torch.equal(request.query, half)
-    body, length = oip.render_http(answer({"output": half}), request, infer)
+    body, length = oip_http.render_http(answer({"output": half}), request, infer)
     assert length is not None
     assert json.loads(body[:length])["outputs"][0]["datatype"] == datatype
     assert body[length:] == raw
-    as_json, _ = oip.render_http(
+    as_json, _ = oip_http.render_http(
         answer({"output": half}), request, http(MIXED.replace('y_data":true', 'y_data":false'), RAW * 2)
     )
     assert json.loads(as_json)["outputs"][0] == {
@@ -402,7 +402,7 @@ def test_an_answer_reads_the_same_in_every_form(flags: tuple[bool, bool]) -> Non
     request = parse(infer)
     tensors = {"output": torch.randn(1, 1, 2, 4), "top_weights": torch.rand(1, 1, 2, 3)}
     tensors["top_indices"] = torch.tensor([[[[0, 1, 2], [2, 1, 0]]]])
-    body, length = oip.render_http(answer(tensors), request, infer)
+    body, length = oip_http.render_http(answer(tensors), request, infer)
     assert (length is None) == (flags == (False, False))
     found = read_as_tritonclient(body, length)
     assert list(found) == list(tensors)
@@ -415,13 +415,13 @@ def test_an_answer_reads_the_same_in_every_form(flags: tuple[bool, bool]) -> Non
 
 def test_the_id_is_echoed() -> None:
     infer = http(BINARY.replace('{"inputs"', '{"id":"r1","inputs"'), RAW * 3)
-    body, length = oip.render_http(answer({"output": SAMPLE}), parse(infer), infer)
+    body, length = oip_http.render_http(answer({"output": SAMPLE}), parse(infer), infer)
     assert json.loads(body[:length])["id"] == "r1"
 
 
 def test_an_infinite_value_is_null_in_json() -> None:
     infer = attention(outputs={"lse": None})
-    body, _ = oip.render_http(answer({"lse": torch.tensor([[[0.5, -torch.inf]]])}), parse(infer), infer)
+    body, _ = oip_http.render_http(answer({"lse": torch.tensor([[[0.5, -torch.inf]]])}), parse(infer), infer)
     assert json.loads(body)["outputs"][0]["data"] == [0.5, None]
 
 
@@ -468,12 +468,14 @@ def test_wrong_bodies(head: str, raw: bytes, kind: Kind, says: str) -> None:
 
 @pytest.mark.parametrize("length", [-1, 0, 10**9])
 def test_a_header_length_outside_of_the_body(length: int) -> None:
-    refused(lambda: oip.parse_http(b"{}", length, model="attention"), "not within the body of 2 bytes", Kind.MALFORMED)
+    refused(
+        lambda: oip_http.parse_http(b"{}", length, model="attention"), "not within the body of 2 bytes", Kind.MALFORMED
+    )
 
 
 def test_too_much_json_is_refused_before_it_is_parsed() -> None:
     refused(
-        lambda: oip.parse_http(b"{" * 100, None, model="attention", max_json_bytes=99),
+        lambda: oip_http.parse_http(b"{" * 100, None, model="attention", max_json_bytes=99),
         "100 bytes.* is over the limit of 99",
         Kind.TOO_LARGE,
     )
@@ -484,6 +486,6 @@ def test_too_much_json_is_refused_before_it_is_parsed() -> None:
 def test_any_body_is_a_request_or_a_refusal(noise: bytes, length: int | None) -> None:
     for body in (noise, BINARY.encode() + noise):
         try:
-            oip.parse_http(body, length, model="attention")
+            oip_http.parse_http(body, length, model="attention")
         except FarsightError:
             continue
