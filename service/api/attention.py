@@ -143,7 +143,11 @@ def add_routes(app: FastAPI, http: Http) -> None:
 
     async def estimate(call: Call) -> Response:
         """What a request would cost under each plan. Nothing runs."""
-        body = validated(EstimateBody, call.json(config.max_json_bytes))
+
+        def parse() -> EstimateBody:
+            return validated(EstimateBody, call.json(config.max_json_bytes))
+
+        body = await engine.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
         if (body.attention is None) == (body.request is None) or (body.request is None) != (body.endpoint is None):
             raise invalid("give either `attention`, or `endpoint` with `request`")
         if body.attention is not None:
@@ -153,7 +157,8 @@ def add_routes(app: FastAPI, http: Http) -> None:
             result = engine.estimate(request.shape, request.options)
         else:
             assert body.request is not None, "bug: an estimate without a request"
-            result = await engine.estimate_forward(openai.build_embeddings(call, body.request))
+            forward = await engine.off_loop(openai.build_embeddings, call, body.request)
+            result = await engine.estimate_forward(forward)
         return json_response(estimate_document(result, config))
 
     attention_content = {

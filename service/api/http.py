@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -113,6 +114,9 @@ class Http:
                 if not error.counted:
                     self.engine.metrics.refused(name, error.kind)
                 return error_response(error, v2=v2)
+            except ClientDisconnect:
+                self.engine.metrics.refused(name, Kind.CANCELLED)
+                return Response(status_code=CODES[Kind.CANCELLED].http)  # to nobody
             except Exception as error:
                 logger.error("request %s failed", request_id, exc_info=error)
                 self.engine.metrics.refused(name, Kind.INTERNAL)
@@ -128,9 +132,9 @@ class Http:
         if encoding != "identity":
             raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-encoding {encoding[:32]!r} is not accepted")
         declared = request.headers.get("content-length", "")
-        if declared.isdecimal():
-            self.engine.hold(int(declared), held)
-            return await request.body()
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise too_large("request body", int(declared[:20]), limit, "bytes")
+        # counted as they arrive: a sender who only promises bytes takes nobody's room
         body = bytearray()
         async for chunk in request.stream():
             if len(body) + len(chunk) > limit:

@@ -48,6 +48,10 @@ class Job:
         return self.plan.predicted_s
 
     @property
+    def shared_s(self) -> float:
+        return self.plan.shared_s
+
+    @property
     def priority(self) -> Priority:
         request = self.request
         return request.priority if isinstance(request, ForwardRequest) else request.options.priority
@@ -164,11 +168,24 @@ class BatchRunner:
             tensors["lse"] = lse
         if "weights" in options.returns:
             tensors["weights"] = weights.attention_weights(
-                query, key, mask, options.rows, scale=options.scale, softcap=options.softcap
+                query,
+                key,
+                mask,
+                options.rows,
+                scale=options.scale,
+                softcap=options.softcap,
+                checkpoint=checkpoint,
             )
         if "top_weights" in options.returns:
             tensors["top_weights"], tensors["top_indices"] = weights.top_weights(
-                query, key, mask, options.rows, options.top_k, scale=options.scale, softcap=options.softcap
+                query,
+                key,
+                mask,
+                options.rows,
+                options.top_k,
+                scale=options.scale,
+                softcap=options.softcap,
+                checkpoint=checkpoint,
             )
         return replace(outcome, tensors={name: tensor.to("cpu") for name, tensor in tensors.items()})
 

@@ -16,6 +16,7 @@ from service.core import PlanKind, Work
 if TYPE_CHECKING:
     import torch
 
+MIN_PAIR_FLOPS = 128  # head_dim 32
 MAX_REPEATS = 5
 MEASURE_S = 0.05  # of one figure; sixteen are measured
 
@@ -31,7 +32,9 @@ class DeviceProfile:
     free_bytes: int
 
     def attention_s(self, kind: PlanKind, work: Work, dtype: str) -> float:
-        return self.overhead_s[kind] + work.flops / self.attention_flops_per_s[kind, dtype]
+        # the exponential and the bookkeeping of a pair take as long as the products of a small head
+        flops = max(work.flops, MIN_PAIR_FLOPS * work.pairs)
+        return self.overhead_s[kind] + flops / self.attention_flops_per_s[kind, dtype]
 
     def forward_s(self, work: Work, attention_flops: int, dtype: str, passes_s: float) -> float:
         """Packed forward passes: their fixed part, matrix products at the linear rate, attention at the dense one."""
@@ -92,7 +95,9 @@ def measure(
         tiny = torch.randn(1, 1, 4, 16, generator=generator).to(device, torch_dtype)
         for kind, length, heads in ((PlanKind.DENSE, 1024, 4), (PlanKind.CHUNKED, 1024, 4), (PlanKind.SPARSE, 1024, 2)):
             tensor = torch.randn(1, heads, length, 64, generator=generator).to(device, torch_dtype)
-            plan = Plan(kind, Work(0, 0, 0, 0), 0.0, "calibration", block_size, "moments", 1e-9)
+            plan = Plan(
+                kind, Work(0, 0, 0, 0), 0.0, "calibration", block_size=block_size, selection="moments", epsilon=1e-9
+            )
             spec = MaskSpec()
             base = seconds(lambda: attend(tiny, tiny, tiny, plan, spec))  # noqa: B023 (called at once)
             total = seconds(lambda: attend(tensor, tensor, tensor, plan, spec))  # noqa: B023

@@ -56,7 +56,7 @@ def assumed_density(key_length: int) -> float:
 
 
 def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOptions, *, block_size: int) -> Work:
-    """Work of one attention request under one plan, weights on request left out (see `weights_bytes`)."""
+    """Work of one attention request under one plan, the weights that it asks for included."""
     pairs = attention_pairs(shape, options)
     inputs, outputs = tensor_bytes(shape)
     size = DTYPE_BYTES[shape.dtype]
@@ -76,7 +76,24 @@ def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
             pairs, flops = kept, pair_flops(kept, shape.head_dim, shape.value_dim) + selection
             scratch += 4 * 4 * TILE_ELEMENTS + 3 * shape.batch * shape.heads * blocks * blocks
             scratch += 4 * shape.batch * shape.heads * shape.query_length * shape.value_dim
-    return Work(pairs=pairs, flops=flops, bytes=inputs + outputs, peak_bytes=inputs + outputs + scratch)
+    weights_flops, weights_size = returned_weights(shape, options)
+    return Work(
+        pairs=pairs,
+        flops=flops + weights_flops,
+        bytes=inputs + outputs + weights_size,
+        peak_bytes=inputs + outputs + weights_size + scratch,
+    )
+
+
+def returned_weights(shape: AttentionShape, options: AttentionOptions) -> tuple[int, int]:
+    """(FLOPs, bytes) of the `weights` and `top_weights` that a request asks for: q·k again for every named row."""
+    asked = [name for name in ("weights", "top_weights") if name in options.returns]
+    rows = shape.query_length if options.rows is None else len(options.rows)
+    flops = 2 * shape.head_dim * shape.batch * shape.heads * rows * shape.key_length
+    top_bytes = (4 + 8) * shape.batch * shape.heads * rows * options.top_k
+    size = {"weights": weights_bytes(shape, rows), "top_weights": top_bytes}
+    scratch = 4 * 4 * TILE_ELEMENTS if asked else 0
+    return flops * len(asked), sum(size[name] for name in asked) + scratch
 
 
 def weights_bytes(shape: AttentionShape, rows: int) -> int:

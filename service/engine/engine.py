@@ -24,6 +24,7 @@ from service.core import (
     AttentionShape,
     ForwardRequest,
     ModelInfo,
+    Plan,
     PlanKind,
     Request,
     Timing,
@@ -80,7 +81,7 @@ class Engine:
         self._models = dict(models)
         self._clock = clock
         # the profile does not change, so equal sizes and options have equal plans
-        self._plan = lru_cache(4096)(partial(planner.plan_attention, profile=profile, config=config))
+        self._cached_plan = lru_cache(4096)(partial(planner.plan_attention, profile=profile, config=config))
         self._scheduler: Scheduler[Job] = Scheduler(config.target_slice_s)
         self._executor = executor
         self._runner = BatchRunner(config, device, clock)
@@ -147,7 +148,7 @@ class Engine:
         """Price all plans of an attention request."""
         priced = planner.candidates(shape, options, self.profile, self.config)
         try:
-            plan = planner.plan_attention(shape, options, self.profile, self.config)
+            plan = self._plan(shape, options)
             self.admission.admit(plan.predicted_s, self.ahead_s, self._timeout_s(options.timeout_s))
         except FarsightError as error:
             return Estimate(priced, None, error.message, self.ahead_s, would_admit=False)
@@ -186,7 +187,6 @@ class Engine:
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         if isinstance(request, AttentionRequest):
             shape = request.shape
-            self._check_weights(shape, request.options)
             plan = self._plan(shape, request.options)
             exact = plan.kind
             if exact is PlanKind.SPARSE:
@@ -231,11 +231,14 @@ class Engine:
         jobs = self._scheduler.next_batch(now_s)
         if not jobs:
             return
-        self._running_until_s = now_s + sum(job.predicted_s for job in jobs)
+        self._running_until_s = now_s + jobs[0].shared_s + sum(job.predicted_s - job.shared_s for job in jobs)
         loop = asyncio.get_running_loop()
 
         def run() -> None:
-            results = self._runner.run(jobs)
+            try:
+                results = self._runner.run(jobs)
+            except BaseException as error:  # noqa: BLE001 (not even a bug in the runner may end the device thread)
+                results = [Result(RuntimeError(repr(error)), now_s, 0.0, 1, 0) for _ in jobs]
             loop.call_soon_threadsafe(self._finished, jobs, results)
 
         self._executor.submit(run)
@@ -342,11 +345,17 @@ class Engine:
             raise invalid(
                 f"dimensions: expected 1..{model.info.dimensions}, got {request.dimensions}", param="dimensions"
             )
-        if request.token_ids:
-            return model.check_ids(request.token_ids, request.truncate)
-        tokenized = await self.off_loop(model.tokenize, request.texts, request.truncate)
+        work = (model.check_ids, request.token_ids) if request.token_ids else (model.tokenize, request.texts)
+        tokenized = await self.off_loop(*work, request.truncate)
         assert isinstance(tokenized, registry.Tokenized), "bug: tokenize returned something else"
         return tokenized
+
+    def _plan(self, shape: AttentionShape, options: AttentionOptions) -> Plan:
+        self._check_weights(shape, options)
+        if options.rows is None and options.kv_lengths is None:
+            return self._cached_plan(shape, options)
+        # lists of the caller's length are not kept as keys
+        return planner.plan_attention(shape, options, self.profile, self.config)
 
     def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
         """A weight tensor is n x n unless rows are named: refuse it before it is made."""

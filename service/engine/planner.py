@@ -73,6 +73,7 @@ def plan_attention(shape: AttentionShape, options: AttentionOptions, profile: De
         work=chosen.work,
         predicted_s=chosen.predicted_s,
         reason=reason,
+        shared_s=profile.overhead_s[chosen.kind],
         block_size=config.block_size,
         selection="moments" if sparse else None,
         epsilon=config.epsilon if sparse else None,
@@ -104,5 +105,6 @@ def plan_forward(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProf
         work=work,
         predicted_s=predicted_s,
         reason=f"longest of {len(lengths)} inputs has {max(lengths)} tokens: dense, packed without padding",
+        shared_s=model.smallest_pass_s,
         block_size=config.block_size,
     )

@@ -23,6 +23,8 @@ class Waiting(Protocol):
     @property
     def predicted_s(self) -> float: ...
     @property
+    def shared_s(self) -> float: ...
+    @property
     def arrived_s(self) -> float: ...
     @property
     def priority(self) -> Priority: ...
@@ -67,17 +69,21 @@ class Scheduler(Generic[Item]):
         return True
 
     def next_batch(self, now_s: float) -> list[Item]:
-        """The first request by response ratio, then others of its key until the slice is full; [] when idle."""
+        """The first request by response ratio, then others of its key until the slice is full; [] when idle.
+
+        What a batch pays once (`shared_s`) counts once.
+        """
         if not self._waiting:
             return []
         first = max(self._waiting.values(), key=lambda item: response_ratio(item, now_s))
         batch, filled_s = [first], first.predicted_s
         same_key = [item for item in self._waiting.values() if item.key == first.key and item is not first]
         for item in sorted(same_key, key=lambda item: response_ratio(item, now_s), reverse=True):
-            if len(batch) >= self._max_batch_requests or filled_s + item.predicted_s > self._target_slice_s:
+            more_s = item.predicted_s - item.shared_s
+            if len(batch) >= self._max_batch_requests or filled_s + more_s > self._target_slice_s:
                 break
             batch.append(item)
-            filled_s += item.predicted_s
+            filled_s += more_s
         for item in batch:
             self.discard(item)
         return batch

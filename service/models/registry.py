@@ -71,18 +71,20 @@ class Model:
     def check_ids(self, rows: Sequence[tuple[int, ...]], truncate: Literal["error", "end"]) -> Tokenized:
         """The same rules for token ids that the caller made: used as they are, no special tokens added."""
         checked, truncated, dropped = [], 0, 0
-        for index, ids in enumerate(rows):
+        for index, row in enumerate(rows):
+            ids = row
             if not ids:
                 raise invalid(f"input {index} has no tokens", param="input")
-            low, high = min(ids), max(ids)
-            if low < 0 or high >= self.info.vocab_size:
-                bad = low if low < 0 else high
-                raise invalid(f"input {index}: token id {bad} is outside 0..{self.info.vocab_size - 1}", param="input")
             over = len(ids) - self.info.max_length
             if over > 0:
                 self._refuse_or_allow(index, len(ids), truncate)
                 truncated, dropped = truncated + 1, dropped + over
-            checked.append(ids[: self.info.max_length])
+                ids = ids[: self.info.max_length]
+            low, high = min(ids), max(ids)
+            if low < 0 or high >= self.info.vocab_size:
+                bad = low if low < 0 else high
+                raise invalid(f"input {index}: token id {bad} is outside 0..{self.info.vocab_size - 1}", param="input")
+            checked.append(ids)
         return Tokenized(tuple(checked), truncated, dropped)
 
     def _refuse_or_allow(self, index: int, length: int, truncate: str) -> None:

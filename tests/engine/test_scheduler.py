@@ -16,6 +16,7 @@ class Item:
     predicted_s: float
     arrived_s: float = 0.0
     priority: Priority = Priority.INTERACTIVE
+    shared_s: float = 0.0
 
 
 def names(batch: list[Item]) -> list[str]:
@@ -56,6 +57,13 @@ def test_a_batch_has_one_key_and_fills_its_slice() -> None:
     assert sum(item.predicted_s for item in batch) <= 0.05 + 1e-9
     assert len(batch) == 5
     assert len(scheduler) == 15
+
+
+def test_what_a_batch_pays_once_counts_once() -> None:
+    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
+    for index in range(10):
+        scheduler.add(Item(str(index), "a", 0.02, shared_s=0.015))
+    assert len(scheduler.next_batch(1.0)) == 7  # 15 ms once and 5 ms each
 
 
 def test_work_over_the_slice_runs_alone() -> None:
