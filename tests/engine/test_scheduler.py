@@ -60,7 +60,7 @@ def test_a_batch_has_one_key_and_fills_its_slice() -> None:
 
 
 def test_what_a_batch_pays_once_counts_once() -> None:
-    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
+    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.051)
     for index in range(10):
         scheduler.add(Item(str(index), "a", 0.02, shared_s=0.015))
     assert len(scheduler.next_batch(1.0)) == 7  # 15 ms once and 5 ms each
