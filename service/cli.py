@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from service import bench
 from service.config import Config, ModelConfig
+from service.models.files import directory_of
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench.app, name="bench")
@@ -46,9 +48,9 @@ def serve(
 ) -> None:
     """Run the service on this machine until Ctrl-C. Settings: FARSIGHT_* in the environment."""
     config = _config(demo=demo, replicas=replicas, http_port=port)
-    taken = [f"{name} {number}" for name, host, number in ports(config) if _is_taken(host, number)]
+    taken = [f"{number} (FARSIGHT_{field.upper()})" for field, host, number in ports(config) if _is_taken(host, number)]
     if taken:
-        _fail(f"port taken: {', '.join(taken)} (another service, or the HAProxy of one that was killed)")
+        _fail(f"port taken: {', '.join(taken)}; by another service, or the HAProxy of one that was killed")
     if len(str(config.haproxy_dir)) > MAX_HAPROXY_DIR:
         _fail(f"{config.haproxy_dir} is too long for HAProxy's socket ({MAX_HAPROXY_DIR} characters); set TMPDIR")
     shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run
@@ -60,17 +62,14 @@ def serve(
 
 
 def ports(config: Config) -> list[tuple[str, str, int]]:
-    """(name, host, port) of everything that will listen; HAProxy's own two are on all interfaces."""
+    """(field of Config, host, port) of everything that will listen; Ray's own are on all interfaces."""
     return [
-        ("http", config.host, config.http_port),
-        ("grpc", config.host, config.grpc_port),
-        ("metrics", config.metrics_host, config.metrics_port),
-        ("fallback http", "0.0.0.0", config.replica_port_base),  # noqa: S104
-        ("replica http", "0.0.0.0", config.replica_port_base + 1),  # noqa: S104
-        ("fallback grpc", "0.0.0.0", config.replica_port_base + 100),  # noqa: S104
-        ("replica grpc", "0.0.0.0", config.replica_port_base + 101),  # noqa: S104
-        ("haproxy metrics", "0.0.0.0", config.haproxy_metrics_port),  # noqa: S104
-        ("haproxy stats", "0.0.0.0", config.haproxy_stats_port),  # noqa: S104
+        ("http_port", config.host, config.http_port),
+        ("grpc_port", config.host, config.grpc_port),
+        ("metrics_port", config.metrics_host, config.metrics_port),
+        *(("replica_port_base", "0.0.0.0", config.replica_port_base + more) for more in (0, 1, 100, 101)),  # noqa: S104
+        ("haproxy_metrics_port", "0.0.0.0", config.haproxy_metrics_port),  # noqa: S104
+        ("haproxy_stats_port", "0.0.0.0", config.haproxy_stats_port),  # noqa: S104
     ]
 
 
@@ -113,9 +112,7 @@ def _run(config: Config) -> None:
 
     from service.app import GRPC_SERVICERS, build
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it, at any moment
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_s = time.monotonic()
     console.print("starting Farsight ...")
@@ -136,18 +133,31 @@ def _run(config: Config) -> None:
         )
         ray_serve.run(build(config), name="farsight", route_prefix="/", blocking=False)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
-        stop.wait()
+        threading.Event().wait()
+    except KeyboardInterrupt:
         console.print("stopping ...")
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
-        started = psutil.Process().children(recursive=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+        _stop(config)
+
+
+def _stop(config: Config) -> None:
+    """End everything that was started; a next start must find the ports free."""
+    import ray
+    from ray import serve as ray_serve
+
+    started = psutil.Process().children(recursive=True)
+    # Ray reports its own actors' ends as errors here
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        if ray.is_initialized():
+            ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
-        # Ray ends its processes in the background; a next start must find the ports free
-        _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
-        for process in left:
-            process.kill()
-        for pid in haproxy_pids(config.haproxy_dir):  # one that was orphaned is nobody's child
-            os.kill(pid, signal.SIGKILL)
+    _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
+    for process in left:
+        process.kill()
+    for pid in haproxy_pids(config.haproxy_dir):  # one that was orphaned is nobody's child
+        os.kill(pid, signal.SIGKILL)
 
 
 def banner(config: Config, took_s: float) -> str:
@@ -182,6 +192,10 @@ def haproxy_pids(directory: Path) -> Iterator[int]:
 
 
 def _config(*, demo: bool, replicas: int | None, http_port: int | None) -> Config:
+    known = {f"FARSIGHT_{field.upper()}" for field in Config.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith("FARSIGHT_") and name not in known)
+    if unknown:
+        _fail(f"configuration: {', '.join(unknown)} is not a setting; see service/config.py for their names")
     given = {"replicas": replicas, "http_port": http_port}
     try:
         config = Config.model_validate({name: value for name, value in given.items() if value is not None})
@@ -189,7 +203,12 @@ def _config(*, demo: bool, replicas: int | None, http_port: int | None) -> Confi
         first = error.errors(include_url=False)[0]
         _fail(f"configuration: {'.'.join(str(part) for part in first['loc'])} {first['msg']}".rstrip())
     if demo and not config.models:
-        return config.model_copy(update={"models": (DEMO_MODEL,)})
+        config = config.model_copy(update={"models": (DEMO_MODEL,)})
+    for model in config.models:
+        try:
+            directory_of(model)
+        except FileNotFoundError as error:
+            _fail(str(error))
     return config
 
 

@@ -167,7 +167,7 @@ class ErrorReport:
     the mean share of softmax mass kept. `fallback`: a sparse answer was over the bound and this exact one replaced it.
     """
 
-    kind: Literal["exact", "measured", "certified"] = "exact"
+    kind: Literal["exact", "measured"] = "exact"
     relative_l2: float = 0.0
     relative_l2_upper: float = 0.0
     row_bound: float = 0.0

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+MAX_MESSAGE = 1000
+MAX_PARAM = 100
+
 
 class Kind(StrEnum):
     """Why a request was not answered."""
@@ -44,7 +47,7 @@ CODES: dict[Kind, Code] = {
     Kind.OVERLOADED: Code(429, "RESOURCE_EXHAUSTED", True, "The queue is full; Retry-After is computed from it."),
     Kind.DEADLINE: Code(504, "DEADLINE_EXCEEDED", True, "Would not, or did not, finish within timeout_s."),
     Kind.CANCELLED: Code(499, "CANCELLED", False, "The client left (seen in metrics and logs only)."),
-    Kind.UNAVAILABLE: Code(503, "UNAVAILABLE", True, "Starting or draining."),
+    Kind.UNAVAILABLE: Code(503, "UNAVAILABLE", True, "Starting, or the device does not answer."),
     Kind.OUT_OF_MEMORY: Code(507, "RESOURCE_EXHAUSTED", True, "The device ran out of memory and survived."),
     Kind.INTERNAL: Code(500, "INTERNAL", False, "A bug; the answer carries the request id only."),
 }
@@ -66,11 +69,12 @@ class FarsightError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
+        message = message[:MAX_MESSAGE]  # callers' own names may be in it, and gRPC drops a status that is too long
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.code = code or kind.value
-        self.param = param
+        self.param = None if param is None else param[:MAX_PARAM]
         self.retry_after_s = retry_after_s
         self.counted = False  # set by the engine: this failure is in the metrics already
 
@@ -90,10 +94,3 @@ def too_large(
 ) -> FarsightError:
     """413: `what` is `size` and can never be over `limit`."""
     return FarsightError(Kind.TOO_LARGE, f"{what}: {size} {unit} is over the limit of {limit} {unit}", param=param)
-
-
-class UnsupportedPlan(FarsightError):
-    """A forced plan that cannot serve this request: it is refused, never replaced silently."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(Kind.INVALID, message, code="unsupported_plan", param="mode")

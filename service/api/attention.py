@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from service.api import codec, openai
 from service.api.answer import document, headers
-from service.api.http import INLINE_BYTES, JSON, Answered, Call, Http, error_responses, json_response
+from service.api.door import INLINE_BYTES
+from service.api.http import JSON, Answered, Call, Http, error_responses, json_response
 from service.api.schema import AttentionBody, EstimateBody, ShapeBody, validated
 from service.attention.validate import check_attention
 from service.config import Config
@@ -162,7 +163,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
         return json_response(estimate_document(result, config))
 
     attention_content = {
-        JSON: {"schema": AttentionBody.model_json_schema(ref_template="#/components/schemas/{model}")},
+        JSON: http.body(AttentionBody),
         SAFETENSORS: {"schema": {"type": "string", "format": "binary"}},
     }
     http.direct["POST", "/v1/attention"] = http.endpoint("attention", attention)
@@ -182,7 +183,5 @@ def add_routes(app: FastAPI, http: Http) -> None:
         tags=["cost"],
         summary="Price a request without running it",
         responses=ERRORS,
-        openapi_extra={
-            "requestBody": {"required": True, "content": {JSON: {"schema": EstimateBody.model_json_schema()}}}
-        },
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: http.body(EstimateBody)}}},
     )

@@ -25,6 +25,7 @@ DTYPES = {
     "bool": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_RANK = 4
 FLOAT32_MAX = 3.4028234663852886e38
 ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
@@ -87,8 +88,10 @@ def _from_base64(name: str, value: Mapping[str, Any]) -> torch.Tensor:
         raise invalid(f"{name}: expected exactly dtype, shape and data (base64 text)", param=name)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise invalid(f"{name}: dtype must be one of {', '.join(DTYPES)}", param=name)
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
         raise invalid(f"{name}: shape must be a list of sizes", param=name)
+    if len(shape) > MAX_RANK or 0 in shape:
+        raise invalid(f"{name}: expected at most {MAX_RANK} sizes and none of them 0, got {shape[:8]}", param=name)
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     # the text says how many bytes it holds before it is decoded
     if expected > 3 * (len(data) // 4 + 1):
@@ -99,8 +102,6 @@ def _from_base64(name: str, value: Mapping[str, Any]) -> torch.Tensor:
         raise malformed(f"{name}: data is not valid base64", param=name) from None
     if len(raw) != expected:
         raise invalid(f"{name}: {dtype} {shape} needs {expected} bytes, data has {len(raw)}", param=name)
-    if expected == 0:
-        return torch.zeros(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
 
 
@@ -115,8 +116,8 @@ def tensors_from_safetensors(body: bytes) -> tuple[dict[str, torch.Tensor], dict
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise invalid(f"{name}: dtype {dtype} is not one of {', '.join(DTYPES)}", param=name)
     # the library has checked the header; it gives no way to its metadata from bytes
-    header = orjson.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-    text = header.get("__metadata__", {}).get("options", "{}")
+    header = parse_json(body[8 : 8 + int.from_bytes(body[:8], "little")])
+    text = (header.get("__metadata__") or {}).get("options", "{}")
     return tensors, parse_json(text.encode())
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 from service.core import Answer, ModelInfo, Request
+
+INLINE_BYTES = 256 * 1024  # parsing or writing more than this leaves the event loop
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class Door(Protocol):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from grpc_health.v1 import health_pb2
 
 from service.api import oip, tensors
 from service.api.answer import headers
-from service.api.door import Door
+from service.api.door import INLINE_BYTES, REQUEST_ID, Door
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.core import Answer, Request
 from service.errors import CODES, FarsightError, Kind, invalid, too_large
@@ -30,8 +29,6 @@ from service.errors import CODES, FarsightError, Kind, invalid, too_large
 logger = logging.getLogger("farsight")
 
 SERVICE = "inference.GRPCInferenceService"
-INLINE_BYTES = 256 * 1024  # parsing or writing more than this leaves the event loop
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -101,7 +98,7 @@ class GrpcMethods:
 
         async def infer(request_id: str) -> pb.ModelInferResponse:
             timeout_s = transport_timeout_s(grpc_context)
-            size = self._claimed_bytes(request)
+            size = self._size(request)
 
             def parse() -> tuple[oip.Infer, Request]:
                 neutral = parse_message(request)
@@ -129,9 +126,17 @@ class GrpcMethods:
 
         return await self._answered("health", grpc_context, check, health_pb2.HealthCheckResponse())
 
-    def _claimed_bytes(self, request: pb.ModelInferRequest) -> int:
-        """Size of the inputs by their own shapes: the message is not copied to learn it (ByteSize would)."""
-        size = sum(tensors.claimed_bytes(one.name, one.datatype, one.shape) for one in request.inputs)
+    def _size(self, request: pb.ModelInferRequest) -> int:
+        """Bytes of the inputs, by their shapes and by what is really there, whichever is more.
+
+        ByteSize would copy the message to learn the same.
+        """
+        claimed = sum(tensors.claimed_bytes(one.name, one.datatype, one.shape) for one in request.inputs)
+        typed = sum(
+            8 * len(getattr(one.contents, field)) for one in request.inputs for field in set(_CONTENTS.values())
+        )
+        raw = sum(len(one) for one in request.raw_input_contents)
+        size = max(claimed, typed, raw)
         if size > self.max_request_bytes:
             raise too_large("request tensors", size, self.max_request_bytes, "bytes", param="inputs")
         return size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -13,21 +12,20 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.codec import dump_json, error_document, parse_json
+from service.api.door import REQUEST_ID
 from service.engine.engine import Engine, retry_after_header
 from service.errors import CODES, FarsightError, Kind, malformed, too_large
 from service.telemetry import exporter
 
 logger = logging.getLogger("farsight")
 
-# parsing or writing more than this leaves the event loop
-INLINE_BYTES = 256 * 1024
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 JSON = "application/json"
 
 
@@ -89,6 +87,14 @@ class Http:
         self.engine = engine
         self._id_is_echoed = id_is_echoed  # what is in front of us adds x-request-id to every answer
         self.direct: dict[tuple[str, str], Route] = {}
+        self.schemas: dict[str, Any] = {}
+
+    def body(self, model: type[BaseModel]) -> dict[str, Any]:
+        """A reference to the schema of a body, for the OpenAPI text."""
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        self.schemas |= schema.pop("$defs", {})
+        self.schemas[schema["title"]] = schema
+        return {"schema": {"$ref": f"#/components/schemas/{schema['title']}"}}
 
     def endpoint(self, name: str, handle: Handler, *, v2: bool = False) -> Route:
         """A route that reads its body within the limits and turns every error into its one answer."""
@@ -136,10 +142,12 @@ class Http:
             raise too_large("request body", int(declared[:20]), limit, "bytes")
         # counted as they arrive: a sender who only promises bytes takes nobody's room
         body = bytearray()
+        admission = self.engine.admission
+        held.callback(lambda: admission.give_back(len(body)))
         async for chunk in request.stream():
             if len(body) + len(chunk) > limit:
                 raise too_large("request body", len(body) + len(chunk), limit, "bytes")
-            self.engine.hold(len(chunk), held)
+            admission.take(len(chunk), self.engine.ahead_s)
             body += chunk
         return bytes(body)
 
@@ -197,9 +205,19 @@ def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
         engine.metrics.refused("none", kind)
         message = f"{request.method} {request.url.path[:128]}: {CODES[kind].meaning}"
         response = error_response(FarsightError(kind, message), v2=request.url.path.startswith("/v2"))
+        if not id_is_echoed:
+            response.headers["x-request-id"] = uuid.uuid4().hex
         response.headers.update(error.headers or {})
         return response
 
+    openapi = app.openapi
+
+    def with_bodies() -> dict[str, Any]:
+        document = openapi()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(http.schemas)
+        return document
+
+    app.openapi = with_bodies  # type: ignore[method-assign]  # as FastAPI's own documentation extends it
     return App(app, http.direct)
 
 
@@ -220,7 +238,7 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
     async def metrics() -> Response:
         """Prometheus text, merged over the replicas of this node."""
         text = await engine.off_loop(exporter.text, engine.config.metrics_dir)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(text, media_type=exporter.CONTENT_TYPE)
 
 
 def errors_table() -> str:

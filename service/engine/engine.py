@@ -180,7 +180,7 @@ class Engine:
         options = request.options if isinstance(request, AttentionRequest) else request
         timeout_s = self._timeout_s(options.timeout_s)
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
-        self.admission.admit(job.predicted_s, self.ahead_s, timeout_s - (self._clock() - arrived_s))
+        self.admission.admit(job.predicted_s, self.ahead_s, timeout_s, spent_s=job.queued_s - arrived_s)
         return self._account(job, await self._run(job))
 
     async def _job(self, request: Request, arrived_s: float, deadline_s: float) -> Job:
@@ -191,13 +191,15 @@ class Engine:
             exact = plan.kind
             if exact is PlanKind.SPARSE:
                 exact = planner.exact_kind(shape, request.options, self.profile, self.config)
-            return Job(request, plan, batch_key(request, plan), arrived_s, deadline_s, future, exact_kind=exact)
+            key = batch_key(request, plan)
+            return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self._model(request.model)
         tokenized = await self._tokenize(model, request)
         lengths = tuple(len(ids) for ids in tokenized.token_ids)
         plan = planner.plan_forward(model.info, lengths, self.profile, self.config)
         key = (request.model, request.task, request.dimensions)
-        return Job(request, plan, key, arrived_s, deadline_s, future, model=model, tokenized=tokenized)
+        queued_s = self._clock()
+        return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, model=model, tokenized=tokenized)
 
     async def _run(self, job: Job) -> Result:
         """Queue the job and wait for its result, its deadline, or its caller's leaving."""
@@ -217,11 +219,11 @@ class Engine:
         job.cancelled = True
         was_queued = self._scheduler.discard(job)
         if not job.future.done():
-            waited_s = self._clock() - job.arrived_s
-            state = "waiting in the queue" if was_queued else "running"
-            job.future.set_exception(
-                FarsightError(Kind.DEADLINE, f"not finished after {waited_s:.3g} s ({state})", code="timeout")
-            )
+            job.future.set_exception(self._late(job, "waiting in the queue" if was_queued else "running"))
+
+    def _late(self, job: Job, state: str) -> FarsightError:
+        waited_s = self._clock() - job.arrived_s
+        return FarsightError(Kind.DEADLINE, f"not finished after {waited_s:.3g} s ({state})", code="timeout")
 
     def _dispatch(self) -> None:
         """Give the device its next batch, if it is idle."""
@@ -259,7 +261,7 @@ class Engine:
         if isinstance(error, FarsightError):
             return error
         if isinstance(error, Stopped):
-            return FarsightError(Kind.DEADLINE, "the deadline passed before the work began", code="timeout")
+            return self._late(job, "running")
         logger.error("request %s failed", job.request.id, exc_info=error)
         return FarsightError(Kind.INTERNAL, f"internal error; request id {job.request.id}")
 
@@ -301,7 +303,7 @@ class Engine:
                 dropped_tokens=tokenized.dropped_tokens if tokenized else 0,
             ),
             timing=Timing(
-                queue_s=max(0.0, result.started_s - job.arrived_s),
+                queue_s=max(0.0, result.started_s - job.queued_s),
                 device_s=result.device_s,
                 total_s=finished_s - job.arrived_s,
             ),
@@ -328,7 +330,7 @@ class Engine:
     def _model(self, name: str) -> registry.Model:
         model = self._models.get(name)
         if model is None:
-            known = ", ".join(["attention", *self._models])
+            known = ", ".join(self._models) or "none"
             raise FarsightError(
                 Kind.NOT_FOUND,
                 f"model {name[:96]!r} is not served; known: {known}",
@@ -359,14 +361,13 @@ class Engine:
 
     def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
         """A weight tensor is n x n unless rows are named: refuse it before it is made."""
-        if "weights" in options.returns:
-            rows = shape.query_length if options.rows is None else len(options.rows)
-            size = weights_bytes(shape, rows)
+        rows = shape.query_length if options.rows is None else len(options.rows)
+        for name, size in weights_bytes(shape, options).items():
             if size > self.config.max_weights_bytes:
                 raise FarsightError(
                     Kind.TOO_LARGE,
-                    f"weights of {rows} rows and {shape.key_length} keys take {size} bytes, over the limit of "
-                    f"{self.config.max_weights_bytes} bytes; name fewer rows, or ask for top_weights",
+                    f"{name} of {rows} rows and {shape.key_length} keys take {size} bytes, over the limit of "
+                    f"{self.config.max_weights_bytes} bytes; name fewer rows, or ask for top_weights of fewer keys",
                     code="weights_too_large",
                     param="returns",
                 )

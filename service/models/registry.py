@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from service.config import ModelConfig
 from service.core import ModelInfo, Plan, PlanKind, Work
 from service.errors import FarsightError, Kind, invalid, too_large
 from service.models import hook
+from service.models.files import directory_of
 from service.models.packing import pack
 from service.models.tasks import embed
 
@@ -112,22 +112,6 @@ class Model:
             input_ids=packed.input_ids, position_ids=packed.position_ids, farsight=context
         ).last_hidden_state
         return embed.pool(hidden, packed, self.pooling, dimensions).cpu()
-
-
-def directory_of(config: ModelConfig) -> Path:
-    """The model's folder: its path, or the folder `model/` of an installed package (which is not imported)."""
-    if config.path is not None:
-        directory = Path(config.path)
-    else:
-        assert config.package is not None, "bug: ModelConfig without path or package"
-        spec = importlib.util.find_spec(config.package)
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(f"model {config.name!r}: package {config.package!r} is not installed")
-        directory = Path(spec.submodule_search_locations[0]) / "model"
-    for file in ("config.json", "tokenizer.json", "model.safetensors"):
-        if not (directory / file).is_file():
-            raise FileNotFoundError(f"model {config.name!r}: {directory / file} is missing")
-    return directory
 
 
 def load(config: ModelConfig, device: torch.device, max_text_bytes: int) -> Model:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
@@ -20,21 +22,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger("farsight")
 
 TAKEOVER_INTERVAL_S = 1.0
+RETRIES = 5
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def merged(metrics_dir: Path) -> CollectorRegistry:
     """All replicas of this node, the dead ones' counters included and their gauges left out."""
     for file in metrics_dir.glob("gauge_live*.db"):
-        pid = int(file.stem.rsplit("_", 1)[1])
-        if not os.path.exists(f"/proc/{pid}"):
-            mark_process_dead(pid, str(metrics_dir))  # type: ignore[no-untyped-call]
+        if not os.path.exists(f"/proc/{file.stem.rsplit('_', 1)[1]}"):
+            file.unlink(missing_ok=True)  # a scrape beside this one may have been quicker
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(metrics_dir))  # type: ignore[no-untyped-call]
     return registry
 
 
 def text(metrics_dir: Path) -> bytes:
-    """Prometheus text of this node."""
+    """Prometheus text of this node; again where a file came or went while it was read."""
+    for _ in range(RETRIES):
+        try:
+            return generate_latest(merged(metrics_dir))
+        except (FileNotFoundError, struct.error):  # struct: a file that was made and not yet filled
+            time.sleep(0.01)
     return generate_latest(merged(metrics_dir))
 
 
@@ -76,5 +84,6 @@ class Exporter:
                 self._server.serve_forever()
 
     def _app(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        answer: Iterable[bytes] = make_wsgi_app(merged(self._directory))(environ, start_response)
-        return answer
+        body = text(self._directory)
+        start_response("200 OK", [("Content-Type", CONTENT_TYPE)])
+        return [body]

@@ -106,7 +106,8 @@ class Metrics:
         series.pairs.inc(usage.pairs_scored)
         series.pairs_dense.inc(usage.pairs_dense)
         series.cost.inc(usage.cost_usd)
-        series.prediction.observe(answer.plan.predicted_s / usage.device_s)
+        if usage.device_s > 0 and not error.fallback:  # a batch member without work has no share to compare with
+            series.prediction.observe(answer.plan.predicted_s / usage.device_s)
         if not error.fallback:
             series.planned.inc()
         else:
@@ -135,15 +136,16 @@ class Metrics:
             planned=self.plans.labels(plan, "planned"),
         )
 
-    def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float) -> None:
+    def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float | None) -> None:
         self.requests.labels(endpoint, model, "none", str(CODES[kind].http)).inc()
-        self.duration.labels(endpoint, model).observe(duration_s)
+        if duration_s is not None:
+            self.duration.labels(endpoint, model).observe(duration_s)
         if kind not in (Kind.INTERNAL, Kind.CANCELLED):
             self.rejections.labels(kind.value).inc()
 
     def refused(self, endpoint: str, kind: Kind) -> None:
         """A request that a transport refused before the engine saw it."""
-        self.failed(endpoint, "unknown", kind, 0.0)
+        self.failed(endpoint, "unknown", kind, None)
 
     def batch(self, results: Sequence[Result], queued_s: float) -> None:
         """One run of the device; members that were retried alone are batches of their own."""

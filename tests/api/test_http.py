@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,6 +14,7 @@ import httpx
 import orjson
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from safetensors.torch import load, save
 
 from service.api.http import create_app, errors_table
@@ -327,6 +329,12 @@ def test_openapi_shows_the_errors_and_the_bodies(call: Any) -> None:
     assert errors_table() in document["info"]["description"]
     route = document["paths"]["/v1/attention"]["post"]
     assert set(route["requestBody"]["content"]) == {"application/json", "application/x-safetensors"}
+    references = re.findall(r'"\$ref":"#/([^"]+)"', call("GET", "/openapi.json").text.replace('": "', '":"'))
+    assert len(references) > 5
+    for path in references:
+        found = document
+        for part in path.split("/"):
+            found = found[part]
     assert set(route["responses"]) >= {"400", "413", "415", "422", "429", "500", "503", "504", "507"}
 
 
@@ -358,3 +366,78 @@ def test_a_bug_shows_the_id_and_nothing_else(call: Any, monkeypatch: pytest.Monk
     response = call("POST", "/v1/attention", json=SMALL, headers={"x-request-id": "bug-1"})
     assert response.status_code == 500
     assert message(response) == "internal error; request id bug-1"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": [[[1e30, 0.0]]], "key": [[[1e30, 0.0], [-1e30, 1.0]]]},
+        {"scale": 1e38, "query": [[[1e9, 0.0]]]},
+        {"value": [[[3e38, 3e38], [3e38, 3e38]]], "query": [[[0.0, 0.0]]], "softcap": 1e-320},
+    ],
+)
+def test_an_overflow_is_an_error_never_a_nan(call: Any, change: dict[str, Any]) -> None:
+    response = call("POST", "/v1/attention", json={**SMALL, **change})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "non_finite")
+
+
+@pytest.mark.parametrize("value", [["1", 2], [1.0, 2], [True], [["5"]]])
+def test_inputs_are_not_guessed_at(call: Any, value: Any) -> None:
+    assert call("POST", "/v1/embeddings", json={"model": "all-MiniLM-L6-v2", "input": value}).status_code == 422
+
+
+def test_top_weights_have_a_size_limit_too(call: Any) -> None:
+    size = {"dtype": "float32", "shape": [1, 16384, 1], "data": base64.b64encode(bytes(4 * 16384)).decode()}
+    body = {"query": size, "key": size, "value": size, "returns": ["top_weights"], "top_k": 1024}
+    response = call("POST", "/v1/attention", json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "weights_too_large")
+    assert call("POST", "/v1/attention", json={**SMALL, "returns": ["weights"], "rows": [0, 0]}).status_code == 422
+
+
+def test_odd_safetensors_headers(call: Any) -> None:
+    entry = {"dtype": "F32", "shape": [1, 1, 1], "data_offsets": [0, 4]}
+    header = json.dumps({"__metadata__": None, "query": entry}).encode()
+    body = struct.pack("<Q", len(header)) + header + bytes(4)
+    response = call("POST", "/v1/attention", content=body, headers={"content-type": "application/x-safetensors"})
+    assert response.status_code in (400, 422)
+    huge = {"dtype": "float32", "shape": [2**30, 2**30, 0], "data": ""}
+    assert call("POST", "/v1/attention", json={**SMALL, "query": huge}).status_code == 422
+
+
+def test_idle_uploads_take_nobodys_room(call: Any, engine: Engine) -> None:
+    async def idle_and_one_more() -> int:
+        app = create_app(engine)
+        head = {"content-type": "application/x-safetensors", "content-length": str(engine.config.max_request_bytes)}
+
+        async def nothing() -> AsyncIterator[bytes]:
+            await asyncio.sleep(60)
+            yield b""
+
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            idle = [
+                asyncio.create_task(client.post("/v1/attention", content=nothing(), headers=head)) for _ in range(9)
+            ]
+            await asyncio.sleep(0.1)
+            answer = await client.post("/v1/attention", json=SMALL)
+            for task in idle:
+                task.cancel()
+            await asyncio.gather(*idle, return_exceptions=True)
+            return answer.status_code
+
+    assert asyncio.run(idle_and_one_more()) == 200
+    assert engine.admission.inflight_bytes == 0
+
+
+def test_a_client_that_leaves_its_upload_is_no_bug(engine: Engine, registry: CollectorRegistry) -> None:
+    labels = {"endpoint": "attention", "model": "unknown", "plan": "none"}
+    before = registry.get_sample_value("farsight_requests_total", {**labels, "code": "499"}) or 0
+    scope = {"type": "http", "method": "POST", "path": "/v1/attention", "headers": [(b"content-length", b"1000")]}
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        return None
+
+    asyncio.run(create_app(engine)(scope, receive, send))
+    assert registry.get_sample_value("farsight_requests_total", {**labels, "code": "499"}) == before + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,11 +78,18 @@ def stop(service: Service) -> int:
         raise
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = start(tmp_path_factory.mktemp("farsight"), 27000, "--demo", "--replicas", "2")
     yield running
-    stop(running)
+    assert stop(running) == 0
+    left = [number for number in range(27000, 27300) if listens(number)]
+    assert not left, f"Ctrl-C left listeners on {left}"
 
 
 @pytest.fixture

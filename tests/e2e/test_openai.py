@@ -7,7 +7,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from service.models.registry import directory_of
+from service.models.files import directory_of
 from tests.conftest import MINILM
 from tests.e2e.conftest import Service
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from safetensors.torch import load, save
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.attention.workloads import structured
-from tests.e2e.conftest import Service, environment
+from tests.e2e.conftest import Service, environment, listens
 
 pytestmark = pytest.mark.e2e
 
@@ -145,10 +147,11 @@ def test_the_timeout_is_ours_and_says_504(http: httpx.Client) -> None:
     assert response.json()["error"]["type"] == "deadline"
 
 
-def test_a_taken_port_is_one_line(service: Service, tmp_path: Path) -> None:
+def failing_start(directory: Path, port: int, **changes: str) -> str:
+    """What a start that must fail prints; one line."""
     result = subprocess.run(
         [sys.executable, "-m", "service", "serve"],
-        env=environment(tmp_path, service.http_port),
+        env={**environment(directory, port), **changes},
         capture_output=True,
         text=True,
         timeout=60,
@@ -156,4 +159,29 @@ def test_a_taken_port_is_one_line(service: Service, tmp_path: Path) -> None:
     assert result.returncode == 1
     lines = (result.stdout + result.stderr).strip().splitlines()
     assert len(lines) == 1, lines
-    assert f"http {service.http_port}" in lines[0]
+    return lines[0]
+
+
+def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> None:
+    models = '[{"name": "mine", "path": "/no/such/model"}]'
+    assert "'mine': /no/such/model/config.json is missing" in failing_start(tmp_path, 27500, FARSIGHT_MODELS=models)
+    assert "FARSIGHT_HTPP_PORT" in failing_start(tmp_path, 27500, FARSIGHT_HTPP_PORT="1")
+    assert "http_port" in failing_start(tmp_path, 27500, FARSIGHT_HTTP_PORT="99999")
+
+
+def test_ctrl_c_while_it_starts_ends_it(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", "serve"],
+        env=environment(tmp_path, 27500),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(5)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(40) == 0
+    assert not any(listens(port) for port in range(27500, 27510))
+
+
+def test_a_taken_port_is_named(service: Service, tmp_path: Path) -> None:
+    assert f"{service.http_port} (FARSIGHT_HTTP_PORT)" in failing_start(tmp_path, service.http_port)

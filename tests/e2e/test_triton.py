@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from service.models.registry import directory_of
+from service.models.files import directory_of
 from tests.conftest import MINILM
 from tests.e2e.conftest import Service
 

@@ -52,4 +52,5 @@ def test_a_request_that_would_be_late_is_told_so_at_once() -> None:
     error = refused(Admission(Config()).admit, 2.0, 4.0, 5.0)
     assert error.kind is Kind.DEADLINE
     assert "6 s" in error.message
-    assert "5 s" in error.message
+    assert "timeout of 5 s" in error.message
+    assert refused(Admission(Config()).admit, 1.0, 0.0, 5.0, 4.5).kind is Kind.DEADLINE

@@ -127,6 +127,18 @@ def test_stacked_requests_of_different_lengths_of_keys(engine: Engine) -> None:
         assert torch.allclose(answer.tensors["output"], exact.out, atol=1e-5)
 
 
+def test_a_batch_member_without_work_is_answered_like_the_others(engine: Engine) -> None:
+    async def together() -> list[Answer]:
+        lengths = [(0,), None, (0,), None]
+        requests = (attention(32, seed, kv_lengths=valid) for seed, valid in enumerate(lengths))
+        return list(await asyncio.gather(*(engine.submit(request) for request in requests)))
+
+    answers: list[Answer] = run(together())
+    assert answers[0].tensors["output"].eq(0).all()
+    assert answers[0].usage.pairs_scored == 0
+    assert answers[1].usage.pairs_scored == 2 * 32 * 32
+
+
 def test_embeddings_are_packed_together_and_equal_single_ones(engine: Engine) -> None:
     texts = [f"text number {index} " * (index % 7 + 1) for index in range(24)]
 
@@ -203,7 +215,7 @@ def test_running_work_stops_at_its_deadline_and_frees_the_device(engine: Engine)
         loop = asyncio.get_running_loop()
         profile_hidden = attention(8192, 3, heads=8, mode="chunked", timeout_s=0.3)
         engine_admits = engine.admission.admit
-        engine.admission.admit = lambda *_: None  # type: ignore[method-assign]  # it would be refused as late at once
+        engine.admission.admit = lambda *_, **__: None  # type: ignore[method-assign]  # it would be refused as late at once
         try:
             with pytest.raises(FarsightError) as caught:
                 await engine.submit(profile_hidden)
@@ -227,7 +239,7 @@ def test_what_would_be_late_is_refused_before_it_starts(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
-        ({"model": "nope"}, Kind.NOT_FOUND, "known: attention, all-MiniLM-L6-v2"),
+        ({"model": "nope"}, Kind.NOT_FOUND, "known: all-MiniLM-L6-v2"),
         ({"texts": ("word " * 300,)}, Kind.TOO_LARGE, "302 tokens, over the 256"),
         ({"texts": ("a",) * 2049}, Kind.TOO_LARGE, "2049 items"),
         ({"dimensions": 385}, Kind.INVALID, "expected 1..384"),

@@ -13,7 +13,8 @@ from service.config import ModelConfig
 from service.core import Plan, PlanKind, Work
 from service.errors import FarsightError, Kind
 from service.models import hook
-from service.models.registry import Model, directory_of, load
+from service.models.files import directory_of
+from service.models.registry import Model, load
 from tests.conftest import MINILM
 
 CPU = torch.device("cpu")
