@@ -151,10 +151,10 @@ class Plan:
     work: Work
     predicted_s: float
     reason: str
-    shared_s: float = 0.0  # the part of predicted_s that a batch pays once
     block_size: int = 128  # tokens per key block
     selection: str | None = None  # how sparse blocks are chosen
     epsilon: float | None = None  # share of a row's estimated mass that selection may drop
+    shared_s: float = 0.0  # the part of predicted_s that a batch pays once
 
 
 @dataclass(frozen=True, slots=True)
