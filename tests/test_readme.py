@@ -47,3 +47,7 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake (serve|test|[a-z]*test|[a-z]+)(?=`|\s{2,}|$)", README, re.MULTILINE))
     assert {"serve", "test", "loadtest"} <= named <= targets
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.findall(r"^[A-Z]+_[A-Z_]+$|TODO|FIXME|XXX", README, re.MULTILINE)
