@@ -11,27 +11,16 @@ from starlette.responses import Response
 from service.api import codec, openai
 from service.api.answer import document, headers
 from service.api.door import INLINE_BYTES
-from service.api.http import JSON, Answered, Call, Http, error_responses, json_response
+from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http, json_response
 from service.api.schema import AttentionBody, EstimateBody, ShapeBody, validated
 from service.attention.validate import check_attention
 from service.config import Config
 from service.core import Answer, AttentionOptions, AttentionRequest, AttentionShape
 from service.engine.accounting import cost_usd
 from service.engine.engine import Estimate
-from service.errors import Kind, invalid
+from service.errors import invalid
 
 SAFETENSORS = "application/x-safetensors"
-ERRORS = error_responses(
-    Kind.MALFORMED,
-    Kind.INVALID,
-    Kind.TOO_LARGE,
-    Kind.UNSUPPORTED_MEDIA,
-    Kind.OVERLOADED,
-    Kind.DEADLINE,
-    Kind.UNAVAILABLE,
-    Kind.OUT_OF_MEMORY,
-    Kind.INTERNAL,
-)
 
 
 def parse_attention(call: Call, config: Config) -> tuple[AttentionRequest, bool]:
@@ -173,7 +162,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
         methods=["POST"],
         tags=["attention"],
         summary="Attention over the caller's own tensors",
-        responses=ERRORS,
+        responses=WORK_ERRORS,
         openapi_extra={"requestBody": {"required": True, "content": attention_content}},
     )
     app.add_api_route(
@@ -182,6 +171,6 @@ def add_routes(app: FastAPI, http: Http) -> None:
         methods=["POST"],
         tags=["cost"],
         summary="Price a request without running it",
-        responses=ERRORS,
+        responses=WORK_ERRORS,
         openapi_extra={"requestBody": {"required": True, "content": {JSON: http.body(EstimateBody)}}},
     )

@@ -250,3 +250,7 @@ def errors_table() -> str:
 def error_responses(*kinds: Kind) -> dict[int | str, dict[str, object]]:
     """For the OpenAPI text of one route."""
     return {CODES[kind].http: {"description": CODES[kind].meaning} for kind in kinds}
+
+
+# what any route that takes work may answer
+WORK_ERRORS = error_responses(*(kind for kind in Kind if kind not in (Kind.METHOD_NOT_ALLOWED, Kind.CANCELLED)))

@@ -13,21 +13,10 @@ from starlette.responses import Response
 from service.api import codec
 from service.api.answer import document, headers
 from service.api.door import INLINE_BYTES
-from service.api.http import JSON, Answered, Call, Http, error_responses, json_response
+from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http, error_responses, json_response
 from service.api.schema import EmbeddingsBody, TextsOrIds, validated
 from service.core import Answer, ForwardRequest, ModelInfo
 from service.errors import FarsightError, Kind, invalid
-
-ERRORS = error_responses(
-    Kind.MALFORMED,
-    Kind.INVALID,
-    Kind.TOO_LARGE,
-    Kind.NOT_FOUND,
-    Kind.OVERLOADED,
-    Kind.DEADLINE,
-    Kind.UNAVAILABLE,
-    Kind.INTERNAL,
-)
 
 
 def texts_or_ids(given: TextsOrIds) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
@@ -123,6 +112,6 @@ def add_routes(app: FastAPI, http: Http) -> None:
         methods=["POST"],
         tags=["text"],
         summary="Embeddings, as the openai client asks for them",
-        responses=ERRORS,
+        responses=WORK_ERRORS,
         openapi_extra={"requestBody": {"required": True, "content": {JSON: http.body(EmbeddingsBody)}}},
     )

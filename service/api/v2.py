@@ -8,23 +8,12 @@ from starlette.responses import Response
 from service.api import oip, oip_http
 from service.api.answer import headers
 from service.api.door import INLINE_BYTES
-from service.api.http import JSON, Answered, Call, Handler, Http, error_responses, json_response
+from service.api.http import JSON, WORK_ERRORS, Answered, Call, Handler, Http, error_responses, json_response
 from service.core import Request
 from service.errors import FarsightError, Kind, malformed
 
 HEADER_LENGTH = "inference-header-content-length"
 BINARY = "application/octet-stream"
-ERRORS = error_responses(
-    Kind.MALFORMED,
-    Kind.INVALID,
-    Kind.TOO_LARGE,
-    Kind.NOT_FOUND,
-    Kind.OVERLOADED,
-    Kind.DEADLINE,
-    Kind.UNAVAILABLE,
-    Kind.OUT_OF_MEMORY,
-    Kind.INTERNAL,
-)
 
 
 def header_length(call: Call) -> int | None:
@@ -46,7 +35,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
             methods=[method],
             tags=["open inference protocol"],
             summary=summary,
-            responses=ERRORS if method == "POST" else error_responses(Kind.NOT_FOUND),
+            responses=WORK_ERRORS if method == "POST" else error_responses(Kind.NOT_FOUND),
         )
 
     async def server(_: Call) -> Response:
