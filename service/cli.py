@@ -112,7 +112,7 @@ def _run(config: Config) -> None:
 
     from service.app import GRPC_SERVICERS, build
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end it, at any moment
+    _end_on_signals()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_s = time.monotonic()
     console.print("starting Farsight ...")
@@ -125,6 +125,7 @@ def _run(config: Config) -> None:
             log_to_driver=True,
             logging_level=logging.WARNING,
         )
+        _end_on_signals()  # again: Ray has put a handler of its own on SIGTERM
         ray_serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=config.host, port=config.http_port),
@@ -140,6 +141,12 @@ def _run(config: Config) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
         _stop(config)
+
+
+def _end_on_signals() -> None:
+    """Ctrl-C and SIGTERM end the service at any moment; a shell's background job starts with SIGINT ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def _stop(config: Config) -> None:
