@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -77,6 +78,11 @@ class FarsightError(Exception):
         self.param = None if param is None else param[:MAX_PARAM]
         self.retry_after_s = retry_after_s
         self.counted = False  # set by the engine: this failure is in the metrics already
+
+
+def retry_after(seconds: float) -> str:
+    """Whole seconds for a header, rounded up: never earlier than the queue can take the request."""
+    return str(max(1, math.ceil(seconds)))
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> FarsightError:

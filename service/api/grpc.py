@@ -24,7 +24,7 @@ from service.api.answer import headers
 from service.api.door import INLINE_BYTES, REQUEST_ID, Door
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.core import Answer, Request
-from service.errors import CODES, FarsightError, Kind, invalid, too_large
+from service.errors import CODES, FarsightError, Kind, invalid, retry_after, too_large
 
 logger = logging.getLogger("farsight")
 
@@ -165,8 +165,8 @@ class GrpcMethods:
         context.set_code(status_code(failure.kind))
         context.set_details(failure.message)
         if failure.retry_after_s is not None:
-            retry_after = str(max(1, math.ceil(failure.retry_after_s)))
-            context.set_trailing_metadata([("x-request-id", request_id), ("retry-after", retry_after)])
+            after = retry_after(failure.retry_after_s)
+            context.set_trailing_metadata([("x-request-id", request_id), ("retry-after", after)])
         return empty
 
 

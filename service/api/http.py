@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.codec import dump_json, error_document, parse_json
 from service.api.door import REQUEST_ID
-from service.engine.engine import Engine, retry_after_header
-from service.errors import CODES, FarsightError, Kind, malformed, too_large
+from service.engine.engine import Engine
+from service.errors import CODES, FarsightError, Kind, malformed, retry_after, too_large
 from service.telemetry import exporter
 
 logger = logging.getLogger("farsight")
@@ -154,7 +154,7 @@ class Http:
 
 def error_response(error: FarsightError, *, v2: bool = False) -> Response:
     after_s = error.retry_after_s
-    headers = {} if after_s is None else {"retry-after": retry_after_header(after_s)}
+    headers = {} if after_s is None else {"retry-after": retry_after(after_s)}
     body = {"error": error.message} if v2 else error_document(error)
     return Response(dump_json(body), CODES[error.kind].http, headers, JSON)
 

@@ -88,15 +88,20 @@ def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
 def returned_weights(shape: AttentionShape, options: AttentionOptions) -> tuple[int, int]:
     """(FLOPs, bytes) of the `weights` and `top_weights` that a request asks for: q·k again for every named row."""
     sizes = weights_bytes(shape, options)
-    rows = shape.query_length if options.rows is None else len(options.rows)
+    rows = returned_rows(shape, options)
     flops = 2 * shape.head_dim * shape.batch * shape.heads * rows * shape.key_length
     scratch = 4 * 4 * TILE_ELEMENTS if sizes else 0
     return flops * len(sizes), sum(sizes.values()) + scratch
 
 
+def returned_rows(shape: AttentionShape, options: AttentionOptions) -> int:
+    """How many query rows `weights` and `top_weights` are asked for."""
+    return shape.query_length if options.rows is None else len(options.rows)
+
+
 def weights_bytes(shape: AttentionShape, options: AttentionOptions) -> dict[str, int]:
     """Size of what is returned: `weights` [B, Hq, rows, Lk] float32, `top_weights` with int64 indices [.., top_k]."""
-    rows = shape.query_length if options.rows is None else len(options.rows)
+    rows = returned_rows(shape, options)
     each = shape.batch * shape.heads * rows
     sizes = {"weights": 4 * each * shape.key_length, "top_weights": (4 + 8) * each * options.top_k}
     return {name: size for name, size in sizes.items() if name in options.returns}

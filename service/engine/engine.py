@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ from service.engine.accounting import cost_usd
 from service.engine.admission import Admission
 from service.engine.batch import BatchRunner, Job, Outcome, Result, Stopped, batch_key, tokens_of
 from service.engine.calibration import DeviceProfile, measure
-from service.engine.cost import attention_pairs, pair_flops, weights_bytes
+from service.engine.cost import attention_pairs, pair_flops, returned_rows, weights_bytes
 from service.engine.executor import Executor, pick_device
 from service.engine.scheduler import Scheduler
 from service.errors import FarsightError, Kind, invalid, too_large
@@ -361,7 +360,7 @@ class Engine:
 
     def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
         """A weight tensor is n x n unless rows are named: refuse it before it is made."""
-        rows = shape.query_length if options.rows is None else len(options.rows)
+        rows = returned_rows(shape, options)
         for name, size in weights_bytes(shape, options).items():
             if size > self.config.max_weights_bytes:
                 raise FarsightError(
@@ -371,8 +370,3 @@ class Engine:
                     code="weights_too_large",
                     param="returns",
                 )
-
-
-def retry_after_header(seconds: float) -> str:
-    """Whole seconds, rounded up: never earlier than the queue can take the request."""
-    return str(max(1, math.ceil(seconds)))
