@@ -30,6 +30,7 @@ class Priority(StrEnum):
 
 Returned = Literal["output", "lse", "weights", "top_weights"]
 Alignment = Literal["bottom_right", "top_left"]
+Stage = Literal["raw", "capped", "masked", "softmax"]
 
 
 class AttentionOptions(BaseModel):
@@ -62,9 +63,22 @@ class AttentionOptions(BaseModel):
         description="Largest relative L2 error of the output allowed (upper confidence limit of the audit); "
         "0 = exact only; default from the service's configuration.",
     )
+    audit_rows: Literal[59, 459] | None = Field(
+        None,
+        description="Rows per head that the audit of a sparse answer computes exactly: 59 (95 % of rows at 95 % "
+        "confidence) or 459 (99 % at 99 %); default from the service's configuration. Exact answers have no audit.",
+    )
     returns: tuple[Returned, ...] = Field(("output",), min_length=1, description="What the answer carries.")
     rows: tuple[int, ...] | None = Field(None, description="Query rows of `weights` and `top_weights`; default all.")
     top_k: int = Field(10, ge=1, le=1024, description="Keys per row of `top_weights`.")
+    stage: Stage = Field(
+        "softmax",
+        description="What `weights` and `top_weights` are: `raw` (scale * q·k, natural units), `capped` (after "
+        "`softcap`), `masked` (capped + float `attn_mask`, -inf where a query may not see the key) or `softmax`. `raw` "
+        "and `capped` hide nothing but the keys past `kv_lengths`, which are never read: -inf. In nested JSON lists "
+        "-inf is null. `top_weights` ranks by the same numbers; places without a key have index -1 and value -inf (0 "
+        "for `softmax`).",
+    )
     priority: Priority = Priority.INTERACTIVE
     timeout_s: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="The whole time the caller waits, in seconds."
@@ -153,7 +167,7 @@ class Plan:
     reason: str
     block_size: int = 128  # tokens per key block
     selection: str | None = None  # how sparse blocks are chosen
-    epsilon: float | None = None  # share of a row's estimated mass that selection may drop
+    epsilon: float | None = None  # risk that a row may leave in a block that is not read
     shared_s: float = 0.0  # the part of predicted_s that a batch pays once
 
 
@@ -164,7 +178,8 @@ class ErrorReport:
     `relative_l2` = sqrt(sum ||o - o'||^2 / sum ||o||^2) over `rows` rows drawn after selection; `relative_l2_upper`
     is its one-sided upper confidence limit. At least `coverage` of all rows err by `row_bound` or less, with
     `confidence`. `riskiest_row` is the largest error among rows that the selector itself rated worst. `recall` is
-    the mean share of softmax mass kept. `fallback`: a sparse answer was over the bound and this exact one replaced it.
+    the mean share of softmax mass that was read; moments stand for the rest. `fallback`: a sparse answer was over the
+    bound and this exact one replaced it.
     """
 
     kind: Literal["exact", "measured"] = "exact"
@@ -178,6 +193,7 @@ class ErrorReport:
     recall: float = 1.0
     fallback: bool = False
     rejected_relative_l2_upper: float | None = None  # what the replaced sparse answer measured
+    certified_unread: float | None = None  # proven: no row leaves a larger share of its mass unread; absent: unproven
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,8 +49,9 @@ def document(answer: Answer) -> dict[str, Any]:
             "riskiest_row": error.riskiest_row,
             "recall": error.recall,
         }
-    if error.rejected_relative_l2_upper is not None:
-        error_document["rejected_relative_l2_upper"] = error.rejected_relative_l2_upper
+    for name in ("certified_unread", "rejected_relative_l2_upper"):
+        if (told := getattr(error, name)) is not None:
+            error_document[name] = told
     return {
         "id": answer.id,
         "plan": plan_document(answer.plan, answer.density),

@@ -135,7 +135,7 @@ def tensor_to_json(tensor: torch.Tensor, *, encoded: bool, squeeze: bool = False
 
     `squeeze` drops the first axis, of size 1.
 
-    JSON has no infinities: in nested lists a log-sum-exp of -inf (a row without keys) is null.
+    JSON has no infinities: in nested lists -inf (the lse of a row without keys, the score of a hidden key) is null.
     """
     if not encoded:
         half = tensor.dtype in (torch.float16, torch.bfloat16)

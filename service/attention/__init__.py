@@ -12,9 +12,10 @@ if TYPE_CHECKING:  # masks and variants are imported when first used: `python -m
     from service.attention.masks import MaskSpec
     from service.attention.output import AttentionOutput, Checkpoint
     from service.attention.pieces import Piece
+    from service.attention.selection import Selection
 
 DEFAULT_BLOCK_SIZE = 128
-DEFAULT_EPSILON = 0.02
+DEFAULT_EPSILON = 0.3
 
 
 def attend(
@@ -48,19 +49,31 @@ def attend(
 
                 return chunked.attend(*tensors, scale=scale, softcap=softcap, checkpoint=checkpoint)
             case PlanKind.SPARSE:
-                from service.attention import selection, sparse
+                from service.attention import sparse
 
-                block_size, epsilon = sparse_settings(plan)
-                chosen = selection.select(
-                    piece.query, piece.key, piece.mask, block_size, epsilon, scale, softcap, checkpoint
-                )
+                chosen = select_blocks(piece, plan, scale, softcap, checkpoint)
                 return sparse.attend(*tensors, chosen, scale=scale, softcap=softcap, checkpoint=checkpoint)
 
     return join(query, value, split(query, key, value, mask), run)
 
 
-def sparse_settings(plan: Plan | PlanKind) -> tuple[int, float]:
-    """(tokens per key block, share of a row's mass that may be dropped)."""
-    if isinstance(plan, PlanKind):
-        return DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON
-    return plan.block_size, DEFAULT_EPSILON if plan.epsilon is None else plan.epsilon
+def select_blocks(
+    piece: Piece, plan: Plan | PlanKind, scale: float | None, softcap: float | None, checkpoint: Checkpoint | None
+) -> Selection:
+    """The key blocks that a sparse plan reads; `plan.selection` names the method, by default "moments"."""
+    block_size, epsilon, method = DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON, "moments"
+    if not isinstance(plan, PlanKind):
+        block_size, method = plan.block_size, plan.selection or method
+        epsilon = DEFAULT_EPSILON if plan.epsilon is None else plan.epsilon
+    match method:
+        case "moments":
+            from service.attention.selection import select
+
+            tensors = piece.query, piece.key, piece.value
+            return select(*tensors, piece.mask, block_size, epsilon, scale, softcap, checkpoint)
+        case "antidiagonal":
+            from service.attention import antidiagonal
+
+            settings = block_size, 1.0 - epsilon, scale, softcap, checkpoint
+            return antidiagonal.select(piece.query, piece.key, piece.mask, *settings)
+    raise ValueError(f"selection: expected moments or antidiagonal, got {method!r}")

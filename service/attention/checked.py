@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from service.attention import attend, sparse_settings
+from service.attention import DEFAULT_EPSILON, attend, select_blocks
 from service.attention.audit import Measured, measure
+from service.attention.certificate import unread_mass
 from service.attention.masks import MaskSpec
 from service.attention.output import AttentionOutput, Checkpoint
 from service.attention.pieces import Piece, join, split
 from service.core import ErrorReport, Plan, PlanKind
+
+RETRY_WITHIN = 5.0  # times max_error: further off, a tighter epsilon would not be enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,64 @@ class Checked:
     error: ErrorReport
     kind: PlanKind  # what produced `out`
     density: float | None  # of `out`, measured; sparse only
+    epsilon: float | None  # that `out` was selected with; sparse only
     pairs_scored: int  # everything: sparse, audit and recomputation
-    reason: str  # why `kind`; empty where the plan was simply followed
+    reason: str  # why `kind` or `epsilon`; empty where the plan was simply followed
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """The arguments of one call."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: MaskSpec
+    pieces: list[Piece]
+    scale: float | None
+    softcap: float | None
+    checkpoint: Checkpoint | None
+
+    def exact(self, kind: PlanKind, error: ErrorReport, before: int, reason: str) -> Checked:
+        output = attend(
+            self.query, self.key, self.value, kind, self.mask,
+            scale=self.scale, softcap=self.softcap, checkpoint=self.checkpoint,
+        )  # fmt: skip
+        pairs = before + sum(piece.visible_pairs for piece in self.pieces)
+        return Checked(output.out, output.lse, error, kind, None, None, pairs, reason)
+
+    def sparse(self, plan: Plan, max_density: float | None) -> tuple[AttentionOutput, float | None] | float:
+        """The sparse output and its certificate, or the predicted density where that is over the limit."""
+        from service.attention import sparse
+
+        chosen = {
+            id(piece): select_blocks(piece, plan, self.scale, self.softcap, self.checkpoint)
+            for piece in self.pieces
+            if piece.key.shape[2] > 0
+        }
+        density = sum(one.pairs for one in chosen.values()) / max(1, sum(one.visible for one in chosen.values()))
+        if max_density is not None and density > max_density:
+            return density
+        proven: list[float | None] = []
+        scale, softcap, checkpoint = self.scale, self.softcap, self.checkpoint
+
+        def run(piece: Piece) -> AttentionOutput:
+            selection, tensors = chosen[id(piece)], (piece.query, piece.key, piece.value, piece.mask)
+            output = sparse.attend(*tensors, selection, scale=scale, softcap=softcap, checkpoint=checkpoint)
+            proven.append(
+                unread_mass(piece.query, selection, output, scale=scale, softcap=softcap, checkpoint=checkpoint)
+            )
+            return output
+
+        output = join(self.query, self.value, self.pieces, run)
+        known = [share for share in proven if share is not None]
+        return output, max(known, default=0.0) if len(known) == len(proven) else None
+
+    def measure(self, output: AttentionOutput, rows: int, seed: int) -> Measured:
+        return measure(
+            self.query, self.key, self.value, output, self.mask,
+            scale=self.scale, softcap=self.softcap, rows=rows, seed=seed, checkpoint=self.checkpoint,
+        )  # fmt: skip
 
 
 def attend_checked(
@@ -44,67 +103,43 @@ def attend_checked(
     exact_kind: PlanKind = PlanKind.DENSE,
     checkpoint: Checkpoint | None = None,
 ) -> Checked:
-    """Exact plans just run. A sparse one is selected, run, audited, and replaced where it is over `max_error`.
+    """Exact plans just run. A sparse one is selected, run and audited; over `max_error` it is tried once more with a
+    smaller epsilon, and then replaced by an exact one.
 
     Not `forced`, it goes exact before any sparse work where the selection is denser than `max_density`.
     """
-    pieces = split(query, key, value, mask)
-
-    def exact(kind: PlanKind, error: ErrorReport, before: int, reason: str) -> Checked:
-        output = attend(query, key, value, kind, mask, scale=scale, softcap=softcap, checkpoint=checkpoint)
-        exact_pairs = sum(piece.visible_pairs for piece in pieces)
-        return Checked(output.out, output.lse, error, kind, None, before + exact_pairs, reason)
-
+    setup = _Setup(query, key, value, mask, split(query, key, value, mask), scale, softcap, checkpoint)
     if plan.kind is not PlanKind.SPARSE:
-        return exact(plan.kind, ErrorReport(), 0, "")
+        return setup.exact(plan.kind, ErrorReport(), 0, "")
     if exact_kind is PlanKind.SPARSE:
         raise ValueError("exact_kind: expected dense or chunked, got sparse")
-    output = _sparse(query, value, pieces, plan, None if forced else max_density, scale, softcap, checkpoint)
-    if isinstance(output, float):
-        return exact(exact_kind, ErrorReport(), 0, f"predicted density {output:.2f} > {max_density:g}")
-
-    audited = measure(
-        query, key, value, output, mask,
-        scale=scale, softcap=softcap, rows=audit_rows, seed=seed, checkpoint=checkpoint,
-    )  # fmt: skip
-    spent = (output.pairs_scored or 0) + audited.pairs
-    if audited.report.relative_l2_upper > max_error:
-        error, reason = _rejected(audited, max_error, output.density or 0.0)
-        return exact(exact_kind, error, spent, reason)
-    return Checked(output.out, output.lse, audited.report, PlanKind.SPARSE, output.density, spent, "")
-
-
-def _sparse(
-    query: torch.Tensor,
-    value: torch.Tensor,
-    pieces: list[Piece],
-    plan: Plan,
-    max_density: float | None,
-    scale: float | None,
-    softcap: float | None,
-    checkpoint: Checkpoint | None,
-) -> AttentionOutput | float:
-    """The sparse output, or the predicted density where it is over the limit and nothing was computed."""
-    from service.attention import selection, sparse
-
-    block_size, epsilon = sparse_settings(plan)
-    chosen = {
-        id(piece): selection.select(piece.query, piece.key, piece.mask, block_size, epsilon, scale, softcap, checkpoint)
-        for piece in pieces
-        if piece.key.shape[2] > 0
-    }
-    density = sum(one.pairs for one in chosen.values()) / max(1, sum(one.visible for one in chosen.values()))
-    if max_density is not None and density > max_density:
-        return density
-
-    def run(piece: Piece) -> AttentionOutput:
-        tensors = piece.query, piece.key, piece.value, piece.mask
-        return sparse.attend(*tensors, chosen[id(piece)], scale=scale, softcap=softcap, checkpoint=checkpoint)
-
-    return join(query, value, pieces, run)
+    plan = replace(plan, epsilon=DEFAULT_EPSILON if plan.epsilon is None else plan.epsilon)
+    spent, history, error = 0, "", ErrorReport()
+    for last in (False, True):
+        assert plan.epsilon is not None, "bug: set above"
+        ran = setup.sparse(plan, None if forced else max_density)
+        if isinstance(ran, float):
+            reason = f"{history}predicted density {ran:.2f} > {max_density:g} with epsilon {plan.epsilon:.2g}"
+            return setup.exact(exact_kind, error, spent, reason)
+        output, certified = ran
+        audited = setup.measure(output, audit_rows, seed)
+        spent += (output.pairs_scored or 0) + audited.pairs
+        upper = audited.report.relative_l2_upper
+        if upper <= max_error:
+            report = replace(audited.report, certified_unread=certified)
+            found = output.density, plan.epsilon
+            return Checked(output.out, output.lse, report, PlanKind.SPARSE, *found, spent, history.rstrip(", "))
+        error = replace(ErrorReport(), fallback=True, rejected_relative_l2_upper=upper)
+        history += (
+            f"measured error {upper:.3g} > max_error {max_error:g} "
+            f"with epsilon {plan.epsilon:.2g} at density {output.density or 0.0:.2f}, "
+        )
+        if last or upper > RETRY_WITHIN * max_error:
+            break
+        plan = replace(plan, epsilon=plan.epsilon * tighter(upper / max_error))
+    return setup.exact(exact_kind, error, spent, f"{history}recomputed exactly")
 
 
-def _rejected(audited: Measured, max_error: float, density: float) -> tuple[ErrorReport, str]:
-    upper = audited.report.relative_l2_upper
-    reason = f"measured error {upper:.3g} > max_error {max_error:g} at density {density:.2f}: recomputed exactly"
-    return replace(ErrorReport(), fallback=True, rejected_relative_l2_upper=upper), reason
+def tighter(excess: float) -> float:
+    """What epsilon is multiplied with after an error `excess` times too large: errors fall like epsilon^0.7."""
+    return min(0.25, 0.5 * float(excess**-1.4))

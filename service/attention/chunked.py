@@ -6,7 +6,7 @@ import torch
 
 from service.attention.masks import MaskSpec, as_bias, cut, row_bounds
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
-from service.attention.scores import block_scores, default_scale, grouped, normalise
+from service.attention.scores import block_scores, default_scale, grouped, lse_of, normalise
 
 KEY_BLOCK = 512
 MAX_ROWS = 512
@@ -71,10 +71,10 @@ def _rows(
         scores = block_scores(query, key[:, :, keys], scale, softcap, bias, bounds, k)
         new_top = torch.maximum(top, scores.amax(-1))
         base = new_top.masked_fill(new_top == -torch.inf, 0.0)  # -inf - -inf is NaN
-        weights = scores.sub_(base[..., None]).exp_()
-        shrink = torch.exp(top - base)
+        weights = scores.sub_(base[..., None]).exp2_()
+        shrink = torch.exp2(top - base)
         total = total * shrink + weights.sum(-1)
         acc.mul_(shrink[..., None]).add_(grouped(weights, value[:, :, keys].to(dtype)))
         top = new_top
-    lse = total.log() + top.masked_fill(top == -torch.inf, 0.0)
+    lse = lse_of(total, top.masked_fill(top == -torch.inf, 0.0))
     return normalise(acc, total).to(query.dtype), lse

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from service.attention.masks import Bounds, MaskSpec, as_bias, cut, row_bounds
 from service.attention.output import AttentionOutput, Checkpoint
-from service.attention.scores import block_scores, default_scale, exponentiate, grouped, normalise
+from service.attention.scores import block_scores, default_scale, exponentiate, grouped, lse_of, normalise
 
 BLOCK_FLOPS = 4e9  # ~40 ms at the 100 GFLOP/s that 2 AVX2 cores gave the CPU kernel
 SCRATCH_BYTES = 64 * 2**20
@@ -147,7 +147,7 @@ def _eager(
     scores = block_scores(query, key, scale, softcap, bias, (lo[:, None], hi[:, None]))
     weights, total, top = exponentiate(scores)
     out = normalise(grouped(weights, value.to(weights.dtype)), total)
-    return out.to(query.dtype), total.log() + top
+    return out.to(query.dtype), lse_of(total, top)
 
 
 def _kernel(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from service.core import AttentionOptions
 
 Bounds = tuple[torch.Tensor, torch.Tensor]
+LARGEST_BIAS = 1e38  # a third of float32's range: times log2(e), plus a score, it is still a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,17 @@ class MaskSpec:
 
 def mask_of(options: AttentionOptions, attn_mask: torch.Tensor | None = None) -> MaskSpec:
     """The mask that the options of a request describe."""
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = _within_float32(attn_mask)
     lengths = None if options.kv_lengths is None else torch.tensor(options.kv_lengths, dtype=torch.int64)
     return MaskSpec(options.is_causal, options.causal_alignment, options.window, lengths, attn_mask)
+
+
+def _within_float32(bias: torch.Tensor) -> torch.Tensor:
+    """Biases like finfo.min, which callers use for "hidden", stay finite when they are turned into bits; -inf stays."""
+    if bias.numel() == 0 or float(bias.masked_fill(bias == -torch.inf, 0.0).abs().max()) <= LARGEST_BIAS:
+        return bias
+    return bias.clamp(-LARGEST_BIAS, LARGEST_BIAS).masked_fill(bias == -torch.inf, -torch.inf)
 
 
 def bounds_at(mask: MaskSpec, rows: torch.Tensor, query_length: int, key_length: int) -> Bounds:

@@ -22,6 +22,7 @@ class AttentionOutput:
     density: float | None = None  # pairs_scored / visible pairs
     pairs_scored: int | None = None  # visible pairs of the selected blocks and the outlier columns, over all heads
     risky_rows: torch.Tensor | None = None  # [n, 3] int64 (batch, head, row): what the selector rates riskiest
+    lse_read: torch.Tensor | None = None  # like lse, over the keys that were read; the rest of lse is estimated
 
 
 def no_checkpoint() -> None:

@@ -79,6 +79,7 @@ def join(
     out = query.new_zeros(batch, heads, query_length, value.shape[3])
     dtype = torch.promote_types(query.dtype, torch.float32)
     lse = torch.full((batch, heads, query_length), -torch.inf, dtype=dtype, device=query.device)
+    lse_read: torch.Tensor | None = None
     pairs: int | None = None
     visible = 0
     risky: list[torch.Tensor] = []
@@ -91,8 +92,10 @@ def join(
         if part.pairs_scored is not None:
             pairs = (pairs or 0) + part.pairs_scored
             visible += piece.visible_pairs
+        if part.lse_read is not None:
+            lse_read = torch.full_like(lse, -torch.inf) if lse_read is None else lse_read
+            lse_read[piece.batch, :, piece.rows] = part.lse_read
         if part.risky_rows is not None:
             risky.append(part.risky_rows + torch.tensor([piece.batch.start, 0, piece.rows.start]))
-    return AttentionOutput(
-        out, lse, None if pairs is None else pairs / max(visible, 1), pairs, torch.cat(risky) if risky else None
-    )
+    density = None if pairs is None else pairs / max(visible, 1)
+    return AttentionOutput(out, lse, density, pairs, torch.cat(risky) if risky else None, lse_read)

@@ -9,7 +9,7 @@ import torch
 from service.attention.masks import MaskSpec, bias_at, bounds_at
 from service.attention.merge import merge
 from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import block_scores, default_scale, exponentiate, grouped, normalise
+from service.attention.scores import block_scores, default_scale, exponentiate, grouped, lse_of, normalise
 
 SCRATCH_BYTES = 16 * 2**20  # of one block of scores
 
@@ -68,7 +68,7 @@ def attend_rows(
         (checkpoint or no_checkpoint)()
         weights, total, top = exponentiate(score_rows(query, key, mask, b, rows, keys, scale, softcap))
         part = normalise(grouped(weights[None], value[b : b + 1, :, keys].to(dtype))[0], total)
-        out, lse = merge(out, lse, part, total.log() + top)
+        out, lse = merge(out, lse, part, lse_of(total, top))
     return out, lse
 
 

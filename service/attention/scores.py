@@ -1,10 +1,18 @@
-"""Scores of a block of rows against a block of keys, and their softmax; what all eager variants share."""
+"""Scores of a block of rows against a block of keys, and their softmax; what all eager variants share.
+
+Scores are in bits: natural ones times log2(e), so that softmax is 2^x, which the CPU computes twice as fast as e^x.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
 from service.attention.masks import Bounds
+
+LOG2_E = 1.4426950408889634
 
 
 def default_scale(scale: float | None, head_dim: int) -> float:
@@ -29,15 +37,15 @@ def block_scores(
     bounds: Bounds | None = None,
     k_start: int = 0,
 ) -> torch.Tensor:
-    """query [B, Hq, n, D], key [B, Hkv, m, D] -> [B, Hq, n, m] float32 (float64 kept), -inf where not visible.
+    """query [B, Hq, n, D], key [B, Hkv, m, D] -> [B, Hq, n, m] bits, float32 (float64 kept), -inf where not visible.
 
     `bounds` (lo, hi), broadcastable to [B, Hq, n], are absolute; the first key stands at `k_start`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = grouped(query.to(dtype) * scale, key.to(dtype).transpose(-1, -2))
+    scores = grouped(query.to(dtype) * (scale * LOG2_E), key.to(dtype).transpose(-1, -2))
     cap(scores, softcap)
     if bias is not None:
-        scores += bias
+        scores.add_(bias, alpha=LOG2_E)
     if bounds is not None:
         columns = torch.arange(k_start, k_start + key.shape[2], device=key.device)
         lo, hi = bounds
@@ -46,18 +54,38 @@ def block_scores(
 
 
 def cap(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """c * tanh(score / c), in place."""
-    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+    """c * tanh(score / c), in place; the cap is given in nats, the scores are in bits."""
+    return scores if softcap is None else scores.div_(softcap * LOG2_E).tanh_().mul_(softcap * LOG2_E)
 
 
 def exponentiate(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[..., n, m] -> (exp(scores - top) in place, its sum [..., n], top [..., n]); empty rows give zeros, top 0."""
+    """[..., n, m] -> (2^(scores - top) in place, its sum [..., n], top [..., n]); empty rows give zeros, top 0."""
     top = scores.amax(-1)
     top = top.masked_fill(top == -torch.inf, 0.0)
-    weights = scores.sub_(top[..., None]).exp_()
+    weights = scores.sub_(top[..., None]).exp2_()
     return weights, weights.sum(-1), top
+
+
+def lse_of(total: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """Natural log of sum(exp(scores)) from what `exponentiate` gave; -inf for empty rows."""
+    return (total.log2() + top) / LOG2_E
 
 
 def normalise(weights: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """weights [..., n, x] / total [..., n]; rows without keys stay zero."""
     return weights / total.masked_fill(total == 0, 1.0)[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Float32 buffers that are used again: fresh pages of a large tensor cost as much as a pass over it."""
+
+    device: torch.device
+    _buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, *shape: int) -> torch.Tensor:
+        """Uninitialised, and overwritten by the next `take` of the same name."""
+        numbers = prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < numbers:
+            self._buffers[name] = torch.empty(numbers, device=self.device)
+        return self._buffers[name][:numbers].view(shape)

@@ -1,72 +1,65 @@
-"""Which key blocks a block of queries attends to: moments and outliers. Training-free, for any q, k, v.
+"""Which key blocks a block of queries reads: moments, outliers and the risk of not reading. For any q, k, v.
 
-A key block is its centroid c, its variance per channel v and a few outlier keys. Outliers are attended exactly by
-every row, as extra columns, so that a single needle or sink is never diluted. The rest of a block is estimated as
-n_b exp(s q.c + s^2 q^2.v / 2), the mass of n_b Gaussian keys, and a row drops its lightest blocks while their
-estimated share stays under epsilon. A query block takes the union of its rows.
+A key block that is not read is still answered for, by its moments (`moments.py`): its mass is estimated, and its mean
+value stands for its values. What that costs a row is its share of the row's mass times how unevenly the row weighs
+the block's keys, the coefficient of variation sqrt(E[w^2] / E[w]^2 - 1) of their weights; and it weighs the more, the
+more the row's values cancel (rows of diffuse attention are averages close to zero). A block is read where this risk is
+over epsilon for any of the sampled rows, or where rows see only a part of it.
+
+The lightest blocks of all, a NEGLIGIBLE part of any sampled row together, are left out altogether. Every STRIDE-th row
+is looked at; outliers are attended exactly by all rows, looked at or not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 
 import torch
-from torch.nn.functional import pad
 
-from service.attention.masks import MaskSpec, as_bias, bias_at, bounds_at, cut
+from service.attention.layout import Layout, layout_of, visible_pairs
+from service.attention.masks import MaskSpec, as_bias, bias_at, cut, four
+from service.attention.moments import Moments, moments_of
 from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import cap, default_scale
+from service.attention.scores import LOG2_E, Scratch, cap, default_scale
 
-MAX_OUTLIERS = 8  # per block
-OUTLIER_Z = 2.5  # standard deviations of the block's own distances from its centroid
-RISKY_ROWS = 4  # per head, reported for the audit to check apart
-SCRATCH_BYTES = 64 * 2**20
-MOMENTS_BYTES = 8 * 2**20  # of keys at a time
+STRIDE = 8  # rows
+NEGLIGIBLE = 0.1  # of epsilon: the share of a row that blocks left out altogether may have
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys [nO, D] and values [nO, Dv]
+
+TILE_BYTES = 2 * 2**20  # of one tile of estimates: read twenty times, so it should stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Key blocks whose moments stand beside what a few blocks of rows read."""
+
+    blocks: slice
+    columns: torch.Tensor  # [c] int64; for each block of rows those that it sees in full and does not read
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Blocks to compute. Partially visible ones are always kept, invisible ones never."""
+    """Blocks to read. Those seen in part are always kept, invisible ones never."""
 
-    block_size: int  # of queries and of keys
+    layout: Layout
     keep: torch.Tensor  # [B, Hq, nQ, nK] bool
-    outliers: torch.Tensor  # [B, Hkv, nO] int64 key positions; -1: none
-    pairs: int  # visible pairs of the kept blocks and of outliers in other blocks, over all heads
+    moments: Sequence[Sequence[Moments]]  # [B][Hq]; empty: blocks that are not kept are dropped
+    beside: Sequence[Sequence[Sequence[Beside]]]  # [B][Hq]; all rows in order
+    by_row: bool  # an attn_mask differs from row to row: moments cannot hold it, and none stand beside
+    pairs: int  # visible pairs of the kept blocks, of outliers and of centroids, over all heads
     visible: int  # visible pairs, over all heads
-    risky_rows: torch.Tensor  # [n, 3] int64 (batch, head, row) with the largest estimated dropped share
 
     @property
     def density(self) -> float:
         return self.pairs / max(self.visible, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Moments:
-    """Of one key head: centroid and variance [nK, D] and log share of keys [nK] without outliers [nO]."""
-
-    centroid: torch.Tensor
-    variance: torch.Tensor
-    log_share: torch.Tensor
-    outliers: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What the rows of a few query blocks can see, the same for every head of a sequence."""
-
-    rows: torch.Tensor  # [n] int64, n = blocks x block size; the last row repeated where the last block is ragged
-    real: torch.Tensor  # [n, 1] int64: 0 for the repeated ones
-    lo: torch.Tensor  # [n, 1]
-    hi: torch.Tensor  # [n, 1]
-    overlap: torch.Tensor  # [n, nK] visible keys of each key block
-    forced: torch.Tensor  # [blocks, nK] seen only in part: diagonal, window edges, ragged ends
-    seen: torch.Tensor  # [blocks, nK] seen by any row
-    pairs: torch.Tensor  # [blocks, nK] visible pairs
-
-
 def select(
     query: torch.Tensor,
     key: torch.Tensor,
+    value: torch.Tensor,
     mask: MaskSpec,
     block_size: int,
     epsilon: float,
@@ -74,162 +67,172 @@ def select(
     softcap: float | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Selection:
-    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> the blocks to compute."""
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> the blocks to read, and their moments."""
     pause = checkpoint or no_checkpoint
     batch, heads, query_length, head_dim = query.shape
-    kv_heads, key_length = key.shape[1:3]
-    scale = default_scale(scale, head_dim)
-    q_blocks, k_blocks = -(-query_length // block_size), -(-key_length // block_size)
-    keep = torch.zeros(batch, heads, q_blocks, k_blocks, dtype=torch.bool, device=query.device)
-    outliers: list[torch.Tensor] = []
-    risky: list[torch.Tensor] = []
-    pairs = visible = 0
+    group, key_length = heads // key.shape[1], key.shape[2]
+    layout = layout_of(mask, query_length, key_length, block_size, query.device)
+    keep = torch.zeros(batch, heads, layout.q_blocks, layout.k_blocks, dtype=torch.bool, device=query.device)
+    by_row = mask.attn_mask is not None and four(mask.attn_mask).shape[2] > 1
+    by_head = mask.attn_mask is not None and four(mask.attn_mask).shape[1] > 1
+    moments: list[list[Moments]] = []
+    beside: list[list[list[Beside]]] = []
+    scratch = Scratch(query.device)
+    pairs = 0
     for b in range(batch):
-        moments = [_moments(key[b, h], block_size, pause) for h in range(kv_heads)]
-        outliers += [head.outliers for head in moments]
-        dropped = torch.zeros(heads, query_length, device=query.device)
-        step = _blocks_per_group(moments, mask, key_length, block_size)
-        for start in range(0, q_blocks, step):
-            blocks = slice(start, min(start + step, q_blocks))
-            view = _geometry(mask, b, query_length, key_length, block_size, blocks, query.device)
-            visible += heads * int(view.pairs.sum())
-            for h in range(heads):
-                pause()
-                head = moments[h // (heads // kv_heads)]
-                q = query[b, h, view.rows].float() * scale
-                keys = key[b, h // (heads // kv_heads)]
-                kept, share = _choose(q, keys, head, view, mask, (b, h), epsilon, softcap)
-                keep[b, h, blocks] = kept
-                dropped[h, view.rows] = share
-                pairs += _count(kept, view, head.outliers, block_size)
-        worst = dropped.topk(min(RISKY_ROWS, query_length)).indices  # [Hq, n]
-        head_of = torch.arange(heads, device=query.device)[:, None].expand_as(worst)
-        risky.append(torch.stack((torch.full_like(worst, b), head_of, worst), -1).view(-1, 3))
-    columns = max(len(found) for found in outliers)
-    padded = torch.stack([pad(found, (0, columns - len(found)), value=-1) for found in outliers])
-    return Selection(block_size, keep, padded.view(batch, kv_heads, columns), pairs, visible, torch.cat(risky))
+        moments.append([])
+        beside.append([])
+        for h in range(heads):
+            if h % group == 0 or by_head:
+                keys, values = (x[b, h // group].float() for x in (key, value))
+                own = moments_of(keys, values, _key_bias(mask, b, h, key_length), block_size, pause)
+            rule = _Rule(layout, own, mask if by_row else None, (b, h), epsilon, softcap, scratch)
+            q = query[b, h].float() * (default_scale(scale, head_dim) * LOG2_E)
+            keep[b, h], stand = rule.choose(q, keys, values, pause)
+            moments[b].append(own)
+            beside[b].append(stand)
+            pairs += read_pairs(layout, keep[b, h]) + beside_pairs(layout, keep[b, h], own, stand)
+    visible = batch * heads * visible_pairs(layout)
+    return Selection(layout, keep, moments, beside, by_row, pairs, visible)
 
 
-def _blocks_per_group(moments: list[Moments], mask: MaskSpec, key_length: int, block_size: int) -> int:
-    """Query blocks of one head that fit the scratch together."""
-    numbers = max(8 * len(head.centroid) + 4 * len(head.outliers) for head in moments)
-    if mask.attn_mask is not None and mask.attn_mask.dim() > 1 and mask.attn_mask.shape[-2] > 1:
-        numbers += 3 * key_length
-    return max(1, SCRATCH_BYTES // (4 * numbers * block_size))
+def read_pairs(layout: Layout, keep: torch.Tensor) -> int:
+    """Of one head: visible pairs of the blocks keep [nQ, nK]."""
+    rows, whole = layout.row_counts(), layout.whole()
+    count = (keep & whole).sum(1) * layout.block_size
+    at, block = (keep & ~whole).nonzero().unbind(1)  # seen in part: row by row
+    begin = block[:, None] * layout.block_size
+    end = (begin + layout.block_size).clamp(max=layout.key_length)
+    inside = (torch.minimum(layout.hi[at], end) - torch.maximum(layout.lo[at], begin)).clamp(min=0)
+    real = torch.arange(layout.rows.shape[1], device=keep.device) < rows[at, None]
+    return int((count * rows).sum() + (inside * real).sum())
 
 
-def _moments(key: torch.Tensor, block_size: int, pause: Checkpoint) -> Moments:
-    """key [Lk, D] -> centroid, variance and outliers of each block, a few blocks at a time."""
-    step = block_size * max(1, MOMENTS_BYTES // (4 * key.shape[1] * block_size))
-    parts: list[Moments] = []
-    for start in range(0, len(key), step):
-        pause()
-        parts.append(_moments_of(key[start : start + step], start, block_size))
-    fields = zip(*((part.centroid, part.variance, part.log_share, part.outliers) for part in parts), strict=True)
-    return Moments(*(torch.cat(tensors) for tensors in fields))
+def beside_pairs(layout: Layout, keep: torch.Tensor, moments: Moments, beside: Sequence[Beside]) -> int:
+    """Of one head: a pair for each row and outlier, and for each row and centroid that stands for keys."""
+    rows, others = layout.row_counts(), layout.whole() & ~keep
+    count = others[:, moments.outliers // layout.block_size].sum(1)
+    for part in beside:
+        count[part.blocks] += others[part.blocks, part.columns].sum(1)
+    return int((count * rows).sum())
 
 
-def _moments_of(key: torch.Tensor, start: int, block_size: int) -> Moments:
-    key_length, head_dim = key.shape
-    blocks = -(-key_length // block_size)
-    keys = pad(key.float(), (0, 0, 0, blocks * block_size - key_length)).view(blocks, block_size, head_dim)
-    position = torch.arange(blocks * block_size, device=key.device).view(blocks, block_size)
-    valid = position < key_length
-    count = valid.sum(1, keepdim=True)
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What decides for one head."""
 
-    def mean(x: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
-        return (x * of[..., None]).sum(1) / of.sum(1, keepdim=True)
+    layout: Layout
+    moments: Moments
+    row_mask: MaskSpec | None  # with an attn_mask of its own for every row: moments cannot hold it
+    which: tuple[int, int]
+    epsilon: float
+    softcap: float | None
+    scratch: Scratch
 
-    distance = (keys - mean(keys, valid)[:, None]).norm(dim=-1)
-    average = (distance * valid).sum(1, keepdim=True) / count
-    spread = (((distance - average).square() * valid).sum(1, keepdim=True) / count).sqrt()
-    far, where = distance.masked_fill(~valid, 0.0).topk(min(MAX_OUTLIERS, block_size), dim=1)
-    is_outlier = torch.zeros_like(valid).scatter_(1, where, far > average + OUTLIER_Z * spread)
+    @property
+    def looked_at(self) -> torch.Tensor:
+        """[samples] places within a block of rows: its ends, where topics change unseen, and evenly between them."""
+        size = self.layout.rows.shape[1]
+        return torch.linspace(0, size - 1, -(-size // STRIDE), device=self.layout.rows.device).round().long()
 
-    plain = valid & ~is_outlier
-    centroid = mean(keys, plain)
-    variance = mean((keys - centroid[:, None]).square(), plain)
-    return Moments(centroid, variance, (plain.sum(1) / count[:, 0]).log(), start + position[is_outlier])
+    def choose(
+        self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pause: Checkpoint
+    ) -> tuple[torch.Tensor, list[Beside]]:
+        """q [Lq, D] in bits, key [Lk, D], value [Lk, Dv] -> keep [nQ, nK] and what stands beside it."""
+        layout = self.layout
+        keep = torch.zeros(layout.q_blocks, layout.k_blocks, dtype=torch.bool, device=q.device)
+        beside: list[Beside] = []
+        outliers = key[self.moments.outliers], value[self.moments.outliers]
+        columns = layout.key_length if self.row_mask is not None else layout.k_blocks + len(outliers[0])
+        sampled = layout.rows[:, self.looked_at]
+        step = max(1, TILE_BYTES // (4 * sampled.shape[1] * columns))
+        for start in range(0, layout.q_blocks, step):
+            pause()
+            blocks = slice(start, min(start + step, layout.q_blocks))
+            seen = layout.columns(blocks, layout.seen)
+            if seen.stop == seen.start:
+                continue
+            keep[blocks, seen], stand = self._blocks(q[sampled[blocks].flatten()], outliers, blocks, seen)
+            beside.append(Beside(blocks, stand))
+        return keep, beside
+
+    def _blocks(
+        self, q: torch.Tensor, outliers: Pair, blocks: slice, seen: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [n, D], of the sampled rows of a few blocks -> kept [blocks, seen] and the columns that stand beside."""
+        columns = torch.arange(seen.start, seen.stop, device=q.device)
+        any_row, every_row = (self.layout.within(blocks, columns, of) for of in (self.layout.seen, self.layout.full))
+        least, first, second = self.moments.masses(q, seen, self.softcap, self.scratch)
+        self._weigh(least.view(len(any_row), -1, len(columns)), any_row & ~every_row, every_row, blocks, seen)
+        powers = self.scratch.take("powers", *least.shape)
+        exact = self._outlier_scores(q, outliers[0], blocks)
+        log_total = _log_total(least, exact, powers)
+        least -= log_total
+        share = first.add_(least).exp2_()
+        heaviest = share.amax(0)
+        if self.row_mask is None:
+            risk = second.add_(least).exp2_().square_().addcmul_(share, share, value=-1)
+        else:  # a mask of every row's own makes the moments a guess: all of the share is at risk
+            risk = share.square()
+        mean = torch.addmm(exact.sub_(log_total).exp2_() @ outliers[1], share, self.moments.value[seen])
+        square = mean.square_().sum(1, keepdim=True).clamp_(max=self.moments.value_square)
+        risk *= self.moments.value_square / square.clamp_(min=torch.finfo(square.dtype).tiny)
+        by_block = risk.view(len(any_row), -1, len(columns))
+        kept = any_row & ~(every_row & (by_block.amax(1) <= self.epsilon**2))  # written so that NaN is kept
+        if self.row_mask is not None:
+            return kept, columns[:0]
+        heaviest, column = heaviest.masked_fill_(~(every_row & ~kept).any(0), 0.0).sort()
+        matter = ~(heaviest.cumsum(0) <= self.epsilon * NEGLIGIBLE)
+        return kept, columns[column[matter].sort().values]
+
+    def _weigh(
+        self, score: torch.Tensor, partial: torch.Tensor, full: torch.Tensor, blocks: slice, seen: slice
+    ) -> None:
+        """score [blocks, samples, seen], in place: from that of the centroid to log2 of the least mass (Jensen)."""
+        layout, weight = self.layout, self.moments.log_weight[seen]
+        if self.row_mask is not None:
+            score += self._row_bias(blocks, seen).view(score.shape)
+        row, column = partial.nonzero().unbind(1)
+        lo, hi = (of[blocks, self.looked_at][row] for of in (layout.lo, layout.hi))
+        begin = ((seen.start + column) * layout.block_size)[:, None]
+        share = (torch.minimum(hi, begin + layout.block_size) - torch.maximum(lo, begin)).clamp(min=0)
+        part = score[row, :, column] + (share / layout.block_size).log2() + weight[column, None]
+        score += torch.where(full, weight, -torch.inf)[:, None]
+        score[row, :, column] = part
+
+    def _outlier_scores(self, q: torch.Tensor, outliers: torch.Tensor, blocks: slice) -> torch.Tensor:
+        layout, positions = self.layout, self.moments.outliers
+        exact = cap(q @ outliers.T, self.softcap)
+        if self.row_mask is not None:
+            exact += self._bias(layout.rows[blocks, self.looked_at].reshape(-1, 1), positions)
+        lo, hi = (of[blocks, self.looked_at].reshape(-1, 1) for of in (layout.lo, layout.hi))
+        return exact.masked_fill_((positions < lo) | (positions >= hi), -torch.inf)
+
+    def _bias(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        assert self.row_mask is not None and self.row_mask.attn_mask is not None, "bug: no mask"
+        return bias_at(self.row_mask.attn_mask, *self.which, rows, keys) * LOG2_E
+
+    def _row_bias(self, blocks: slice, seen: slice) -> torch.Tensor:
+        """[n, seen]: log2 of the mean of exp(bias) over each block, for masks that differ from row to row."""
+        rows = self.layout.rows[blocks, self.looked_at].reshape(-1, 1)
+        size, last = self.layout.block_size, self.layout.key_length
+        keys = torch.arange(seen.start * size, seen.stop * size, device=rows.device)
+        bias = self._bias(rows, keys.clamp(max=last - 1)).masked_fill(keys >= last, -torch.inf)
+        return (bias.expand(len(rows), -1).view(len(rows), -1, size) / LOG2_E).logsumexp(2) * LOG2_E - log2(size)
 
 
-def _geometry(
-    mask: MaskSpec, b: int, query_length: int, key_length: int, block_size: int, blocks: slice, device: torch.device
-) -> Geometry:
-    wanted = torch.arange(blocks.start * block_size, blocks.stop * block_size, device=device)
-    real = wanted < query_length
-    rows = wanted.clamp(max=query_length - 1)
-    lo, hi = bounds_at(mask, rows[None], query_length, key_length)
-    which = b if len(lo) > 1 else 0
-    lo, hi = lo[which, :, None], hi[which, :, None]
-    begin = torch.arange(0, key_length, block_size, device=device)
-    end = (begin + block_size).clamp(max=key_length)
-    overlap = (torch.minimum(hi, end) - torch.maximum(lo, begin)).clamp(min=0)
-    by_block = overlap.view(-1, block_size, len(begin))
-    seen = by_block.amax(1) > 0
-    forced = seen & (by_block.amin(1) < end - begin)
-    pairs = (overlap * real[:, None]).view(by_block.shape).sum(1)
-    return Geometry(rows, real[:, None].long(), lo, hi, overlap, forced, seen, pairs)
-
-
-def _choose(
-    q: torch.Tensor,
-    key: torch.Tensor,
-    moments: Moments,
-    view: Geometry,
-    mask: MaskSpec,
-    which: tuple[int, int],
-    epsilon: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [n, D] scaled -> kept [blocks, nK] and the estimated share [n] of each row's mass that is dropped."""
-    blocks, k_blocks = view.forced.shape
-    estimate = cap(q @ moments.centroid.T + (q * q) @ (moments.variance.T / 2), softcap)
-    estimate += _log_counts(mask, which, view, key.shape[0]) + moments.log_share
-    exact = cap(q @ key[moments.outliers].float().T, softcap)
-    if mask.attn_mask is not None:
-        exact += bias_at(mask.attn_mask, *which, view.rows[:, None], moments.outliers)
-    exact.masked_fill_((moments.outliers < view.lo) | (moments.outliers >= view.hi), -torch.inf)
-
-    top = torch.cat((estimate, exact), 1).amax(1, keepdim=True)
+def _log_total(score: torch.Tensor, exact: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+    """score [n, c], exact [n, nO] -> [n, 1]: log2 of the sum of 2^x over both; 0 where there is nothing."""
+    top = torch.cat((score.amax(1, keepdim=True), exact), 1).amax(1, keepdim=True)
     top = top.masked_fill(top == -torch.inf, 0.0)
-    mass = (estimate - top).exp_()
-    total = mass.sum(1) + (exact - top).exp_().sum(1)
-
-    forced = view.forced.repeat_interleave(len(q) // blocks, 0)
-    droppable = mass.masked_fill(forced, 0.0)
-    wanted = ~(droppable < _lightest_kept(droppable, epsilon * total))  # written so that NaN is kept
-    kept = (wanted.view(blocks, -1, k_blocks).any(1) & view.seen) | view.forced
-    lost = mass.masked_fill_(kept.repeat_interleave(len(q) // blocks, 0), 0.0).sum(1)
-    return kept, (lost / total.clamp(min=torch.finfo(total.dtype).tiny)).nan_to_num(1.0)
+    total = torch.sub(score, top, out=powers).exp2_().sum(1, keepdim=True)
+    total += (exact - top).exp2_().sum(1, keepdim=True)
+    return total.log2_().add_(top).nan_to_num_(neginf=0.0)
 
 
-def _lightest_kept(mass: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """mass [n, nK], budget [n] -> [n, 1]: the lightest block that the budget does not pay for; inf if none."""
-    ordered = mass.sort(dim=1).values
-    affordable = (ordered.cumsum(1) <= budget[:, None]).sum(1, keepdim=True)
-    return pad(ordered, (0, 1), value=torch.inf).gather(1, affordable)
-
-
-def _log_counts(mask: MaskSpec, which: tuple[int, int], view: Geometry, key_length: int) -> torch.Tensor:
-    """[n, nK]: log of the visible keys of each block, a key with bias x counted as exp(x)."""
-    counts = view.overlap.float().log()
-    if mask.attn_mask is None:
-        return counts
-    b, h = which
-    start, stop = int(view.rows[0]), int(view.rows[-1]) + 1
-    part = cut(mask.attn_mask, slice(b, b + 1), slice(h, h + 1), slice(start, stop), slice(0, key_length))[0, 0]
-    bias = as_bias(part).expand(part.shape[0], key_length)
-    k_blocks = view.overlap.shape[1]
-    block_size = len(view.rows) // view.forced.shape[0]
-    padded = pad(bias, (0, k_blocks * block_size - key_length), value=-torch.inf)
-    sizes = torch.full((k_blocks,), float(block_size), device=bias.device)
-    sizes[-1] = key_length - (k_blocks - 1) * block_size
-    mean = padded.view(len(bias), k_blocks, block_size).logsumexp(-1) - sizes.log()
-    return counts + (mean if len(mean) == 1 else mean[view.rows - start])
-
-
-def _count(kept: torch.Tensor, view: Geometry, outliers: torch.Tensor, block_size: int) -> int:
-    """Visible pairs of the kept blocks, and of outliers whose block is not kept."""
-    seen = (outliers >= view.lo) & (outliers < view.hi)
-    columns = (seen * view.real).view(len(kept), len(view.rows) // len(kept), len(outliers)).sum(1)
-    return int((kept * view.pairs).sum() + (~kept[:, outliers // block_size] * columns).sum())
+def _key_bias(mask: MaskSpec, b: int, h: int, key_length: int) -> torch.Tensor | None:
+    """[Lk] float32 where an attn_mask says the same to every row of a head."""
+    if mask.attn_mask is None or four(mask.attn_mask).shape[2] > 1:
+        return None
+    part = cut(mask.attn_mask, slice(b, b + 1), slice(h, h + 1), slice(0, 1), slice(0, key_length))
+    return as_bias(part)[0, 0, 0].expand(key_length)

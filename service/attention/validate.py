@@ -105,6 +105,10 @@ def _check_options(options: AttentionOptions, batch: int, query_length: int, key
         for number in numbers:
             if isinstance(number, int) and abs(number) > MAX_POSITION:
                 raise invalid(f"{name}: expected at most {MAX_POSITION} in size, got {number}", param=name)
+    if options.stage != "softmax" and not {"weights", "top_weights"} & set(options.returns):
+        raise invalid(
+            f"stage: {options.stage} is a stage of weights or top_weights, returns asks for neither", param="stage"
+        )
     if options.mode == "sparse" and options.max_error == 0:
         raise invalid("max_error: 0 asks for an exact answer and mode sparse for an approximate one", param="max_error")
 

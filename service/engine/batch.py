@@ -175,6 +175,7 @@ class BatchRunner:
                 key,
                 mask,
                 options.rows,
+                stage=options.stage,
                 scale=options.scale,
                 softcap=options.softcap,
                 checkpoint=checkpoint,
@@ -186,6 +187,7 @@ class BatchRunner:
                 mask,
                 options.rows,
                 options.top_k,
+                stage=options.stage,
                 scale=options.scale,
                 softcap=options.softcap,
                 checkpoint=checkpoint,
@@ -209,15 +211,16 @@ class BatchRunner:
             scale=options.scale,
             softcap=options.softcap,
             max_error=max_error(options, self._config),
-            audit_rows=self._config.audit_rows,
+            audit_rows=options.audit_rows or self._config.audit_rows,
             seed=_seed(request.query),
             forced=options.mode == "sparse",
             max_density=self._config.max_density,
             exact_kind=job.exact_kind,
             checkpoint=checkpoint,
         )
-        if checked.kind is not plan.kind:
-            plan = replace(plan, kind=checked.kind, reason=checked.reason, selection=None, epsilon=None)
+        if checked.reason:  # a smaller epsilon, or exact after all
+            selection = plan.selection if checked.kind is plan.kind else None
+            plan = replace(plan, kind=checked.kind, reason=checked.reason, selection=selection, epsilon=checked.epsilon)
         return checked.out, checked.lse, Outcome({}, plan, checked.error, checked.pairs_scored, checked.density)
 
     def _forward(self, jobs: Sequence[Job], checkpoint: Callable[[], None]) -> list[Outcome]:

@@ -34,6 +34,7 @@ from service.core import (
     Usage,
     Work,
 )
+from service.engine.engine import Engine
 from service.errors import CODES, FarsightError, Kind
 
 T = TypeVar("T")
@@ -155,6 +156,31 @@ def test_infer() -> None:
     assert sent.options.window == (-1, 0)
     assert sent.options.returns == ("output", "lse")
     assert sent.options.scale == 0.5
+
+
+def test_scores_of_a_stage_arrive_with_their_infinities(engine: Engine) -> None:
+    request = attention(stage="masked", is_causal=True, scale=1.0, audit_rows=459)
+    for name in ("weights", "top_weights"):
+        request.outputs.add(name=name)
+    request.parameters["top_k"].int64_param = 2
+    response = run(Methods(engine).ModelInfer(request, Context()))
+    found = {
+        output.name: wire.from_raw(output.name, output.datatype, output.shape, raw)
+        for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
+    assert found["weights"].tolist() == [[[[14.0, -torch.inf], [38.0, 126.0]]]]
+    assert found["top_weights"].tolist() == [[[[14.0, -torch.inf], [126.0, 38.0]]]]
+    assert found["top_indices"].tolist() == [[[[0, -1], [1, 0]]]]
+
+
+def test_options_of_audit_and_stage_are_checked() -> None:
+    door = Door()
+    infer(attention(audit_rows=459), door)
+    (sent,) = door.requests
+    assert isinstance(sent, AttentionRequest)
+    assert sent.options.audit_rows == 459
+    fails(attention(audit_rows=60), "audit_rows: Input should be 59 or 459")
+    fails(attention(stage="raw"), "stage: raw is a stage of weights or top_weights")
 
 
 def test_both_transports_make_the_same_request() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import re
 import struct
 from collections.abc import AsyncIterator
@@ -110,6 +111,84 @@ def test_weights_and_top_weights(call: Any) -> None:
     assert body["top_weights"]["weights"][0][0][0] == pytest.approx(body["weights"][0][0][0])
 
 
+# one query of ones at the last valid key, three keys scoring 2, 4 and -1, the fourth past kv_lengths
+STAGED = {
+    "query": [[[1.0, 1.0]]],
+    "key": [[[1.0, 1.0], [2.0, 2.0], [-1.0, 0.0], [9.0, 9.0]]],
+    "value": [[[1.0], [2.0], [3.0], [4.0]]],
+    "attn_mask": [[0.0, -10.0, 0.5, 0.0]],
+    "kv_lengths": [3],
+    "window": [1, 0],
+    "scale": 1.0,
+    "softcap": 2.0,
+    "returns": ["weights", "top_weights"],
+    "top_k": 3,
+}
+CAPPED = [2 * math.tanh(score / 2) for score in (2.0, 4.0, -1.0)]
+MASKED = [CAPPED[1] - 10.0, CAPPED[2] + 0.5]
+SHARE = 1 / (1 + math.exp(MASKED[0] - MASKED[1]))
+STAGES: list[tuple[str, list[float | None], list[int], list[float | None]]] = [
+    ("raw", [2.0, 4.0, -1.0, None], [1, 0, 2], [4.0, 2.0, -1.0]),
+    ("capped", [*CAPPED, None], [1, 0, 2], [CAPPED[1], CAPPED[0], CAPPED[2]]),
+    ("masked", [None, *MASKED, None], [2, 1, -1], [MASKED[1], MASKED[0], None]),
+    ("softmax", [0.0, 1 - SHARE, SHARE, 0.0], [2, 1, -1], [SHARE, 1 - SHARE, 0.0]),
+]
+
+
+def with_infinities(numbers: list[float | None]) -> list[float]:
+    return [-math.inf if number is None else number for number in numbers]
+
+
+@pytest.mark.parametrize(("stage", "weights", "indices", "top"), STAGES, ids=[case[0] for case in STAGES])
+def test_scores_of_each_stage(
+    call: Any, stage: str, weights: list[float | None], indices: list[int], top: list[float | None]
+) -> None:
+    body = call("POST", "/v1/attention", json={**STAGED, "stage": stage}).json()
+    told, best = body["weights"][0][0], body["top_weights"]["weights"][0][0]
+    assert [number is None for number in told] == [number is None for number in weights]  # -inf is null in lists
+    assert [number is None for number in best] == [number is None for number in top]
+    assert with_infinities(told) == pytest.approx(with_infinities(weights), rel=1e-4)
+    assert with_infinities(best) == pytest.approx(with_infinities(top), rel=1e-4)
+    assert body["top_weights"]["indices"] == [[indices]]
+
+    tensors = {name: torch.tensor(STAGED[name]) for name in ("query", "key", "value", "attn_mask")}
+    options = {name: value for name, value in STAGED.items() if name not in tensors}
+    content = save(tensors, metadata={"options": json.dumps({**options, "stage": stage})})
+    headers = {"content-type": "application/x-safetensors", "accept": "application/x-safetensors"}
+    binary = load(call("POST", "/v1/attention", content=content, headers=headers).content)
+    assert torch.equal(binary["weights"][0, 0], torch.tensor(with_infinities(told)))  # bytes carry -inf itself
+    assert torch.equal(binary["top_weights"][0, 0], torch.tensor(with_infinities(best)))
+    assert binary["top_indices"].flatten().tolist() == indices
+
+    inputs = [
+        {"name": name, "datatype": "FP32", "shape": list(tensor.shape), "data": tensor.flatten().tolist()}
+        for name, tensor in tensors.items()
+    ]
+    listed = {name: json.dumps(value) if isinstance(value, list) else value for name, value in options.items()}
+    document = {"inputs": inputs, "parameters": {**listed, "stage": stage}}
+    response = call("POST", "/v2/models/attention/infer", json=document)
+    by_name = {output["name"]: output["data"] for output in response.json()["outputs"]}
+    assert by_name == {"weights": told, "top_weights": best, "top_indices": indices}
+
+
+def test_a_score_beyond_float32_is_an_error_at_the_stage_that_shows_it(call: Any) -> None:
+    key = [[[0.0, 1.0], [-1e30, 0.0]]]
+    body = {**SMALL, "query": [[[1e30, 0.0]]], "key": key, "returns": ["weights"]}
+    assert call("POST", "/v1/attention", json=body).json()["weights"] == [[[1.0, 0.0]]]
+    response = call("POST", "/v1/attention", json={**body, "stage": "raw"})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "non_finite")
+
+
+@pytest.mark.parametrize(("asked", "rows"), [({}, 59), ({"audit_rows": 59}, 59), ({"audit_rows": 459}, 459)])
+def test_the_audit_reads_as_many_rows_as_asked(call: Any, asked: dict[str, int], rows: int) -> None:
+    tensors = {name: torch.randn(2, 600, 8) for name in ("query", "key", "value")}
+    options = json.dumps({"mode": "sparse", "max_error": 1, **asked})
+    headers = {"content-type": "application/x-safetensors"}
+    response = call("POST", "/v1/attention", content=save(tensors, metadata={"options": options}), headers=headers)
+    assert response.json()["error"]["kind"] == "measured"
+    assert response.json()["error"]["rows"] == 2 * rows  # of each head
+
+
 def test_the_masked_tail_may_hold_anything_and_an_empty_row_is_zero(call: Any) -> None:
     nan = struct.pack("<4f", 1.0, 0.0, float("nan"), float("inf"))
     key = {"dtype": "float32", "shape": [1, 2, 2], "data": base64.b64encode(nan).decode()}
@@ -137,6 +216,10 @@ WRONG: list[tuple[str, dict[str, Any], int, str]] = [
     ("kv_lengths", {"kv_lengths": [3]}, 422, "kv_lengths"),
     ("sparse but exact", {"mode": "sparse", "max_error": 0}, 422, "max_error"),
     ("timeout", {"timeout_s": 0}, 422, "timeout_s"),
+    ("stage", {"stage": "logits", "returns": ["weights"]}, 422, "stage"),
+    ("stage of nothing", {"stage": "raw"}, 422, "stage"),
+    ("stage of lse", {"stage": "masked", "returns": ["output", "lse"]}, 422, "stage"),
+    ("audit rows", {"audit_rows": 100}, 422, "audit_rows"),
 ]
 
 
@@ -335,6 +418,10 @@ def test_openapi_shows_the_errors_and_the_bodies(call: Any) -> None:
         found = document
         for part in path.split("/"):
             found = found[part]
+    options = document["components"]["schemas"]["AttentionRequest"]["properties"]
+    assert options["stage"]["enum"] == ["raw", "capped", "masked", "softmax"]
+    assert {459, 59} <= set(options["audit_rows"]["anyOf"][0]["enum"])
+    assert all(options[name]["description"] for name in ("stage", "audit_rows"))
     assert set(route["responses"]) >= {"400", "413", "415", "422", "429", "500", "503", "504", "507"}
 
 

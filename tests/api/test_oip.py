@@ -151,6 +151,9 @@ def test_options_by_json_and_by_strings_are_the_same() -> None:
         ({"priority": True}, "priority", "priority: "),
         ({"priority": "high"}, "priority", "priority: "),
         ({"sequence_id": 7}, "sequence_id", "sequences are not served"),
+        ({"stage": "logits"}, "stage", "stage: Input should be 'raw', 'capped', 'masked' or 'softmax'"),
+        ({"stage": "raw"}, "stage", "stage: raw is a stage of weights or top_weights"),
+        ({"audit_rows": 100}, "audit_rows", "audit_rows: Input should be 59 or 459"),
     ],
 )
 def test_a_wrong_parameter_is_named(parameters: dict[str, Any], param: str, says: str) -> None:
@@ -202,6 +205,24 @@ def test_returns_follow_the_requested_outputs() -> None:
     assert returns({}, "top_indices", "top_weights") == ("top_weights",)
     assert returns({"returns": ["lse"]}, "output") == ("lse", "output")
     assert returns({"returns": '["lse", "weights"]'}) == ("lse", "weights")
+
+
+def test_a_stage_goes_with_the_weights_however_they_are_asked_for() -> None:
+    for infer in (
+        attention({"stage": "raw"}, {"weights": None}),
+        attention({"stage": "raw"}, {"output": None, "top_indices": None}),
+        attention({"stage": "raw", "returns": '["top_weights"]'}),
+    ):
+        request = parse(infer)
+        assert isinstance(request, AttentionRequest)
+        assert request.options.stage == "raw"
+    refused(lambda: parse(attention({"stage": "raw"}, {"lse": None})), "stage: raw is a stage of weights")
+    assert options({"stage": "softmax"}) == options({})
+
+
+def test_audit_rows() -> None:
+    assert options({}).audit_rows is None
+    assert options({"audit_rows": 459}).audit_rows == 459
 
 
 def test_rank_three_comes_and_goes_without_a_batch_axis() -> None:

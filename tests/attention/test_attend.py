@@ -34,7 +34,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(dense, "BLOCK_FLOPS", 2e4)
     monkeypatch.setattr(chunked, "SCRATCH_BYTES", 2048)
     monkeypatch.setattr(chunked, "KEY_BLOCK", 7)
-    monkeypatch.setattr(sparse, "SCRATCH_BYTES", 30_000)
+    monkeypatch.setattr(sparse, "TILE_BYTES", 30_000)
 
 
 @pytest.mark.parametrize("kind", KINDS)

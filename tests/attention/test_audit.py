@@ -47,6 +47,16 @@ def test_told_numbers():
     assert audit(q, k, v, output, MaskSpec(), rows=59, seed=1) != report
 
 
+@pytest.mark.parametrize(("rows", "coverage"), [(59, 0.95), (459, 0.99)])
+def test_more_rows_cover_more(rows, coverage):
+    q, k, v = structured(1, 1, 1, 1024, 16, topic_tokens=64)
+    exact = reference.attend(q, k, v, MaskSpec())
+    report = audit(q, k, v, AttentionOutput(exact.out * 1.01, exact.lse), MaskSpec(), rows=rows)
+    assert (report.rows, report.coverage) == (rows, coverage)
+    assert report.confidence == pytest.approx(1 - coverage**rows)
+    assert report.confidence >= coverage - 0.002
+
+
 def test_the_riskiest_row_is_looked_at():
     q, k, v = structured(1, 1, 1, 1024, 16, topic_tokens=64)
     exact = reference.attend(q, k, v, MaskSpec())
@@ -76,19 +86,19 @@ def test_nan_is_the_largest_error_there_is():
 
 
 def test_the_upper_limit_covers():
-    """72 sparse answers of all densities: the limit may be too low in 5 % of them (3.6; 8 would be 2.4 sigma)."""
+    """204 sparse answers of all densities that nothing was tuned on: the limit may be too low in 5 % of them."""
     missed = cases = 0
-    for seed in range(12):
-        q, k, v = structured(1, 2, 2, 512, 32, seed=seed, topic_tokens=64, needles=seed % 4)
+    for seed in range(100, 134):
+        q, k, v = structured(1, 2, 2, 512, 32, seed=seed, topic_tokens=(50, 64, 100)[seed % 3], needles=seed % 4)
         for mask in (MaskSpec(is_causal=True), MaskSpec()):
             exact = attend(q, k, v, PlanKind.DENSE, mask)
-            for epsilon in (0.02, 0.1, 0.3):
-                output = sparse.attend(q, k, v, mask, select(q, k, mask, 32, epsilon))
+            for epsilon in (0.05, 0.3, 1.0):
+                output = sparse.attend(q, k, v, mask, select(q, k, v, mask, 32, epsilon))
                 report = audit(q, k, v, output, mask, rows=59, seed=seed)
                 missed += report.relative_l2_upper < true_error(output.out, exact.out)
                 cases += 1
-    assert cases == 72
-    assert missed <= 3
+    assert cases == 204
+    assert missed <= 10
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.01, 0.1])

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from service.attention import attend, sparse
-from service.attention.checked import attend_checked
+from service.attention import attend, select_blocks, sparse
+from service.attention.checked import attend_checked, tighter
 from service.attention.masks import MaskSpec
 from service.attention.pairs import visible_pairs
+from service.attention.pieces import split
 from service.attention.workloads import diffuse, structured
 from service.core import ErrorReport, PlanKind
 
@@ -47,7 +48,7 @@ def test_too_dense_goes_exact_before_any_sparse_work(monkeypatch):
     checked = attend_checked(*tensors, plan_of("sparse", 64, 0.02), CAUSAL, max_error=0.02)
     assert (checked.kind, checked.error, checked.density) == (PlanKind.DENSE, ErrorReport(), None)
     assert checked.reason.startswith("predicted density ")
-    assert checked.reason.endswith(" > 0.5")
+    assert checked.reason.endswith(" > 0.5 with epsilon 0.02")
     assert checked.pairs_scored == 2 * visible_pairs(1024, 1024, is_causal=True)
 
 
@@ -78,7 +79,7 @@ def test_over_the_bound_is_recomputed_and_told(inputs, forced, kind):
     [
         MaskSpec(kv_lengths=torch.tensor([1024, 0, 700])),
         MaskSpec(is_causal=True, window=(600, -1)),
-        MaskSpec(attn_mask=torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0)) > 0.2),
+        MaskSpec(attn_mask=torch.rand(1024, generator=torch.Generator().manual_seed(0)) > 0.2),
     ],
     ids=["ragged", "window", "mask"],
 )
@@ -91,6 +92,52 @@ def test_masks_and_ragged_batches(mask):
     if mask.kv_lengths is not None:
         assert not checked.out[1].any()
         assert (checked.lse[1] == -torch.inf).all()
+
+
+def test_a_tighter_epsilon_is_tried_once_and_told(inputs):
+    plan = plan_of("sparse", 64, 1.0)
+    first = attend_checked(*inputs, plan, CAUSAL, max_error=1.0, max_density=1.0)
+    assert (first.epsilon, first.reason) == (1.0, "")
+    bound = first.error.relative_l2_upper / 2
+    checked = attend_checked(*inputs, plan, CAUSAL, max_error=bound, max_density=1.0)
+    exact = attend(*inputs, PlanKind.DENSE, CAUSAL)
+    assert checked.kind is PlanKind.SPARSE
+    assert checked.epsilon == pytest.approx(tighter(2.0))
+    assert checked.error.relative_l2_upper <= bound
+    assert not checked.error.fallback
+    assert float((checked.out - exact.out).norm() / exact.out.norm()) < bound
+    assert checked.reason.startswith(f"measured error {first.error.relative_l2_upper:.3g} > max_error {bound:g} with")
+    assert checked.pairs_scored > first.pairs_scored + checked.density * 4 * 2048 * 2049 // 2
+
+
+def test_a_mask_of_every_rows_own_goes_exact_rather_than_wrong():
+    tensors = structured(1, 2, 1, 1024, 32, seed=3, topic_tokens=128)
+    mask = MaskSpec(attn_mask=torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0)) > 0.2)
+    checked = attend_checked(*tensors, plan_of("sparse", 64, 0.3), mask, max_error=0.03, forced=True)
+    assert (checked.kind, checked.error.fallback) == (PlanKind.DENSE, True)
+    assert checked.error.certified_unread is None
+
+
+def test_what_is_certified_is_true():
+    """Keys in tight clusters: their blocks' radii prove how little was left unread; spread keys prove nothing."""
+    draw = torch.Generator().manual_seed(0)
+    centres = 8 * torch.nn.functional.normalize(torch.randn(1, 2, 16, 32, generator=draw), dim=3)
+    key = centres.repeat_interleave(64, 2) + 0.02 * torch.randn(1, 2, 1024, 32, generator=draw)
+    query = 2 * key + 0.1 * torch.randn(1, 2, 1024, 32, generator=draw)
+    value = torch.randn(1, 2, 1024, 32, generator=draw)
+    plan = plan_of("sparse", 64, 0.003)
+    checked = attend_checked(query, key, value, plan, CAUSAL, max_error=0.1, forced=True)
+    scores = (query @ key.mT * 32**-0.5).masked_fill(~torch.ones(1024, 1024, dtype=torch.bool).tril(), -torch.inf)
+    one = split(query, key, value, CAUSAL)[0]
+    selection = select_blocks(one, plan, None, None, None)
+    output = sparse.attend(query, key, value, CAUSAL, selection)
+    unread = float((1 - (output.lse_read - scores.logsumexp(3)).exp()).max())
+    assert selection.density < 0.3
+    assert 0 < unread <= checked.error.certified_unread < 0.5
+
+    spread = attend_checked(*structured(1, 2, 2, 1024, 32), plan, CAUSAL, max_error=0.1, forced=True)
+    assert spread.kind is PlanKind.SPARSE
+    assert spread.error.certified_unread is None
 
 
 def test_packed_sequences(inputs):

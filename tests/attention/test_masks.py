@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.attention import attend
 from service.attention.masks import EXAMPLES, MaskSpec, draw, main, mask_of, row_bounds
-from service.core import AttentionOptions
+from service.core import AttentionOptions, PlanKind
 
 
 def may_see(mask: MaskSpec, b: int, i: int, j: int, query_length: int, key_length: int) -> bool:
@@ -103,3 +104,18 @@ def test_options_become_a_mask():
 def test_contradictions_are_refused(wrong):
     with pytest.raises(ValueError, match=r"cu_seqlens|kv_lengths|causal_alignment"):
         MaskSpec(**wrong)
+
+
+@pytest.mark.parametrize("kind", list(PlanKind))
+def test_the_smallest_float_is_a_mask_that_stays_a_number(kind):
+    """Callers write finfo.min for "hidden": against other keys it hides, in a row of its own it hides nothing."""
+    bias = torch.zeros(4, 6)
+    bias[0, 2:], bias[1] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+    bias[2, 3], bias[3, 1:] = torch.finfo(torch.float32).max, -torch.inf
+    q, k, v = (torch.randn(1, 1, length, 8, generator=torch.Generator().manual_seed(length)) for length in (4, 6, 6))
+    out = attend(q, k, v, kind, mask_of(AttentionOptions(), bias)).out[0, 0]
+    alone = attend(q, k[:, :, :2], v[:, :, :2], kind, MaskSpec()).out[0, 0]
+    torch.testing.assert_close(out[0], alone[0])
+    torch.testing.assert_close(out[1], v[0, 0].mean(0))
+    torch.testing.assert_close(out[2], v[0, 0, 3])
+    torch.testing.assert_close(out[3], v[0, 0, 0])

@@ -50,6 +50,8 @@ BAD = [
     ("window", {"window": (2**40, 0)}, "window: expected at most 2147483647 in size, got"),
     ("causal_alignment", {"causal_alignment": -(10**30)}, "causal_alignment: expected at most 2147483647 in size"),
     ("max_error", {"mode": "sparse", "max_error": 0}, "max_error: 0 asks for an exact answer"),
+    ("stage", {"stage": "raw"}, "stage: raw is a stage of weights or top_weights, returns asks for neither"),
+    ("stage", {"stage": "masked", "returns": ("output", "lse")}, "stage: masked is a stage of weights or top_weights"),
 ]
 
 

@@ -1,0 +1,80 @@
+"""What can be proven about the keys that a sparse answer did not read, without reading them.
+
+Every key of a block lies within the block's radius r of its centroid c, so no score s q.k is above s q.c + s |q| r.
+The masses so bounded, over the mass that was read, bound the share of a row that was not. Ref: DESIGN 3; the bound says
+something only where keys cluster tightly, and it is told only there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from service.attention.layout import Layout
+from service.attention.moments import Moments
+from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
+from service.attention.scores import LOG2_E, cap, default_scale
+from service.attention.selection import Selection
+
+FIRST_ROWS = 64  # a head's, looked at before all the others: mostly they say already that nothing can be proven
+TILE_BYTES = 4 * 2**20
+ROUNDING = 1e-3  # bits, outward: float32 products of a few hundred numbers
+
+
+def unread_mass(
+    query: torch.Tensor,
+    selection: Selection,
+    output: AttentionOutput,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> float | None:
+    """query [B, Hq, Lq, D] -> the largest share of softmax mass that any row can have left unread, if that is proven.
+
+    None: more than half, so that the bound proves nothing, or a mask of every row's own, which moments do not hold.
+    """
+    if not selection.moments or selection.by_row or output.lse_read is None:
+        return None
+    pause = checkpoint or no_checkpoint
+    bits = default_scale(scale, query.shape[3]) * LOG2_E
+    heads = [(b, h) for b in range(query.shape[0]) for h in range(query.shape[1])]
+    worst = 0.0
+    for share in (FIRST_ROWS, query.shape[2]):
+        step = max(1, query.shape[2] // share)
+        for b, h in heads:
+            pause()
+            q = query[b, h, ::step].float() * bits
+            read = output.lse_read[b, h, ::step] * LOG2_E
+            at = torch.arange(0, query.shape[2], step, device=q.device)
+            ratio = _head(q, at, read, selection.layout, selection.keep[b, h], selection.moments[b][h], softcap)
+            if not ratio < 1:
+                return None
+            worst = max(worst, ratio)
+    return worst / (1 + worst)
+
+
+def _head(
+    q: torch.Tensor,
+    at: torch.Tensor,
+    read: torch.Tensor,
+    layout: Layout,
+    keep: torch.Tensor,
+    moments: Moments,
+    softcap: float | None,
+) -> float:
+    """q [n, D] in bits, of rows `at` [n], log2 of their mass read [n] -> the largest unread mass over the mass read."""
+    place = torch.arange(layout.k_blocks, device=q.device)
+    worst = 0.0
+    step = max(1, TILE_BYTES // (4 * layout.k_blocks))
+    for start in range(0, len(q), step):
+        part = q[start : start + step]
+        block = at[start : start + step] // layout.rows.shape[1]
+        bound = part @ moments.centroid.T
+        bound.addr_(torch.linalg.vector_norm(part, dim=1), moments.radius)
+        bound = cap(bound, softcap) + moments.log_weight + ROUNDING
+        full = (place >= layout.full[block, :1]) & (place < layout.full[block, 1:])
+        bound.masked_fill_(~full | keep[block], -torch.inf)
+        ratio = (bound - read[start : start + step, None]).exp2_().sum(1)
+        empty = bound.amax(1) == -torch.inf
+        worst = max(worst, float(ratio.masked_fill_(empty, 0.0).max()))
+    return worst
