@@ -54,6 +54,9 @@ class Config(BaseSettings):
         "one machine need different ranges: Ray lets them share ports and mixes their traffic.",
     )
     state_dir: Path = Field(Path(tempfile.gettempdir()) / "farsight", description="Where the metric files are kept.")
+    cache_dir: Path = Field(
+        Path("~/.cache/farsight"), description="Where the measured speed of this device is kept between starts."
+    )
 
     # what it serves, and on what
     models: tuple[ModelConfig, ...] = ()
@@ -81,7 +84,10 @@ class Config(BaseSettings):
     # attention
     block_size: int = Field(128, ge=16, le=1024)
     max_error: float = Field(0.02, ge=0, le=1, description="Used where a request names none.")
-    epsilon: float = Field(0.02, gt=0, lt=1, description="Estimated mass that a sparse row may drop.")
+    epsilon: float = Field(
+        0.3, gt=0, le=1, description="Risk that a sparse row may leave in a block it does not read, at max_error 0.02."
+    )
+    selection: Literal["moments", "antidiagonal"] = "moments"
     audit_rows: int = Field(59, ge=8, le=4096, description="Exact rows per head; 59 = 95 % of rows at 95 % confidence.")
     sparse_min_tokens: int = Field(4096, ge=256, description="Keys below which auto never tries sparse.")
     max_density: float = Field(0.5, gt=0, le=1, description="Selected share of blocks above which auto goes exact.")

@@ -188,7 +188,8 @@ def _outliers(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     average = (distances * share).sum(1, keepdim=True)
     deviation = ((distances - average).square() * share).sum(1, keepdim=True).sqrt()
     limit = average + OUTLIER_Z * deviation + ROUNDING * norms.amax(1, keepdim=True)
-    return candidates & (distances > limit) & valid
+    found: torch.Tensor = candidates & (distances > limit) & valid
+    return found
 
 
 def _mean(share: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -156,9 +156,7 @@ class _Rule:
             beside.append(Beside(blocks, stand))
         return keep, beside
 
-    def _blocks(
-        self, q: torch.Tensor, outliers: Pair, blocks: slice, seen: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _blocks(self, q: torch.Tensor, outliers: Pair, blocks: slice, seen: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """q [n, D], of the sampled rows of a few blocks -> kept [blocks, seen] and the columns that stand beside."""
         columns = torch.arange(seen.start, seen.stop, device=q.device)
         any_row, every_row = (self.layout.within(blocks, columns, of) for of in (self.layout.seen, self.layout.full))
@@ -209,7 +207,8 @@ class _Rule:
         return exact.masked_fill_((positions < lo) | (positions >= hi), -torch.inf)
 
     def _bias(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        assert self.row_mask is not None and self.row_mask.attn_mask is not None, "bug: no mask"
+        assert self.row_mask is not None, "bug: no mask of every row's own"
+        assert self.row_mask.attn_mask is not None, "bug: a mask without a mask"
         return bias_at(self.row_mask.attn_mask, *self.which, rows, keys) * LOG2_E
 
     def _row_bias(self, blocks: slice, seen: slice) -> torch.Tensor:

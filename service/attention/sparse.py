@@ -67,7 +67,7 @@ def _risky_rows(lse: torch.Tensor, lse_read: torch.Tensor) -> torch.Tensor:
     read = (lse_read - lse).nan_to_num(0.0)  # rows without keys: -inf - -inf
     rows = read.topk(min(RISKY_ROWS, lse.shape[2]), dim=2, largest=False).indices
     batch, heads = (torch.arange(size, device=lse.device) for size in lse.shape[:2])
-    where = torch.broadcast_tensors(batch[:, None, None], heads[:, None], rows)
+    where = batch[:, None, None].expand_as(rows), heads[:, None].expand_as(rows), rows
     return torch.stack(where, -1).view(-1, 3)
 
 

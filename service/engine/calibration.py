@@ -1,48 +1,179 @@
-"""Work into predicted seconds on this device: a few short measurements at start.
+"""Effort into predicted seconds on this device: measured once, kept in a file, read at the next start.
 
-The numbers are rates of this machine at one middle size each; `predict` is linear in FLOPs above a fixed cost per
-call. That is right within a small factor, which is what ordering, batching and refusals need.
+Seconds are linear in what `cost.Effort` counts. The coefficients, never negative, are fitted to a few dozen runs so
+that the relative errors are least: a prediction of 1 ms and one of 10 s count alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from service.core import PlanKind, Work
+import numpy as np
+
+from service.core import AttentionOptions, AttentionShape, PlanKind
+from service.engine.cost import Effort, attention_effort
 
 if TYPE_CHECKING:
     import torch
 
-MIN_PAIR_FLOPS = 128  # head_dim 32
-MAX_REPEATS = 5
-MEASURE_S = 0.05  # of one figure; sixteen are measured
+VERSION = 1  # of the file, and of what is measured
+DTYPES = ("float32", "bfloat16", "float16")
+MIN_REPEATS, MAX_REPEATS, MEASURE_S = 3, 9, 0.05  # of one figure
+LEAST_S = 1e-6  # nothing is free: work that was predicted to take no time could not be ordered
+Progress = Callable[[float], None]  # share done
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """Measured speed of one device. Rates in FLOP/s by (plan kind, dtype); overhead in seconds a call."""
+    """Measured speed of one device: seconds for one of each `Effort` of a plan and dtype, FLOP/s of linear layers."""
 
     device: str
-    attention_flops_per_s: Mapping[tuple[PlanKind, str], float]
+    attention_s_per: Mapping[tuple[PlanKind, str], tuple[float, ...]]
     linear_flops_per_s: Mapping[str, float]
-    overhead_s: Mapping[PlanKind, float]
     free_bytes: int
 
-    def attention_s(self, kind: PlanKind, work: Work, dtype: str) -> float:
-        # the exponential and the bookkeeping of a pair take as long as the products of a small head
-        flops = max(work.flops, MIN_PAIR_FLOPS * work.pairs)
-        return self.overhead_s[kind] + flops / self.attention_flops_per_s[kind, dtype]
+    def attention_s(self, kind: PlanKind, effort: Effort, dtype: str) -> float:
+        seconds = sum(each * count for each, count in zip(self.attention_s_per[kind, dtype], effort, strict=True))
+        return max(LEAST_S, seconds)
 
-    def forward_s(self, work: Work, attention_flops: int, dtype: str, passes_s: float) -> float:
+    def call_s(self, kind: PlanKind, dtype: str) -> float:
+        """The part of a prediction that a batch pays once."""
+        return self.attention_s_per[kind, dtype][0]
+
+    def forward_s(self, linear_flops: int, attention: Effort, dtype: str, passes_s: float) -> float:
         """Packed forward passes: their fixed part, matrix products at the linear rate, attention at the dense one."""
         return (
             passes_s
-            + (work.flops - attention_flops) / self.linear_flops_per_s[dtype]
-            + attention_flops / self.attention_flops_per_s[PlanKind.DENSE, dtype]
+            + linear_flops / self.linear_flops_per_s[dtype]
+            + self.attention_s(PlanKind.DENSE, attention, dtype)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One shape to measure, causal or not."""
+
+    kind: PlanKind
+    shape: AttentionShape
+    is_causal: bool
+
+    @property
+    def effort(self) -> Effort:
+        return attention_effort(self.kind, self.shape, AttentionOptions(is_causal=self.is_causal), block_size=128)
+
+
+def _sizes(kind: PlanKind, thorough: bool) -> list[tuple[int, int, int, bool]]:
+    """(heads, length, head_dim, causal): from a call that is all overhead to one that is all pairs."""
+    if kind is PlanKind.SPARSE:
+        short = [(1, 1024, 64, True), (4, 1024, 64, False), (1, 4096, 64, True), (4, 4096, 32, True)]
+        short += [(2, 4096, 128, False), (2, 8192, 64, True)]
+        more = [(8, 2048, 64, True), (1, 8192, 128, False), (8, 8192, 64, True), (2, 16384, 64, True)]
+        more += [(1, 32768, 64, True), (4, 16384, 128, False)]
+        return [*short, *more] if thorough else short
+    short = [(1, 16, 64, False), (8, 128, 64, True), (16, 256, 32, False), (8, 512, 64, True), (1, 1024, 128, False)]
+    short += [(4, 1024, 64, True), (2, 2048, 64, False), (4, 2048, 64, True)]
+    more = [(1, 64, 64, True), (32, 128, 64, False), (8, 1024, 32, True), (8, 2048, 128, True), (2, 4096, 64, True)]
+    more += [(1, 8192, 64, False), (4, 8192, 64, True), (8, 4096, 128, False)]
+    return [*short, *more] if thorough else short
+
+
+def runs(dtype: str, thorough: bool) -> list[Run]:
+    """What is measured for one dtype."""
+    return [
+        Run(kind, AttentionShape(1, heads, heads, length, length, width, width, dtype), is_causal)
+        for kind in PlanKind
+        for heads, length, width, is_causal in _sizes(kind, thorough)
+    ]
+
+
+def measure(device: torch.device, *, thorough: bool = False, progress: Progress | None = None) -> DeviceProfile:
+    """Under ten seconds on two cores; `thorough` takes up to three minutes and predicts long inputs better."""
+    planned = [run for dtype in DTYPES for run in runs(dtype, thorough)]
+    timed: dict[tuple[PlanKind, str], list[tuple[Effort, float]]] = {}
+    seconds = [_seconds(run, device) for run in _told(planned, progress)]
+    for run, took in zip(planned, seconds, strict=True):
+        timed.setdefault((run.kind, run.shape.dtype), []).append((run.effort, took))
+    return DeviceProfile(
+        device=device.type,
+        attention_s_per={key: fit(*zip(*measured, strict=True)) for key, measured in timed.items()},
+        linear_flops_per_s={dtype: _linear_flops_per_s(device, dtype) for dtype in DTYPES},
+        free_bytes=free_bytes(device),
+    )
+
+
+def fit(efforts: Sequence[Effort], seconds: Sequence[float]) -> tuple[float, ...]:
+    """Coefficients >= 0 with the least sum of squared relative errors. Ref: Lawson and Hanson, NNLS, by trying every
+    set of columns: there are 31."""
+    rows = np.array([tuple(effort) for effort in efforts], dtype=float) / np.array(seconds)[:, None]
+    scale = rows.max(0)
+    used = [column for column in range(rows.shape[1]) if scale[column] > 0]
+    best, least = np.zeros(rows.shape[1]), np.inf
+    for chosen in range(1, 2 ** len(used)):
+        columns = [column for place, column in enumerate(used) if chosen >> place & 1]
+        found, *_ = np.linalg.lstsq(rows[:, columns] / scale[columns], np.ones(len(rows)), rcond=None)
+        error = float(np.square(rows[:, columns] / scale[columns] @ found - 1).sum())
+        if (found >= 0).all() and error < least:
+            best, least = np.zeros(rows.shape[1]), error
+            best[columns] = found / scale[columns]
+    return tuple(float(x) for x in best)
+
+
+def _told(planned: Sequence[Run], progress: Progress | None) -> Iterator[Run]:
+    for index, run in enumerate(planned):
+        if progress is not None:
+            progress(index / len(planned))
+        yield run
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    """The fastest of a few runs: what else runs on the machine only ever adds."""
+    import torch
+
+    from service.attention.checked import attend_checked
+    from service.attention.masks import MaskSpec
+    from service.attention.workloads import structured
+    from service.core import Plan, Work
+
+    shape = run.shape
+    dtype = getattr(torch, shape.dtype)
+    if run.kind is PlanKind.SPARSE:
+        query, key, value = structured(1, shape.heads, shape.kv_heads, shape.key_length, shape.head_dim, dtype)
+    else:
+        draw = torch.Generator().manual_seed(0)
+        query, key, value = (
+            torch.randn(1, shape.heads, shape.key_length, shape.head_dim, generator=draw).to(dtype) for _ in range(3)
+        )
+    query, key, value = (x.to(device) for x in (query, key, value))
+    plan = Plan(run.kind, Work(0, 0, 0, 0), 0.0, "calibration", epsilon=0.3)
+    mask = MaskSpec(is_causal=run.is_causal)
+    times: list[float] = []
+    with torch.inference_mode():
+        while len(times) < MAX_REPEATS and (len(times) < MIN_REPEATS or sum(times) < MEASURE_S):
+            _synchronize(device)
+            start = time.perf_counter()
+            attend_checked(query, key, value, plan, mask, max_error=1.0, forced=True)
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _linear_flops_per_s(device: torch.device, dtype: str) -> float:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randn(384, 1536, generator=draw).to(device, getattr(torch, dtype))
+    rows = torch.randn(256, 384, generator=draw).to(device, getattr(torch, dtype))
+    times = []
+    for _ in range(5):
+        _synchronize(device)
+        start = time.perf_counter()
+        rows @ matrix
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * 256 * 384 * 1536 / min(times)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -61,62 +192,6 @@ def free_bytes(device: torch.device) -> int:
     except FileNotFoundError:
         pass  # no cgroup v2 memory controller: the machine's own figure stands
     return max(available, 0)
-
-
-def measure(
-    device: torch.device, *, block_size: int, dtypes: tuple[str, ...] = ("float32", "bfloat16")
-) -> DeviceProfile:
-    """Under two seconds on two cores. float16 is taken as bfloat16's rate: both are half-width everywhere we run."""
-    import torch
-
-    from service.attention import attend
-    from service.attention.masks import MaskSpec
-    from service.core import Plan
-    from service.engine.cost import pair_flops
-
-    def seconds(run: Callable[[], object]) -> float:
-        """The fastest of a few runs after a warm-up: noise only ever adds."""
-        run()
-        times: list[float] = []
-        while len(times) < MAX_REPEATS and sum(times) < MEASURE_S:
-            _synchronize(device)
-            start = time.perf_counter()
-            run()
-            _synchronize(device)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    generator = torch.Generator().manual_seed(0)
-    rates: dict[tuple[PlanKind, str], float] = {}
-    linear: dict[str, float] = {}
-    overhead: dict[PlanKind, float] = {}
-    for dtype in dtypes:
-        torch_dtype = getattr(torch, dtype)
-        tiny = torch.randn(1, 1, 4, 16, generator=generator).to(device, torch_dtype)
-        for kind, length, heads in ((PlanKind.DENSE, 1024, 4), (PlanKind.CHUNKED, 1024, 4), (PlanKind.SPARSE, 1024, 2)):
-            tensor = torch.randn(1, heads, length, 64, generator=generator).to(device, torch_dtype)
-            plan = Plan(
-                kind, Work(0, 0, 0, 0), 0.0, "calibration", block_size=block_size, selection="moments", epsilon=1e-9
-            )
-            spec = MaskSpec()
-            base = seconds(lambda: attend(tiny, tiny, tiny, plan, spec))  # noqa: B023 (called at once)
-            total = seconds(lambda: attend(tensor, tensor, tensor, plan, spec))  # noqa: B023
-            # the rate includes the fixed part: never faster than what was seen
-            rates[kind, dtype] = pair_flops(heads * length * length, 64, 64) / total
-            overhead[kind] = max(overhead.get(kind, 0.0), base)
-        matrix = torch.randn(384, 1536, generator=generator).to(device, torch_dtype)
-        rows = torch.randn(256, 384, generator=generator).to(device, torch_dtype)
-        linear[dtype] = 2 * 256 * 384 * 1536 / seconds(lambda: rows @ matrix)  # noqa: B023
-    for kind in PlanKind:
-        rates[kind, "float16"] = rates[kind, "bfloat16"]
-    linear["float16"] = linear["bfloat16"]
-    return DeviceProfile(
-        device=device.type,
-        attention_flops_per_s=rates,
-        linear_flops_per_s=linear,
-        overhead_s=overhead,
-        free_bytes=free_bytes(device),
-    )
 
 
 def _synchronize(device: torch.device) -> None:

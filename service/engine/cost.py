@@ -6,7 +6,8 @@ without a matrix product), and everything outside the device (parsing, tokenisin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import ceil
 
 from service.attention.pairs import visible_pairs
@@ -16,6 +17,12 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # the chunked and sparse kernels work in float32 tiles of about this many numbers
 TILE_ELEMENTS = 1 << 22
+CHUNK_ROWS, CHUNK_KEYS = 512, 512  # of one block of the chunked kernel
+READ_KEYS, READ_SHARE = (
+    450,
+    0.008,
+)  # keys that a row of sparse attention reads, and share of what it sees that stands beside
+LOOK_STRIDE, LOOK_PASSES = 8, 8  # selection looks at every 8th row, and a score there costs as much as 8 others
 # what the process needs however small the request (allocator slack, code, thread stacks)
 BASE_SCRATCH_BYTES = 1 << 20
 
@@ -49,10 +56,61 @@ def tensor_bytes(shape: AttentionShape) -> tuple[int, int]:
     return inputs, size * queries * shape.value_dim + 4 * queries
 
 
-def assumed_density(key_length: int) -> float:
-    """Share of pairs that sparse is assumed to keep before selection has looked: measured on structured inputs
-    (0.27 at 8K, 0.16 at 16K, epsilon 0.05); diffuse inputs keep more, and the executor then goes exact."""
-    return min(1.0, 0.02 + 2200 / key_length)
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What the time of a plan is linear in; the device's seconds for one of each are measured (`calibration.py`)."""
+
+    calls: int  # fixed work of a call: one for each piece of a ragged batch
+    launches: int  # times that a loop in Python starts the next block
+    elements: int  # numbers of queries, keys, values and outputs
+    pairs: int  # scores that go through the softmax
+    flops: int  # of matrix products
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.calls, self.launches, self.elements, self.pairs, self.flops))
+
+
+def attention_effort(
+    kind: PlanKind, shape: AttentionShape, options: AttentionOptions, *, block_size: int, audit_rows: int = 59
+) -> Effort:
+    """Of one attention request under one plan, what it returns beside the output left out."""
+    pairs = attention_pairs(shape, options)
+    calls = 1 if options.kv_lengths is None or len(set(options.kv_lengths)) == 1 else shape.batch
+    rows = shape.batch * shape.heads * shape.query_length
+    keys = shape.batch * shape.kv_heads * shape.key_length
+    width = shape.head_dim + shape.value_dim
+    elements = (rows + keys) * width
+    match kind:
+        case PlanKind.DENSE:
+            return Effort(calls, 0, elements, pairs, 2 * pairs * width)
+        case PlanKind.CHUNKED:
+            seen = pairs / max(1, rows)
+            launches = ceil(shape.query_length / CHUNK_ROWS) * ceil(seen / CHUNK_KEYS)
+            return Effort(calls, launches, elements, pairs, 2 * pairs * width)
+        case PlanKind.SPARSE:
+            audited = audit_rows * shape.batch * shape.heads * shape.key_length
+            scored = sparse_pairs(pairs, rows) + audited
+            flops = pair_flops(scored, shape.head_dim, shape.value_dim) + selection_flops(shape, pairs, block_size)
+            launches = shape.batch * shape.heads * ceil(shape.query_length / block_size)
+            return Effort(
+                calls, launches, elements, scored + LOOK_PASSES * (pairs // (LOOK_STRIDE * block_size)), flops
+            )
+
+
+def selection_flops(shape: AttentionShape, pairs: int, block_size: int) -> int:
+    """The covariance of every key block; of every row looked at three products with each block and one of values."""
+    covariances = 2 * shape.batch * shape.kv_heads * shape.key_length * shape.head_dim**2
+    return covariances + 2 * (3 * shape.head_dim + shape.value_dim) * (pairs // (LOOK_STRIDE * block_size))
+
+
+def sparse_pairs(pairs: int, rows: int) -> int:
+    """Pairs that sparse attention is assumed to read before selection has looked.
+
+    Measured on structured inputs of 2K to 128K keys, causal and not, epsilon 0.3: 300 to 900 keys and centroids a row.
+    Diffuse inputs read more, and the executor then goes exact.
+    """
+    seen = pairs / max(1, rows)
+    return ceil(rows * min(seen, READ_KEYS + READ_SHARE * seen))
 
 
 def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOptions, *, block_size: int) -> Work:
@@ -69,13 +127,17 @@ def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
         case PlanKind.CHUNKED:
             scratch += 3 * 4 * min(TILE_ELEMENTS, shape.batch * shape.heads * shape.query_length * shape.key_length)
         case PlanKind.SPARSE:
-            kept = ceil(pairs * assumed_density(shape.key_length))
+            selection = selection_flops(shape, pairs, block_size)
+            pairs = sparse_pairs(pairs, shape.batch * shape.heads * shape.query_length)
+            flops = pair_flops(pairs, shape.head_dim, shape.value_dim) + selection
             blocks = ceil(shape.key_length / block_size)
-            # selection: two products (centroid, variance) of every query row with every key block
-            selection = 4 * shape.batch * shape.heads * shape.query_length * blocks * shape.head_dim
-            pairs, flops = kept, pair_flops(kept, shape.head_dim, shape.value_dim) + selection
-            scratch += 4 * 4 * TILE_ELEMENTS + 3 * shape.batch * shape.heads * blocks * blocks
-            scratch += 4 * shape.batch * shape.heads * shape.query_length * shape.value_dim
+            # one head at a time in float32: query, key, value, what is read, what stands beside it
+            head = 4 * (shape.query_length * (shape.head_dim + 3 * shape.value_dim) + shape.key_length)
+            head += 4 * 2 * shape.key_length * (shape.head_dim + shape.value_dim)
+            kept = shape.batch * shape.heads * blocks * ceil(shape.query_length / block_size)
+            # of every key head four rows of moments for each block
+            moments = 4 * shape.batch * shape.heads * blocks * (3 * shape.head_dim + shape.value_dim)
+            scratch += 4 * 4 * TILE_ELEMENTS + head + 3 * kept + moments
     weights_flops, weights_size = returned_weights(shape, options)
     return Work(
         pairs=pairs,
@@ -105,6 +167,14 @@ def weights_bytes(shape: AttentionShape, options: AttentionOptions) -> dict[str,
     each = shape.batch * shape.heads * rows
     sizes = {"weights": 4 * each * shape.key_length, "top_weights": (4 + 8) * each * options.top_k}
     return {name: size for name, size in sizes.items() if name in options.returns}
+
+
+def forward_effort(model: ModelInfo, lengths: Sequence[int]) -> Effort:
+    """Of the attention inside all sequences of a packed pass; its fixed part is in `ModelInfo.smallest_pass_s`."""
+    pairs = sum(length * length for length in lengths) * model.num_heads * model.num_layers
+    width = 2 * model.head_dim
+    elements = sum(lengths) * (model.num_heads + model.num_kv_heads) * width * model.num_layers
+    return Effort(0, 0, elements, pairs, 2 * pairs * width)
 
 
 def forward_work(model: ModelInfo, lengths: Sequence[int], *, max_batch_tokens: int) -> Work:

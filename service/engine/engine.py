@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -33,9 +33,10 @@ from service.engine import planner
 from service.engine.accounting import cost_usd
 from service.engine.admission import Admission
 from service.engine.batch import BatchRunner, Job, Outcome, Result, Stopped, batch_key, tokens_of
-from service.engine.calibration import DeviceProfile, measure
-from service.engine.cost import attention_pairs, pair_flops, returned_rows, weights_bytes
+from service.engine.calibration import DeviceProfile
+from service.engine.cost import attention_effort, attention_pairs, pair_flops, returned_rows, weights_bytes
 from service.engine.executor import Executor, pick_device
+from service.engine.profiles import load_or_measure
 from service.engine.scheduler import Scheduler
 from service.errors import FarsightError, Kind, invalid, too_large
 from service.models import registry
@@ -94,7 +95,7 @@ class Engine:
         threads = config.cpu_threads or os.cpu_count() or 1
         torch.set_num_threads(threads)  # per thread: this one calibrates, the executor's computes
         models = {model.name: registry.load(model, device, config.max_text_bytes) for model in config.models}
-        profile = measure(device, block_size=config.block_size)
+        profile = load_or_measure(device, config.cache_dir.expanduser())
         return cls(config, metrics, profile, models, device, Executor(threads))
 
     # -- what is asked of it ------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ class Engine:
             extra = work.flops - pair_flops(work.pairs, shape.head_dim, shape.value_dim)
             flops = extra + pair_flops(outcome.pairs_scored, shape.head_dim, shape.value_dim)
             if outcome.plan.kind is PlanKind.SPARSE:
-                dense = replace(work, flops=flops_dense)
+                dense = attention_effort(PlanKind.DENSE, shape, request.options, block_size=self.config.block_size)
                 dense_s = self.profile.attention_s(PlanKind.DENSE, dense, shape.dtype)
         finished_s = self._clock()
         tokenized = job.tokenized

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from service.config import Config
 from service.core import AttentionOptions, AttentionShape, ModelInfo, Plan, PlanKind, Work
 from service.engine.calibration import DeviceProfile
-from service.engine.cost import attention_work, forward_work, pair_flops
+from service.engine.cost import Effort, attention_effort, attention_work, forward_effort, forward_work
 from service.errors import FarsightError, Kind
+
+EPSILON_MAX_ERROR = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ def candidates(
     found = {}
     for kind in PlanKind:
         work = attention_work(kind, shape, options, block_size=config.block_size)
-        predicted_s = profile.attention_s(kind, work, shape.dtype)
+        predicted_s = profile.attention_s(kind, _effort(kind, shape, options, config), shape.dtype)
         reason = "fits"
         if work.peak_bytes > limit:
             reason = f"needs {work.peak_bytes} bytes, over the limit of {limit} bytes"
@@ -41,6 +43,16 @@ def candidates(
             reason = f"{shape.key_length} keys are under sparse_min_tokens {config.sparse_min_tokens}"
         found[kind] = Candidate(kind, work, predicted_s, reason == "fits", reason)
     return found
+
+
+def _effort(kind: PlanKind, shape: AttentionShape, options: AttentionOptions, config: Config) -> Effort:
+    audit_rows = options.audit_rows or config.audit_rows
+    return attention_effort(kind, shape, options, block_size=config.block_size, audit_rows=audit_rows)
+
+
+def epsilon_for(max_error: float, config: Config) -> float:
+    """The first epsilon to try: `config.epsilon` suits a max_error of 0.02, and errors fall like epsilon^0.75."""
+    return float(min(1.0, config.epsilon * (max_error / EPSILON_MAX_ERROR) ** (1 / 0.75)))
 
 
 def max_error(options: AttentionOptions, config: Config) -> float:
@@ -73,10 +85,10 @@ def plan_attention(shape: AttentionShape, options: AttentionOptions, profile: De
         work=chosen.work,
         predicted_s=chosen.predicted_s,
         reason=reason,
-        shared_s=profile.overhead_s[chosen.kind],
+        shared_s=profile.call_s(chosen.kind, shape.dtype),
         block_size=config.block_size,
-        selection="moments" if sparse else None,
-        epsilon=config.epsilon if sparse else None,
+        selection=config.selection if sparse else None,
+        epsilon=epsilon_for(max_error(options, config), config) if sparse else None,
     )
 
 
@@ -97,9 +109,10 @@ def plan_forward(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProf
             f"forward needs {work.peak_bytes} bytes, over the limit of {limit} bytes",
             code="memory_limit",
         )
-    attention_flops = pair_flops(work.pairs, model.head_dim, model.head_dim)
+    attention = forward_effort(model, lengths)
     passes = max(1, -(-sum(lengths) // config.max_batch_tokens))
-    predicted_s = profile.forward_s(work, attention_flops, model.dtype, passes * model.smallest_pass_s)
+    linear_flops = work.flops - attention.flops
+    predicted_s = profile.forward_s(linear_flops, attention, model.dtype, passes * model.smallest_pass_s)
     return Plan(
         kind=PlanKind.DENSE,
         work=work,

@@ -5,7 +5,7 @@ import torch
 
 from service.attention import attend
 from service.attention.masks import MaskSpec
-from service.attention.workloads import diffuse
+from service.attention.workloads import diffuse, plant_needle
 from service.core import PlanKind
 
 from .helpers import plan_of
@@ -23,7 +23,7 @@ def test_zero_queries_average_the_values(plan):
     _, k, v = diffuse(1, 2, 2, LENGTH, 16)
     output = attend(torch.zeros_like(k), k, v, plan, MaskSpec())
     mean = v.mean(2, keepdim=True)
-    # 2 % of the mass may go: 60 of 3000 keys, 0.02 / sqrt(60) = 0.0026 standard deviation of a mean of unit Gaussians
+    # sparse may leave a negligible share of the mass out
     allowed = 1e-2 if plan.kind is PlanKind.SPARSE else 1e-5
     torch.testing.assert_close(output.out, mean.expand_as(output.out), atol=allowed, rtol=0)
     torch.testing.assert_close(output.lse, torch.full_like(output.lse, LENGTH).log(), atol=0.021, rtol=0)
@@ -33,6 +33,35 @@ def test_ones_stay_ones(plan):
     q, k, v = diffuse(1, 2, 1, LENGTH, 16)
     output = attend(q, k, torch.ones_like(v), plan, MaskSpec(is_causal=True, window=(700, -1)))
     torch.testing.assert_close(output.out, torch.ones_like(output.out))
+
+
+LONG = 131_072
+
+
+def test_ones_stay_ones_at_128k(plan):
+    """The last 64 of 128K rows."""
+    q, k, v = diffuse(1, 1, 1, LONG, 8)
+    output = attend(q[:, :, -64:], k, torch.ones_like(v), plan, MaskSpec(is_causal=True))
+    rounding = torch.finfo(torch.float32).eps * LONG**0.5  # of a sum of so many terms
+    torch.testing.assert_close(output.out, torch.ones_like(output.out), atol=rounding, rtol=0)
+
+
+def test_zero_queries_average_the_values_at_128k(plan):
+    _, k, v = diffuse(1, 1, 1, LONG, 8)
+    q = torch.zeros(1, 1, 64, 8)
+    output = attend(q, k, v, plan, MaskSpec())
+    allowed = 3e-3 if plan.kind is PlanKind.SPARSE else 1e-5  # sparse leaves a negligible share out
+    torch.testing.assert_close(output.out, v.mean(2, keepdim=True).expand_as(output.out), atol=allowed, rtol=0)
+    torch.testing.assert_close(output.lse, torch.full_like(output.lse, LONG).log(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("at", [0, 65_535, 65_536, LONG - 100])
+def test_a_needle_is_found_at_128k(plan, at):
+    q, k, v = diffuse(1, 1, 1, LONG, 16)
+    plant_needle(q, k, v, at, (LONG - 40, LONG - 1))
+    output = attend(q[:, :, -64:], k, v, plan, MaskSpec(is_causal=True))
+    for row in (24, 63):
+        torch.testing.assert_close(output.out[:, :, row], v[:, :, at], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("at", [0, 777, LENGTH - 1])

@@ -81,11 +81,33 @@ def test_forward_flops_equal_torchs_count() -> None:
 
 
 def test_sparse_counts_selection_beside_its_pairs() -> None:
-    shape = AttentionShape(1, 1, 1, 16384, 16384, 64, 64)
+    shape = AttentionShape(1, 2, 1, 16384, 16384, 64, 32)
     dense = cost.attention_work(PlanKind.DENSE, shape, AttentionOptions(), block_size=128)
     sparse = cost.attention_work(PlanKind.SPARSE, shape, AttentionOptions(), block_size=128)
     assert sparse.pairs < 0.2 * dense.pairs
-    assert sparse.flops - cost.pair_flops(sparse.pairs, 64, 64) == 4 * 16384 * 128 * 64
+    looked_at = 2 * 2048 * 128  # every 8th row of both heads with every block
+    products = 2 * looked_at * (3 * 64 + 32) + 16384 * 2 * 64 * 64
+    assert sparse.flops - cost.pair_flops(sparse.pairs, 64, 32) == products
+
+
+def test_sparse_never_reads_more_than_there_is() -> None:
+    assert cost.sparse_pairs(1000, 10) == 1000
+    assert cost.sparse_pairs(10**6, 10) == 10 * (450 + 800)
+    assert cost.sparse_pairs(0, 0) == 0
+
+
+def test_the_effort_of_exact_plans_is_their_pairs() -> None:
+    shape = AttentionShape(2, 8, 2, 1000, 3000, 64, 32)
+    options = AttentionOptions(is_causal=True)
+    pairs = cost.attention_pairs(shape, options)
+    dense, chunked = (
+        cost.attention_effort(kind, shape, options, block_size=128) for kind in (PlanKind.DENSE, PlanKind.CHUNKED)
+    )
+    numbers = (2 * 8 * 1000 + 2 * 2 * 3000) * 96
+    assert tuple(dense) == (1, 0, numbers, pairs, cost.pair_flops(pairs, 64, 32))
+    assert tuple(chunked) == (1, 2 * 5, numbers, pairs, dense.flops)
+    ragged = AttentionOptions(kv_lengths=(3000, 1000))
+    assert cost.attention_effort(PlanKind.DENSE, shape, ragged, block_size=128).calls == 2
 
 
 def test_peak_counts_an_output_far_larger_than_the_inputs() -> None:

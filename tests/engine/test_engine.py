@@ -91,9 +91,8 @@ def test_an_error_over_the_bound_is_replaced_by_the_exact_answer(engine: Engine)
 def test_diffuse_inputs_go_exact_by_themselves(engine: Engine) -> None:
     query, key, value = diffuse(1, 1, 1, 4096, 64)
     request = AttentionRequest("d", query, key, value, AttentionOptions(is_causal=True))
-    rates = engine.profile.attention_flops_per_s
-    fast_sparse = {key: 1e15 if key[0] is PlanKind.SPARSE else rate for key, rate in rates.items()}
-    profile = replace(engine.profile, attention_flops_per_s=fast_sparse, overhead_s=dict.fromkeys(PlanKind, 1e-6))
+    seconds = {key: (0.0 if key[0] is PlanKind.SPARSE else 1.0,) * 5 for key in engine.profile.attention_s_per}
+    profile = replace(engine.profile, attention_s_per=seconds)
     other = Engine(Config(), engine.metrics, profile, {}, torch.device("cpu"), engine._executor)
     answer: Answer = run(other.submit(request))
     assert answer.plan.kind in (PlanKind.DENSE, PlanKind.CHUNKED)

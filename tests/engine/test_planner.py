@@ -12,15 +12,16 @@ from service.engine import planner
 from service.engine.calibration import DeviceProfile
 from service.errors import FarsightError, Kind
 
+# seconds for a call, a launch, a number, a pair and a FLOP
+SECONDS = {
+    PlanKind.DENSE: (1e-4, 0.0, 1e-10, 0.0, 1e-11),
+    PlanKind.CHUNKED: (5e-4, 1e-5, 1e-10, 0.0, 1.6e-11),
+    PlanKind.SPARSE: (2e-3, 1e-5, 1e-9, 1e-9, 2e-11),
+}
 PROFILE = DeviceProfile(
     device="cpu",
-    attention_flops_per_s={
-        (kind, dtype): rate
-        for kind, rate in ((PlanKind.DENSE, 1e11), (PlanKind.CHUNKED, 6e10), (PlanKind.SPARSE, 5e10))
-        for dtype in ("float32", "bfloat16", "float16")
-    },
+    attention_s_per={(kind, dtype): SECONDS[kind] for kind in PlanKind for dtype in ("float32", "bfloat16", "float16")},
     linear_flops_per_s={"float32": 1e11, "bfloat16": 1e11, "float16": 1e11},
-    overhead_s={PlanKind.DENSE: 1e-4, PlanKind.CHUNKED: 5e-4, PlanKind.SPARSE: 2e-3},
     free_bytes=8 * 1024**3,
 )
 SHORT = AttentionShape(1, 8, 8, 512, 512, 64, 64)
@@ -78,3 +79,31 @@ def test_forward_work_grows_with_tokens_and_lengths() -> None:
     split = planner.plan_forward(info, (256, 256), PROFILE, Config())
     assert one.work.pairs == 2 * split.work.pairs
     assert one.predicted_s > split.predicted_s
+
+
+def test_epsilon_follows_the_error_that_is_allowed() -> None:
+    def epsilon(allowed: float) -> float | None:
+        options = AttentionOptions(max_error=allowed)
+        return planner.plan_attention(LONG, options, PROFILE, Config()).epsilon
+
+    assert epsilon(0.02) == pytest.approx(0.3)
+    found = [epsilon(allowed) for allowed in (0.001, 0.01, 0.02, 0.05, 1.0)]
+    assert found == sorted(found, key=lambda x: x or 0)
+    assert found[0] is not None
+    assert 0 < found[0] < 0.01
+    assert found[-1] == 1.0
+
+
+def test_more_audit_rows_cost_more() -> None:
+    def predicted(rows: int) -> float:
+        options = AttentionOptions(mode="sparse", audit_rows=rows)
+        return planner.plan_attention(LONG, options, PROFILE, Config()).predicted_s
+
+    extra_pairs = 400 * 8 * 32768
+    assert predicted(459) - predicted(59) == pytest.approx(extra_pairs * (1e-9 + 2e-11 * 256))
+
+
+def test_what_a_batch_pays_once_is_part_of_the_prediction() -> None:
+    plan = planner.plan_attention(SHORT, AttentionOptions(), PROFILE, Config())
+    assert plan.shared_s == 1e-4
+    assert plan.predicted_s > plan.shared_s
