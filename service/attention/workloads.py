@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """One key that a few rows of every head look for; a row that two needles were given looks for the later one."""
+
+    at: int
+    rows: tuple[int, ...]
 
 
 def diffuse(
@@ -37,6 +47,28 @@ def structured(
     an earlier one, `focus` nats above the rest; every query gives the first `sinks` keys some mass. Each needle is one
     key of the first half that sixteen later rows look for.
     """
+    tensors, _ = planted(
+        batch, heads, kv_heads, length, head_dim, dtype, seed,
+        topic_tokens=topic_tokens, focus=focus, sinks=sinks, needles=needles,
+    )  # fmt: skip
+    return tensors
+
+
+def planted(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    topic_tokens: int = 256,
+    focus: float = 12.0,
+    sinks: int = 4,
+    needles: int = 4,
+) -> tuple[Tensors, tuple[Needle, ...]]:
+    """What `structured` draws, and where its needles are."""
     draw = torch.Generator().manual_seed(seed)
     group = heads // kv_heads
     strength = (focus * head_dim**0.5) ** 0.5  # |q| = |k|, so that q.k / sqrt(D) = focus on the same topic
@@ -54,11 +86,13 @@ def structured(
     sink = torch.nn.functional.normalize(torch.randn(head_dim, generator=draw), dim=0)
     query += strength * sink
     key[:, :, :sinks] = strength * sink + 0.1 * noise[:, :, :sinks]
+    found: list[Needle] = []
     for at in torch.randperm(max(length // 2, 1), generator=draw)[:needles].tolist():
         # after the needle: a causal row that cannot see what it looks for attends to everything a little
         rows = at + 1 + torch.randperm(length - at - 1, generator=draw)[:16]
-        plant_needle(query, key, value, at, tuple(rows.tolist()), seed=int(at))
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+        found.append(Needle(int(at), tuple(rows.tolist())))
+        plant_needle(query, key, value, at, found[-1].rows, seed=int(at))
+    return (query.to(dtype), key.to(dtype), value.to(dtype)), tuple(found)
 
 
 def plant_needle(

@@ -1,4 +1,4 @@
-"""`farsight bench ...`: measurements against a running service, each beside a yardstick in the same run."""
+"""`farsight bench ...`: measures a running service, or attention itself, each beside a yardstick in the same run."""
 
 from service.bench.cli import app
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Measure a running service beside a yardstick.")
+if TYPE_CHECKING:
+    from service.bench.attention import Length, Row
+    from service.bench.contenders import Settings
+
+app = typer.Typer(no_args_is_help=True, help="Measure a running service, or attention itself, beside a yardstick.")
 console = Console(highlight=False)
 
 Host = Annotated[str, typer.Option(help="Where the service listens.")]
@@ -71,6 +80,130 @@ def throughput(
     _write(output, asdict(figures))
 
 
+@app.command()
+def attention(
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "4096,8192,16384,32768",
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = True,
+    max_error: Annotated[float, typer.Option(min=0, max=1, help="Over it sparse falls back to dense.")] = 0.02,
+    epsilon: Annotated[float | None, typer.Option(help="Risk that sparse may leave; default: the service's.")] = None,
+    rounds: Rounds = 3,
+    inputs: Annotated[Literal["structured", "diffuse"], typer.Option("--input", help="Planted structure or none.")] = (
+        "structured"
+    ),
+    seed: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    dense_limit: Annotated[int, typer.Option(help="Tokens; dense, chunked and flex are left out above.")] = 32768,
+    antidiagonal: Annotated[bool, typer.Option(help="XAttention's selection at our density.")] = True,
+    antidiagonal_limit: Annotated[int, typer.Option(help="Tokens; it is left out above.")] = 32768,
+    flex: Annotated[bool, typer.Option(help="torch FlexAttention, dense.")] = False,
+    output: Output = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw four charts into this directory.")] = None,
+) -> None:
+    """Dense, chunked and sparse attention beside torch's SDPA: seconds, true and told errors, density, memory."""
+    from service.attention import DEFAULT_EPSILON
+    from service.bench.contenders import Settings
+
+    _check(heads, kv_heads, device, plots)
+    settings = Settings(
+        lengths=_lengths(lengths), heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, is_causal=causal,
+        max_error=max_error, epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, rounds=rounds, input=inputs,
+        seed=seed, device=device, dense_limit=dense_limit,
+        antidiagonal_limit=antidiagonal_limit if antidiagonal else 0, flex=flex,
+    )  # fmt: skip
+    _attention(settings, output, plots)
+
+
+def _attention(settings: Settings, output: Path | None, plots: Path | None) -> None:
+    from service.bench import attention as bench
+
+    measured: list[Length] = []
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=bench.steps(settings))
+        for length in bench.run(settings, lambda what: progress.update(bar, description=what, advance=1)):
+            measured.append(length)
+            progress.update(bar, completed=bench.steps(settings) * len(measured) / len(settings.lengths))
+            _print_length(length, f"{length.length:,} tokens, {_setting(settings)}")
+            # after every length: the longest ones take hours, and may end early
+            _write(output, bench.figures(settings, measured))
+    for found in bench.growth(measured)[-2:]:
+        console.print(f"sparse seconds from {found.start:,} to {found.stop:,} tokens: n^{found.exponent:.2f}")
+    if plots is not None:
+        from service.bench.plots import draw
+
+        for path in draw(measured, settings.max_error, plots, _setting(settings)):
+            console.print(str(path))
+
+
+def _setting(settings: Settings) -> str:
+    """One line, of tables and charts."""
+    shape = f"{settings.heads}/{settings.kv_heads} heads of {settings.head_dim}, {settings.dtype}"
+    return f"{settings.input}, {'causal' if settings.is_causal else 'bidirectional'}, {shape}, {settings.device}"
+
+
+def _print_length(length: Length, title: str) -> None:
+    columns = "", "seconds", "min", "max", "vs SDPA", "error", "told <=", "density", "needles", "MiB"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for row in length.rows:
+        if row.absent:
+            table.add_row(row.name, "absent")
+        else:
+            name = f"[red]{row.name}: {row.kind}[/red]" if row.fallback else row.name
+            table.add_row(name, *_cells(row))
+    console.print(table)
+    for row in length.rows:
+        if row.absent or row.reason:
+            style = "red" if row.fallback else None
+            console.print(f"{row.name}: {row.absent or row.reason}", style=style, markup=False)
+
+
+def _cells(row: Row) -> list[str]:
+    def cell(number: float | None, form: str) -> str:
+        return "" if number is None else form.format(number)
+
+    return [
+        _seconds(row.median_s, 3),
+        _seconds(row.min_s, 2),
+        _seconds(row.max_s, 2),
+        cell(row.speedup, "{:.2f}x"),
+        cell(row.error, "{:.1e}"),
+        "exact" if row.fallback else cell(row.told_relative_l2_upper, "{:.1e}"),
+        cell(row.density, "{:.3f}"),
+        cell(row.needle_error, "{:.1e}"),
+        cell(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:.0f}"),
+    ]
+
+
+def _seconds(seconds: float | None, digits: int) -> str:
+    assert seconds is not None, "bug: an absent contender was timed"
+    return f"{seconds:.{digits}g}" if seconds < 10**digits else f"{seconds:.0f}"
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        lengths = []
+    if not lengths or lengths[0] < 2:
+        raise typer.BadParameter(f"lengths: expected numbers from 2 on, comma-separated, got {text!r}")
+    return tuple(lengths)
+
+
+def _check(heads: int, kv_heads: int, device: str, plots: Path | None) -> None:
+    """What would otherwise fail late."""
+    import torch
+
+    if heads % kv_heads:
+        raise typer.BadParameter(f"heads: expected a multiple of kv-heads {kv_heads}, got {heads}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device: torch sees no CUDA device here")
+    if plots is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("plots: matplotlib is missing; pip install 'farsight[bench]'")
+
+
 def hardware() -> str:
     return f"{os.cpu_count()} cores {platform.machine()}"
 
@@ -79,5 +212,11 @@ def _write(output: Path | None, figures: dict[str, Any]) -> None:
     if output is None:
         return
     versions = {name: version(name) for name in ("farsight", "ray", "torch", "transformers")}
-    document = {"hardware": hardware(), "python": platform.python_version(), "versions": versions, "figures": figures}
+    document = {
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": shlex.join(["farsight", *sys.argv[1:]]),
+        "figures": figures,
+    }
     output.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")

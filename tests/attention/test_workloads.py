@@ -5,7 +5,7 @@ import torch
 
 from service.attention.masks import MaskSpec
 from service.attention.weights import top_weights
-from service.attention.workloads import diffuse, plant_needle, structured
+from service.attention.workloads import diffuse, plant_needle, planted, structured
 
 
 @pytest.mark.parametrize("make", [structured, diffuse])
@@ -26,3 +26,20 @@ def test_needles_are_found_by_their_rows():
     assert (indices[:, :, :2, 0] == 123).all()
     assert (values[:, :, :2, 0] > 0.99).all()
     assert (indices[:, :, 2, 0] != 123).all()
+
+
+def test_the_planted_needles_are_where_they_are_said_to_be():
+    (q, k, v), needles = planted(1, 2, 1, 600, 32, seed=5, needles=3)
+    assert all(
+        torch.equal(x, y) for x, y in zip((q, k, v), structured(1, 2, 1, 600, 32, seed=5, needles=3), strict=True)
+    )
+    assert len({needle.at for needle in needles}) == 3
+    later: set[int] = set()
+    for needle in reversed(needles):
+        rows = tuple(row for row in needle.rows if row not in later)
+        later |= set(needle.rows)
+        values, indices = top_weights(q, k, MaskSpec(is_causal=True), rows, top_k=1)
+        assert len(rows) > 8
+        assert (indices[..., 0] == needle.at).all()
+        assert (values[..., 0] > 0.99).all()
+    assert planted(1, 2, 1, 600, 32, seed=5, needles=0)[1] == ()
