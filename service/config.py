@@ -85,7 +85,7 @@ class Config(BaseSettings):
     block_size: int = Field(128, ge=16, le=1024)
     max_error: float = Field(0.02, ge=0, le=1, description="Used where a request names none.")
     epsilon: float = Field(
-        0.3, gt=0, le=1, description="Risk that a sparse row may leave in a block it does not read, at max_error 0.02."
+        0.4, gt=0, le=1, description="Risk that a sparse row may leave in a block it does not read, at max_error 0.02."
     )
     selection: Literal["moments", "antidiagonal"] = "moments"
     audit_rows: int = Field(59, ge=8, le=4096, description="Exact rows per head; 59 = 95 % of rows at 95 % confidence.")

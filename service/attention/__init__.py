@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # masks and variants are imported when first used: `python -m
     from service.attention.selection import Selection
 
 DEFAULT_BLOCK_SIZE = 128
-DEFAULT_EPSILON = 0.3
+DEFAULT_EPSILON = 0.4
 
 
 def attend(

@@ -109,7 +109,7 @@ def moments_of(
         log_weight=log_weight,
         value=mean,
         outliers=outliers,
-        value_square=float(value.square().sum()) / len(value),
+        value_square=float(torch.linalg.vector_norm(value)) ** 2 / len(value),
         profile=profile,
     )
 

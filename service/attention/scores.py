@@ -89,3 +89,7 @@ class Scratch:
         if name not in self._buffers or self._buffers[name].numel() < numbers:
             self._buffers[name] = torch.empty(numbers, device=self.device)
         return self._buffers[name][:numbers].view(shape)
+
+    def float32(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of rows in a buffer of that name."""
+        return self.take(name, *rows.shape).copy_(rows)

@@ -25,7 +25,7 @@ from service.attention.output import Checkpoint, no_checkpoint
 from service.attention.scores import LOG2_E, Scratch, cap, default_scale
 
 STRIDE = 8  # rows
-NEGLIGIBLE = 0.1  # of epsilon: the share of a row that blocks left out altogether may have
+NEGLIGIBLE = 0.2  # of epsilon: the share of a row that blocks left out altogether may have
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys [nO, D] and values [nO, Dv]
 
 TILE_BYTES = 2 * 2**20  # of one tile of estimates: read twenty times, so it should stay in the cache
@@ -84,10 +84,11 @@ def select(
         beside.append([])
         for h in range(heads):
             if h % group == 0 or by_head:
-                keys, values = (x[b, h // group].float() for x in (key, value))
+                keys = scratch.float32("keys", key[b, h // group])
+                values = scratch.float32("values", value[b, h // group])
                 own = moments_of(keys, values, _key_bias(mask, b, h, key_length), block_size, pause)
             rule = _Rule(layout, own, mask if by_row else None, (b, h), epsilon, softcap, scratch)
-            q = query[b, h].float() * (default_scale(scale, head_dim) * LOG2_E)
+            q = scratch.float32("query", query[b, h]).mul_(default_scale(scale, head_dim) * LOG2_E)
             keep[b, h], stand = rule.choose(q, keys, values, pause)
             moments[b].append(own)
             beside[b].append(stand)

@@ -132,6 +132,7 @@ def _seconds(run: Run, device: torch.device) -> float:
     """The fastest of a few runs: what else runs on the machine only ever adds."""
     import torch
 
+    from service.attention import DEFAULT_EPSILON
     from service.attention.checked import attend_checked
     from service.attention.masks import MaskSpec
     from service.attention.workloads import structured
@@ -147,7 +148,7 @@ def _seconds(run: Run, device: torch.device) -> float:
             torch.randn(1, shape.heads, shape.key_length, shape.head_dim, generator=draw).to(dtype) for _ in range(3)
         )
     query, key, value = (x.to(device) for x in (query, key, value))
-    plan = Plan(run.kind, Work(0, 0, 0, 0), 0.0, "calibration", epsilon=0.3)
+    plan = Plan(run.kind, Work(0, 0, 0, 0), 0.0, "calibration", epsilon=DEFAULT_EPSILON)
     mask = MaskSpec(is_causal=run.is_causal)
     times: list[float] = []
     with torch.inference_mode():

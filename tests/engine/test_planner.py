@@ -86,7 +86,7 @@ def test_epsilon_follows_the_error_that_is_allowed() -> None:
         options = AttentionOptions(max_error=allowed)
         return planner.plan_attention(LONG, options, PROFILE, Config()).epsilon
 
-    assert epsilon(0.02) == pytest.approx(0.3)
+    assert epsilon(0.02) == pytest.approx(0.4)
     found = [epsilon(allowed) for allowed in (0.001, 0.01, 0.02, 0.05, 1.0)]
     assert found == sorted(found, key=lambda x: x or 0)
     assert found[0] is not None
