@@ -6,7 +6,7 @@ import torch
 
 from service.attention.masks import MaskSpec, as_bias, cut, row_bounds
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
-from service.attention.scores import block_scores, default_scale, grouped, lse_of, normalise
+from service.attention.scores import block_scores, default_scale, lse_of, normalise, tile_bytes, weighted
 
 KEY_BLOCK = 512
 MAX_ROWS = 512
@@ -33,7 +33,9 @@ def attend(
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(batch, heads, query_length, value.shape[3])
     lse = out.new_empty(batch, heads, query_length, dtype=dtype)
-    step = max(1, min(MAX_ROWS, SCRATCH_BYTES // (4 * batch * heads * min(KEY_BLOCK, key.shape[2]))))
+    step = max(
+        1, min(MAX_ROWS, tile_bytes(SCRATCH_BYTES, query.device) // (4 * batch * heads * min(KEY_BLOCK, key.shape[2])))
+    )
     for start in range(0, query_length, step):
         rows = slice(start, min(start + step, query_length))
         block = query[:, :, rows]
@@ -68,13 +70,13 @@ def _rows(
         keys = slice(k, min(k + KEY_BLOCK, last))
         bias = None if mask.attn_mask is None else as_bias(cut(mask.attn_mask, ALL, ALL, rows, keys))
         bounds = None if all_lo <= keys.start and keys.stop <= all_hi else (lo[:, None], hi[:, None])
-        scores = block_scores(query, key[:, :, keys], scale, softcap, bias, bounds, k)
+        scores = block_scores(query, key[:, :, keys], scale, softcap, bias, bounds, k, use_units=True)
         new_top = torch.maximum(top, scores.amax(-1))
         base = new_top.masked_fill(new_top == -torch.inf, 0.0)  # -inf - -inf is NaN
         weights = scores.sub_(base[..., None]).exp2_()
         shrink = torch.exp2(top - base)
         total = total * shrink + weights.sum(-1)
-        acc.mul_(shrink[..., None]).add_(grouped(weights, value[:, :, keys].to(dtype)))
+        acc.mul_(shrink[..., None]).add_(weighted(weights, value[:, :, keys]))
         top = new_top
     lse = lse_of(total, top.masked_fill(top == -torch.inf, 0.0))
     return normalise(acc, total).to(query.dtype), lse

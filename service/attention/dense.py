@@ -164,8 +164,12 @@ def _kernel(
     query, key, value = (x if x.shape[3] == width else pad(x, (0, width - x.shape[3])) for x in (query, key, value))
     if bias is not None and query.dtype == torch.float64:
         bias = bias.double()
-    fused = _cuda if query.is_cuda else _cpu
-    out, lse = fused(query, key, value, is_causal, bias, scale)
+    if query.is_cuda:
+        from service.attention import cuda
+
+        out, lse = cuda.attend(query, key, value, is_causal, bias, scale)
+    else:
+        out, lse = _cpu(query, key, value, is_causal, bias, scale)
     out = out[..., :value_dim]
     if bias is not None:
         empty = (bias.amax(-1) == -torch.inf).expand(lse.shape)
@@ -186,27 +190,3 @@ def _cpu(
         bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return cast(Partial, flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale))
-
-
-def _cuda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool,
-    bias: torch.Tensor | None,
-    scale: float,
-) -> Partial:
-    """The memory-efficient kernel by name: it takes masks and float32, and MATH (n x n) cannot be chosen instead.
-
-    Not measured: no CUDA device was at hand when this was written.
-    """
-    batch, heads, rows, width = query.shape
-    columns = key.shape[2]
-    aligned = -width % 8
-    query, key, value = (pad(x, (0, aligned)) for x in (query, key, value))
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))  # no grouped heads in it
-    if bias is not None:  # rows of the mask must start at multiples of 8 numbers
-        bias = pad(bias.to(query.dtype), (0, -columns % 8))[..., :columns].expand(batch, heads, rows, columns)
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, lse, *_ = efficient(query, key, value, bias, True, 0.0, is_causal, scale=scale)
-    return out[..., :width], lse[..., :rows]

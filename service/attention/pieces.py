@@ -96,6 +96,7 @@ def join(
             lse_read = torch.full_like(lse, -torch.inf) if lse_read is None else lse_read
             lse_read[piece.batch, :, piece.rows] = part.lse_read
         if part.risky_rows is not None:
-            risky.append(part.risky_rows + torch.tensor([piece.batch.start, 0, piece.rows.start]))
+            start = torch.tensor([piece.batch.start, 0, piece.rows.start], device=part.risky_rows.device)
+            risky.append(part.risky_rows + start)
     density = None if pairs is None else pairs / max(visible, 1)
     return AttentionOutput(out, lse, density, pairs, torch.cat(risky) if risky else None, lse_read)

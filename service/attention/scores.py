@@ -28,6 +28,20 @@ def grouped(heads_first: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.matmul(folded, matrix).view(batch, heads, rows, matrix.shape[-1])
 
 
+def has_units(tensor: torch.Tensor) -> bool:
+    """The processor multiplies this bfloat16 tensor faster than a float32 copy of it."""
+    if tensor.dtype != torch.bfloat16:
+        return False
+    return tensor.is_cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """weights [B, Hq, n, m] @ value [B, Hkv, m, Dv] -> [B, Hq, n, Dv] in the weights' dtype."""
+    if has_units(value):
+        return grouped(weights.to(value.dtype), value).to(weights.dtype)
+    return grouped(weights, value.to(weights.dtype))
+
+
 def block_scores(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -36,19 +50,25 @@ def block_scores(
     bias: torch.Tensor | None = None,
     bounds: Bounds | None = None,
     k_start: int = 0,
+    *,
+    use_units: bool = False,
 ) -> torch.Tensor:
     """query [B, Hq, n, D], key [B, Hkv, m, D] -> [B, Hq, n, m] bits, float32 (float64 kept), -inf where not visible.
 
     `bounds` (lo, hi), broadcastable to [B, Hq, n], are absolute; the first key stands at `k_start`.
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = grouped(query.to(dtype) * (scale * LOG2_E), key.to(dtype).transpose(-1, -2))
+    if use_units and has_units(query):  # rounded to bfloat16 once, like the scores of naive attention
+        scores = grouped(query, key.transpose(-1, -2)).float().mul_(scale * LOG2_E)
+    else:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = grouped(query.to(dtype) * (scale * LOG2_E), key.to(dtype).transpose(-1, -2))
     cap(scores, softcap)
     if bias is not None:
         scores.add_(bias, alpha=LOG2_E)
     if bounds is not None:
-        columns = torch.arange(k_start, k_start + key.shape[2], device=key.device)
-        lo, hi = bounds
+        # compared as int32: twice as many a step as int64
+        columns = torch.arange(k_start, k_start + key.shape[2], dtype=torch.int32, device=key.device)
+        lo, hi = (bound.int() for bound in bounds)
         scores.masked_fill_((columns < lo[..., None]) | (columns >= hi[..., None]), -torch.inf)
     return scores
 
@@ -74,6 +94,11 @@ def lse_of(total: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
 def normalise(weights: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """weights [..., n, x] / total [..., n]; rows without keys stay zero."""
     return weights / total.masked_fill(total == 0, 1.0)[..., None]
+
+
+def tile_bytes(cpu_bytes: int, device: torch.device) -> int:
+    """Tiles that fit a CPU's cache; a GPU wants few launches instead. The factor has not been measured."""
+    return cpu_bytes * 64 if device.type == "cuda" else cpu_bytes
 
 
 @dataclass(frozen=True, slots=True)

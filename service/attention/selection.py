@@ -22,7 +22,7 @@ from service.attention.layout import Layout, layout_of, visible_pairs
 from service.attention.masks import MaskSpec, as_bias, bias_at, cut, four
 from service.attention.moments import Moments, moments_of
 from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, Scratch, cap, default_scale
+from service.attention.scores import LOG2_E, Scratch, cap, default_scale, tile_bytes
 
 STRIDE = 8  # rows
 NEGLIGIBLE = 0.2  # of epsilon: the share of a row that blocks left out altogether may have
@@ -146,7 +146,7 @@ class _Rule:
         outliers = key[self.moments.outliers], value[self.moments.outliers]
         columns = layout.key_length if self.row_mask is not None else layout.k_blocks + len(outliers[0])
         sampled = layout.rows[:, self.looked_at]
-        step = max(1, TILE_BYTES // (4 * sampled.shape[1] * columns))
+        step = max(1, tile_bytes(TILE_BYTES, q.device) // (4 * sampled.shape[1] * columns))
         for start in range(0, layout.q_blocks, step):
             pause()
             blocks = slice(start, min(start + step, layout.q_blocks))

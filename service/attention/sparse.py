@@ -12,7 +12,7 @@ from service.attention.masks import MaskSpec, bias_at
 from service.attention.merge import Partial, merge
 from service.attention.moments import Moments
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, Scratch, cap, default_scale, exponentiate, lse_of, normalise
+from service.attention.scores import LOG2_E, Scratch, cap, default_scale, exponentiate, lse_of, normalise, tile_bytes
 from service.attention.selection import Beside, Selection
 
 RISKY_ROWS = 4  # per head, reported for the audit to check apart
@@ -97,7 +97,9 @@ class _Head:
         lse = q.new_full(q.shape[:2], -torch.inf)
         for tasks, columns, partial in self._groups():
             result: Partial | None = None
-            step = max(1, TILE_BYTES // (4 * q.shape[1] * self.layout.block_size * len(tasks)))
+            step = max(
+                1, tile_bytes(TILE_BYTES, self.scratch.device) // (4 * q.shape[1] * self.layout.block_size * len(tasks))
+            )
             for start in range(0, columns.shape[1], step):
                 pause()
                 part = columns[:, start : start + step]
@@ -121,7 +123,11 @@ class _Head:
         for (partial, whole), run in zip(shapes.T.tolist(), runs.tolist(), strict=True):
             width = partial + whole
             if width:
-                step = max(1, TILE_BYTES // (4 * layout.rows.shape[1] * layout.block_size * width))
+                step = max(
+                    1,
+                    tile_bytes(TILE_BYTES, self.scratch.device)
+                    // (4 * layout.rows.shape[1] * layout.block_size * width),
+                )
                 for start in range(first, first + run, step):
                     tasks = order[start : min(start + step, first + run)]
                     columns = [
@@ -190,7 +196,10 @@ class _Head:
         lse, read = (q.new_full(q.shape[:2], -torch.inf) for _ in range(2))
         own_k, own_v = (x.flatten(0, 1)[moments.outliers] for x in (keys, values))
         for part in beside:
-            step = max(1, TILE_BYTES // (4 * q.shape[1] * max(1, len(part.columns), len(own_k))))
+            step = max(
+                1,
+                tile_bytes(TILE_BYTES, self.scratch.device) // (4 * q.shape[1] * max(1, len(part.columns), len(own_k))),
+            )
             for start in range(part.blocks.start, part.blocks.stop, step):
                 pause()
                 blocks = slice(start, min(start + step, part.blocks.stop))

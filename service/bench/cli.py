@@ -160,6 +160,36 @@ def _print_length(length: Length, title: str) -> None:
             console.print(f"{row.name}: {row.absent or row.reason}", style=style, markup=False)
 
 
+@app.command()
+def predictions(
+    count: Annotated[int, typer.Option(min=2, help="Held-out shapes.")] = 60,
+    rounds: Rounds = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Output = None,
+) -> None:
+    """Predicted against actual seconds of every plan, and what the planner's choices cost beyond the best."""
+    from rich.progress import Progress
+
+    from service.bench import predictions as bench
+    from service.config import Config
+    from service.engine.executor import pick_device
+    from service.engine.profiles import load_or_measure
+
+    config = Config()
+    chosen = pick_device(device)
+    profile = load_or_measure(chosen, config.cache_dir.expanduser())
+    with Progress(console=console) as progress:
+        task = progress.add_task("shapes", total=count)
+        figures = bench.run(profile, config, chosen, count, rounds, lambda done: progress.update(task, completed=done))
+    table = Table("", "within 25 %", title=f"{count} held-out shapes, {hardware()}")
+    for kind, share in figures.within.items():
+        table.add_row(kind, f"{100 * share:.0f} %")
+    table.add_row("the plan chosen", f"{100 * figures.chosen_within:.0f} %")
+    table.add_row("mean regret", f"{100 * figures.mean_regret:.1f} %")
+    console.print(table)
+    _write(output, asdict(figures))
+
+
 def _cells(row: Row) -> list[str]:
     def cell(number: float | None, form: str) -> str:
         return "" if number is None else form.format(number)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.attention import attend, chunked, dense, reference, sparse
+from service.attention import attend, chunked, dense, reference, scores, sparse
 from service.attention.masks import MaskSpec
+from service.attention.workloads import structured
 from service.core import PlanKind
 
 from .helpers import Case, assert_within_budget, cases, plan_of
@@ -35,6 +36,20 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "SCRATCH_BYTES", 2048)
     monkeypatch.setattr(chunked, "KEY_BLOCK", 7)
     monkeypatch.setattr(sparse, "TILE_BYTES", 30_000)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("mask", [MaskSpec(), MaskSpec(is_causal=True)], ids=["full", "causal"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_bfloat16_products_keep_the_budget(mask, width, softcap, monkeypatch):
+    """What processors with bfloat16 units run; here it is only slow."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    q, k, v = structured(1, 4, 2, 700, width, torch.bfloat16, seed=5, topic_tokens=64)
+    products = []
+    monkeypatch.setattr(scores, "grouped", lambda a, b, whole=scores.grouped: products.append(a.dtype) or whole(a, b))
+    output = attend(q, k, v, PlanKind.CHUNKED, mask, softcap=softcap)
+    assert_within_budget(output, q, k, v, mask, softcap=softcap)
+    assert set(products) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,66 @@
+"""The attention suite on a CUDA device: the same budget against the same reference. Run with `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from service.attention import attend, cuda, reference
+from service.attention.checked import attend_checked
+from service.attention.masks import MaskSpec
+from service.attention.workloads import diffuse, structured
+from service.core import PlanKind
+
+from ..attention.helpers import plan_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device on this machine"),
+]
+MASKS = {
+    "full": MaskSpec(),
+    "causal": MaskSpec(is_causal=True),
+    "window": MaskSpec(is_causal=True, window=(100, -1)),
+    "lengths": MaskSpec(kv_lengths=torch.tensor([384, 200])),
+    "bias": MaskSpec(attn_mask=torch.randn(384, 384, generator=torch.Generator().manual_seed(0))),
+    "packed": MaskSpec(is_causal=True, cu_seqlens_q=(0, 100, 384), cu_seqlens_k=(0, 100, 384)),
+}
+
+
+def on_gpu(mask: MaskSpec) -> MaskSpec:
+    from dataclasses import replace
+
+    moved = {
+        name: getattr(mask, name).cuda() for name in ("kv_lengths", "attn_mask") if getattr(mask, name) is not None
+    }
+    return replace(mask, **moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("kind", list(PlanKind))
+@pytest.mark.parametrize("width", [64, 80, 256])
+def test_every_plan_keeps_the_error_budget(kind, name, dtype, width):
+    batch = 1 if name == "packed" else 2
+    q, k, v = diffuse(batch, 8, 2, 384, width, dtype)
+    exact = reference.attend(q.double(), k.double(), v.double(), MASKS[name])
+    naive = reference.attend(q, k, v, MASKS[name])
+    output = attend(q.cuda(), k.cuda(), v.cuda(), plan_of(kind, 64), on_gpu(MASKS[name]))
+    allowed = 2 * float((naive.out.double() - exact.out).abs().max()) + 2 * torch.finfo(dtype).eps * float(
+        exact.out.abs().max()
+    )
+    assert float((output.out.cpu().double() - exact.out).abs().max()) <= allowed
+    assert torch.equal(output.lse.cpu() == -torch.inf, exact.lse == -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_at_least_one_fused_kernel_is_sound(dtype):
+    assert cuda.sound(torch.device("cuda", 0), dtype)
+
+
+@pytest.mark.parametrize("mask", [MaskSpec(is_causal=True), MaskSpec()], ids=["causal", "full"])
+def test_sparse_answers_are_measured(mask):
+    tensors = [x.cuda() for x in structured(1, 8, 2, 8192, 64, torch.bfloat16)]
+    checked = attend_checked(*tensors, plan_of("sparse", 128, 0.4), mask, max_error=0.02, forced=True)
+    exact = attend(*tensors, PlanKind.DENSE, mask)
+    assert checked.kind is PlanKind.SPARSE
+    error = float((checked.out.float() - exact.out.float()).norm() / exact.out.float().norm())
+    assert error <= checked.error.relative_l2_upper <= 0.02
