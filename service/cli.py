@@ -75,16 +75,20 @@ def calibrate(
 
     from service.engine.calibration import measure
     from service.engine.executor import pick_device
-    from service.engine.profiles import identity, store
+    from service.engine.profiles import exclusive, identity, store
 
     config = _config(demo=False, replicas=None, http_port=None)
     device = pick_device(config.device)
     torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
-    with Progress(BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console) as progress:
+    directory = config.cache_dir.expanduser()
+    with (
+        exclusive(directory),
+        Progress(BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console) as progress,
+    ):
         task = progress.add_task("", total=1.0)
         profile = measure(device, thorough=not short, progress=lambda share: progress.update(task, completed=share))
         progress.update(task, completed=1.0)
-    path = store(profile, device, config.cache_dir.expanduser())
+    path = store(profile, device, directory)
     console.print(prediction_table(profile, identity(device)["device"]))
     console.print(f"kept in {path}", soft_wrap=True)
 

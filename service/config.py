@@ -87,10 +87,9 @@ class Config(BaseSettings):
     epsilon: float = Field(
         0.4, gt=0, le=1, description="Risk that a sparse row may leave in a block it does not read, at max_error 0.02."
     )
-    selection: Literal["moments", "antidiagonal"] = "moments"
     audit_rows: int = Field(59, ge=8, le=4096, description="Exact rows per head; 59 = 95 % of rows at 95 % confidence.")
-    sparse_min_tokens: int = Field(4096, ge=256, description="Keys below which auto never tries sparse.")
-    max_density: float = Field(0.5, gt=0, le=1, description="Selected share of blocks above which auto goes exact.")
+    sparse_min_tokens: int = Field(6144, ge=256, description="Keys below which auto never tries sparse.")
+    max_density: float = Field(0.5, gt=0, le=1, description="Share of pairs selected, above which auto goes exact.")
 
     # money
     price_per_device_hour_usd: float = Field(0.10, ge=0)

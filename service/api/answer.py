@@ -48,6 +48,7 @@ def document(answer: Answer) -> dict[str, Any]:
             "confidence": error.confidence,
             "riskiest_row": error.riskiest_row,
             "recall": error.recall,
+            "lse_error": error.lse_error,
         }
     for name in ("certified_unread", "rejected_relative_l2_upper"):
         if (told := getattr(error, name)) is not None:

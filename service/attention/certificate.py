@@ -17,7 +17,7 @@ from service.attention.selection import Selection
 
 FIRST_ROWS = 64  # a head's, looked at before all the others: mostly they say already that nothing can be proven
 TILE_BYTES = 4 * 2**20
-ROUNDING = 1e-3  # bits, outward: float32 products of a few hundred numbers
+EPS, LARGEST = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).max
 
 
 def unread_mass(
@@ -39,14 +39,14 @@ def unread_mass(
     bits = default_scale(scale, query.shape[3]) * LOG2_E
     heads = [(b, h) for b in range(query.shape[0]) for h in range(query.shape[1])]
     worst = 0.0
-    for share in (FIRST_ROWS, query.shape[2]):
-        step = max(1, query.shape[2] // share)
+    first = max(1, query.shape[2] // FIRST_ROWS)
+    for step in (1,) if first == 1 else (first, 1):
         for b, h in heads:
-            pause()
             q = query[b, h, ::step].float() * bits
             read = output.lse_read[b, h, ::step] * LOG2_E
             at = torch.arange(0, query.shape[2], step, device=q.device)
-            ratio = _head(q, at, read, selection.layout, selection.keep[b, h], selection.moments[b][h], softcap)
+            head = selection.layout, selection.keep[b, h], selection.moments[b][h]
+            ratio = _head(q, at, read, *head, softcap, pause)
             if not ratio < 1:
                 return None
             worst = max(worst, ratio)
@@ -61,20 +61,29 @@ def _head(
     keep: torch.Tensor,
     moments: Moments,
     softcap: float | None,
+    pause: Checkpoint,
 ) -> float:
-    """q [n, D] in bits, of rows `at` [n], log2 of their mass read [n] -> the largest unread mass over the mass read."""
+    """q [n, D] in bits, of rows `at` [n], log2 of their mass read [n] -> the largest unread mass over the mass read.
+
+    Infinite where a row read nothing of what it sees, or where a number was lost on the way.
+    """
     place = torch.arange(layout.k_blocks, device=q.device)
+    length = torch.linalg.vector_norm(moments.centroid, dim=1) + moments.radius
+    # float32 products of D numbers, and the two logarithms, rounded outward
+    rounding = 4 * EPS * q.shape[1] ** 0.5
     worst = 0.0
     step = max(1, TILE_BYTES // (4 * layout.k_blocks))
     for start in range(0, len(q), step):
-        part = q[start : start + step]
+        pause()
+        part, told = q[start : start + step], read[start : start + step, None]
         block = at[start : start + step] // layout.rows.shape[1]
-        bound = part @ moments.centroid.T
-        bound.addr_(torch.linalg.vector_norm(part, dim=1), moments.radius)
-        bound = cap(bound, softcap) + moments.log_weight + ROUNDING
+        norm = torch.linalg.vector_norm(part, dim=1)
+        bound = (part @ moments.centroid.T).addr_(norm, moments.radius + rounding * length)
+        bound = cap(bound, softcap) + moments.log_weight
+        bound += 4 * EPS * (told.abs().clamp(max=LARGEST) + bound.abs().clamp(max=LARGEST))
         full = (place >= layout.full[block, :1]) & (place < layout.full[block, 1:])
-        bound.masked_fill_(~full | keep[block], -torch.inf)
-        ratio = (bound - read[start : start + step, None]).exp2_().sum(1)
-        empty = bound.amax(1) == -torch.inf
-        worst = max(worst, float(ratio.masked_fill_(empty, 0.0).max()))
+        unread = full & ~keep[block] & (moments.log_weight > -torch.inf)
+        # a row without anything read: told is -inf, and whatever is unread weighs infinitely more
+        ratio = (bound - told).exp2_().masked_fill_(~unread, 0.0).sum(1)
+        worst = max(worst, float(ratio.nan_to_num(nan=torch.inf).max()))
     return worst

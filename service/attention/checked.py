@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from service.attention import DEFAULT_EPSILON, attend, select_blocks
+from service.attention import DEFAULT_EPSILON, ERROR_EXPONENT, attend, select_blocks
 from service.attention.audit import Measured, measure
 from service.attention.certificate import unread_mass
 from service.attention.masks import MaskSpec
@@ -14,6 +15,7 @@ from service.attention.output import AttentionOutput, Checkpoint
 from service.attention.pieces import Piece, join, split
 from service.core import ErrorReport, Plan, PlanKind
 
+Certify = Callable[[], float | None]
 RETRY_WITHIN = 5.0  # times max_error: further off, a tighter epsilon would not be enough
 
 
@@ -52,8 +54,8 @@ class _Setup:
         pairs = before + sum(piece.visible_pairs for piece in self.pieces)
         return Checked(output.out, output.lse, error, kind, None, None, pairs, reason)
 
-    def sparse(self, plan: Plan, max_density: float | None) -> tuple[AttentionOutput, float | None] | float:
-        """The sparse output and its certificate, or the predicted density where that is over the limit."""
+    def sparse(self, plan: Plan, max_density: float | None) -> tuple[AttentionOutput, Certify] | float:
+        """The sparse output and what certifies it, or the predicted density where that is over the limit."""
         from service.attention import sparse
 
         chosen = {
@@ -64,20 +66,27 @@ class _Setup:
         density = sum(one.pairs for one in chosen.values()) / max(1, sum(one.visible for one in chosen.values()))
         if max_density is not None and density > max_density:
             return density
-        proven: list[float | None] = []
+        outputs: list[tuple[Piece, AttentionOutput]] = []
         scale, softcap, checkpoint = self.scale, self.softcap, self.checkpoint
 
         def run(piece: Piece) -> AttentionOutput:
             selection, tensors = chosen[id(piece)], (piece.query, piece.key, piece.value, piece.mask)
             output = sparse.attend(*tensors, selection, scale=scale, softcap=softcap, checkpoint=checkpoint)
-            proven.append(
-                unread_mass(piece.query, selection, output, scale=scale, softcap=softcap, checkpoint=checkpoint)
-            )
+            outputs.append((piece, output))
             return output
 
-        output = join(self.query, self.value, self.pieces, run)
-        known = [share for share in proven if share is not None]
-        return output, max(known, default=0.0) if len(known) == len(proven) else None
+        def certify() -> float | None:
+            worst = 0.0
+            for piece, output in outputs:
+                proven = unread_mass(
+                    piece.query, chosen[id(piece)], output, scale=scale, softcap=softcap, checkpoint=checkpoint
+                )
+                if proven is None:
+                    return None
+                worst = max(worst, proven)
+            return worst
+
+        return join(self.query, self.value, self.pieces, run), certify
 
     def measure(self, output: AttentionOutput, rows: int, seed: int) -> Measured:
         return measure(
@@ -101,12 +110,14 @@ def attend_checked(
     forced: bool = False,
     max_density: float = 0.5,
     exact_kind: PlanKind = PlanKind.DENSE,
+    needs_lse: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Checked:
     """Exact plans just run. A sparse one is selected, run and audited; over `max_error` it is tried once more with a
     smaller epsilon, and then replaced by an exact one.
 
-    Not `forced`, it goes exact before any sparse work where the selection is denser than `max_density`.
+    Not `forced`, it goes exact before any sparse work where the selection is denser than `max_density`. `needs_lse`:
+    the log-sum-exp is handed out too, and may err by `max_error` (root mean square, nats) like the output.
     """
     setup = _Setup(query, key, value, mask, split(query, key, value, mask), scale, softcap, checkpoint)
     if plan.kind is not PlanKind.SPARSE:
@@ -121,12 +132,14 @@ def attend_checked(
         if isinstance(ran, float):
             reason = f"{history}predicted density {ran:.2f} > {max_density:g} with epsilon {plan.epsilon:.2g}"
             return setup.exact(exact_kind, error, spent, reason)
-        output, certified = ran
+        output, certify = ran
         audited = setup.measure(output, audit_rows, seed)
         spent += (output.pairs_scored or 0) + audited.pairs
         upper = audited.report.relative_l2_upper
+        if needs_lse:
+            upper = max(upper, audited.report.lse_error)
         if upper <= max_error:
-            report = replace(audited.report, certified_unread=certified)
+            report = replace(audited.report, certified_unread=certify())
             found = output.density, plan.epsilon
             return Checked(output.out, output.lse, report, PlanKind.SPARSE, *found, spent, history.rstrip(", "))
         error = replace(ErrorReport(), fallback=True, rejected_relative_l2_upper=upper)
@@ -134,6 +147,7 @@ def attend_checked(
             f"measured error {upper:.3g} > max_error {max_error:g} "
             f"with epsilon {plan.epsilon:.2g} at density {output.density or 0.0:.2f}, "
         )
+        del output, ran, certify  # their memory is needed
         if last or upper > RETRY_WITHIN * max_error:
             break
         plan = replace(plan, epsilon=plan.epsilon * tighter(upper / max_error))
@@ -141,5 +155,5 @@ def attend_checked(
 
 
 def tighter(excess: float) -> float:
-    """What epsilon is multiplied with after an error `excess` times too large: errors fall like epsilon^0.7."""
-    return min(0.25, 0.5 * float(excess**-1.4))
+    """What epsilon is multiplied with after an error `excess` times too large: aims at half of what is allowed."""
+    return min(0.25, 0.5 * float(excess ** (-1 / ERROR_EXPONENT)))

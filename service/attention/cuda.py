@@ -80,13 +80,15 @@ def _efficient(
 ) -> tuple[torch.Tensor, ...]:
     """Takes masks and float32, but no grouped heads; rows of a mask must start at multiples of 8 numbers."""
     batch, heads, rows, _ = query.shape
-    columns = key.shape[2]
+    columns, dtype = key.shape[2], query.dtype
+    if bias is not None and dtype in HALF:  # half the digits of a bias of -100 are worth a tenth of a weight
+        query, key, value = query.float(), key.float(), value.float()
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     if bias is not None:
         bias = pad(bias.to(query.dtype), (0, -columns % 8))[..., :columns].expand(batch, heads, rows, columns)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    found: tuple[torch.Tensor, ...] = efficient(query, key, value, bias, True, 0.0, is_causal, scale=scale)
-    return found
+    out, lse, *_ = efficient(query, key, value, bias, True, 0.0, is_causal, scale=scale)
+    return out.to(dtype), lse
 
 
 @lru_cache

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from service.attention.masks import Bounds, MaskSpec, as_bias, cut, row_bounds
+from service.attention.merge import Partial
 from service.attention.output import AttentionOutput, Checkpoint
 from service.attention.scores import block_scores, default_scale, exponentiate, grouped, lse_of, normalise
 
@@ -17,7 +18,6 @@ BLOCK_FLOPS = 4e9  # ~40 ms at the 100 GFLOP/s that 2 AVX2 cores gave the CPU ke
 SCRATCH_BYTES = 64 * 2**20
 MIN_ROWS = 128  # fewer rows a call and the kernel is bound by reading the keys
 
-Partial = tuple[torch.Tensor, torch.Tensor]
 Tile = tuple[slice, slice, slice, slice]  # sequences, key heads, query heads, rows
 
 
@@ -37,7 +37,7 @@ def attend(
     batch, heads, query_length, head_dim = query.shape
     key_length, value_dim = value.shape[2:]
     flops = 4.0 * batch * heads * query_length * key_length * max(head_dim, value_dim)
-    if softcap is None and mask.attn_mask is None and (checkpoint is None or flops <= BLOCK_FLOPS):
+    if softcap is None and mask.attn_mask is None and (checkpoint is None or flops <= _block_flops(query.device)):
         causal = _simple(mask, query_length, key_length, query.device)
         if causal is not None:
             return AttentionOutput(*_kernel(query, key, value, causal, None, scale))
@@ -50,6 +50,11 @@ def attend(
         part = query[b, hq, rows], key[b, h], value[b, h]
         out[b, hq, rows], lse[b, hq, rows] = _rows(*part, mask, (b, h, hq, rows), query_length, scale, softcap)
     return AttentionOutput(out, lse)
+
+
+def _block_flops(device: torch.device) -> float:
+    """Of one call between checkpoints; a GPU is a few thousand times as fast (not measured)."""
+    return BLOCK_FLOPS * 2000 if device.type == "cuda" else BLOCK_FLOPS
 
 
 def _simple(mask: MaskSpec, query_length: int, key_length: int, device: torch.device) -> bool | None:
@@ -73,7 +78,9 @@ def _tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, by_time:
     kv_heads, key_length = key.shape[1:3]
     group = heads // kv_heads
     flops = 4.0 * group * key_length * max(head_dim, value.shape[3])
-    share = max(flops / BLOCK_FLOPS if by_time else 0.0, 4.0 * group * key_length / SCRATCH_BYTES)  # of a row
+    share = max(
+        flops / _block_flops(query.device) if by_time else 0.0, 4.0 * group * key_length / SCRATCH_BYTES
+    )  # of a row
     units = max(1, int(1 / (MIN_ROWS * share)))
     h_step, b_step = min(kv_heads, units), min(batch, max(1, units // kv_heads))
     rows = max(1, int(1 / (share * h_step * b_step)))

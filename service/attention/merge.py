@@ -12,8 +12,17 @@ def merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: 
 
     Ref: o = o_a e^(l_a - l) + o_b e^(l_b - l), l = logaddexp(l_a, l_b) (ring-flash-attention utils.py).
     """
-    lse = torch.logaddexp(lse_a, lse_b)
-    base = lse.masked_fill(lse == -torch.inf, 0.0)  # -inf - -inf is NaN
-    weight_a, weight_b = torch.exp(lse_a - base)[..., None], torch.exp(lse_b - base)[..., None]
+    share_a, share_b, lse = shares(lse_a, lse_b)
     dtype = torch.promote_types(lse.dtype, torch.float32)
-    return out_a.to(dtype) * weight_a + out_b.to(dtype) * weight_b, lse
+    return out_a.to(dtype) * share_a[..., None] + out_b.to(dtype) * share_b[..., None], lse
+
+
+def shares(lse_a: torch.Tensor, lse_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[..., L] each -> the shares of both sides, which add up to 1 however large the numbers are, and their lse."""
+    top = torch.maximum(lse_a, lse_b)
+    base = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf is NaN
+    weight_a, weight_b = torch.exp(lse_a - base), torch.exp(lse_b - base)
+    total = weight_a + weight_b
+    lse = base + total.log()
+    total = total.masked_fill(total == 0, 1.0)
+    return weight_a / total, weight_b / total, lse

@@ -22,7 +22,7 @@ ROUNDING = 2e-3  # of the keys' norm: distances below come from rounding, not fr
 POWER_STEPS = 4
 BITS = log(2) / 2  # bits of mass that a score variance of 1 bit^2 adds: log2(E[2^x]) of a Gaussian x
 TWO_POINTS = 0.5  # bits: sqrt(E[w^2]) / E[w] of a block of which one half has all the weight is sqrt(2)
-TINY, LOWEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).min
+TINY, LOWEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 MOMENTS_BYTES = 2 * 2**20  # of keys at a time: read ten times, so they should stay in the cache
 
 
@@ -39,7 +39,7 @@ class Moments:
     log_weight: torch.Tensor  # [n], log2 of the number of keys, one with bias x counted as exp(x); -inf: none
     value: torch.Tensor  # [n, Dv], mean
     outliers: torch.Tensor  # [nO] int64 key positions, ascending
-    value_square: float  # mean of |v|^2 over all keys
+    value_square: float  # mean of |v|^2 over all keys that count
     profile: torch.Tensor  # [D], how the variance of this head's blocks is spread over the channels
 
     def masses(
@@ -109,7 +109,7 @@ def moments_of(
         log_weight=log_weight,
         value=mean,
         outliers=outliers,
-        value_square=float(torch.linalg.vector_norm(value)) ** 2 / len(value),
+        value_square=_mean_square(value if bias is None else value[bias > -torch.inf]),
         profile=profile,
     )
 
@@ -137,13 +137,19 @@ def _of_blocks(
     covariance = (offsets * share[..., None]).transpose(1, 2) @ offsets
     variance = covariance.diagonal(dim1=1, dim2=2)
     axis = _axis(covariance)
-    radius = torch.linalg.vector_norm(offsets, dim=2).masked_fill_(share == 0, 0.0).amax(1)
-    projected = (offsets * axis[:, None]).sum(2).abs_().masked_fill_(share == 0, 0.0)
+    counted = log_weights > -torch.inf  # however light: its share may be too small for a number
+    radius = torch.linalg.vector_norm(offsets, dim=2).masked_fill_(~counted, 0.0).amax(1)
+    projected = (offsets * axis[:, None]).sum(2).abs_().masked_fill_(~counted, 0.0)
     reach = projected.amax(1) / axis.square().sum(1).clamp(min=TINY)
     position = torch.arange(start, start + blocks * block_size, device=key.device).view(blocks, block_size)
     return (
         centroid, variance, axis, reach, radius, (total.log2() + top)[:, 0], _mean(share, values), position[outlier],
     )  # fmt: skip
+
+
+def _mean_square(value: torch.Tensor) -> float:
+    """Of rows [n, Dv]; no larger than a float32 can be."""
+    return min(float(torch.linalg.vector_norm(value)) ** 2 / max(1, len(value)), LARGEST)
 
 
 def _axis(covariance: torch.Tensor) -> torch.Tensor:
@@ -166,7 +172,7 @@ def _outliers(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """
     blocks, size, width = keys.shape
     parts = STRETCHES if size % STRETCHES == 0 else 1
-    norms = torch.linalg.vector_norm(keys, dim=-1)
+    norms = torch.linalg.vector_norm(keys, dim=-1).masked_fill_(~valid, 0.0)
 
     def distance(by: torch.Tensor) -> torch.Tensor:
         """From the nearest stretch, `by` [n, B] of its keys counted. |k - c|^2 = |k|^2 - 2 k.c + |c|^2."""

@@ -25,7 +25,7 @@ from service.attention.output import Checkpoint, no_checkpoint
 from service.attention.scores import LOG2_E, Scratch, cap, default_scale, tile_bytes
 
 STRIDE = 8  # rows
-NEGLIGIBLE = 0.2  # of epsilon: the share of a row that blocks left out altogether may have
+NEGLIGIBLE = 0.3  # of epsilon: the share of a row that blocks left out altogether may have
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys [nO, D] and values [nO, Dv]
 
 TILE_BYTES = 2 * 2**20  # of one tile of estimates: read twenty times, so it should stay in the cache
@@ -112,7 +112,8 @@ def read_pairs(layout: Layout, keep: torch.Tensor) -> int:
 def beside_pairs(layout: Layout, keep: torch.Tensor, moments: Moments, beside: Sequence[Beside]) -> int:
     """Of one head: a pair for each row and outlier, and for each row and centroid that stands for keys."""
     rows, others = layout.row_counts(), layout.whole() & ~keep
-    count = others[:, moments.outliers // layout.block_size].sum(1)
+    of_block = torch.bincount(moments.outliers // layout.block_size, minlength=layout.k_blocks)
+    count = (others * of_block).sum(1)
     for part in beside:
         count[part.blocks] += others[part.blocks, part.columns].sum(1)
     return int((count * rows).sum())

@@ -9,7 +9,7 @@ import torch
 
 from service.attention.layout import Layout
 from service.attention.masks import MaskSpec, bias_at
-from service.attention.merge import Partial, merge
+from service.attention.merge import Partial, merge, shares
 from service.attention.moments import Moments
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
 from service.attention.scores import LOG2_E, Scratch, cap, default_scale, exponentiate, lse_of, normalise, tile_bytes
@@ -54,9 +54,9 @@ def attend(
                 far, far_lse, outlier_lse = head.far(
                     q, keys, values, selection.moments[b][h], selection.beside[b][h], pause
                 )
-                whole, read = torch.logaddexp(near_lse, far_lse), torch.logaddexp(near_lse, outlier_lse)
-                base = whole.masked_fill(whole == -torch.inf, 0.0)
-                near.mul_((near_lse - base).exp_()[..., None]).addcmul_(far, (far_lse - base).exp_()[..., None])
+                of_near, of_far, whole = shares(near_lse, far_lse)
+                near.mul_(of_near[..., None]).addcmul_(far, of_far[..., None])
+                read = shares(near_lse, outlier_lse)[2]
             out[b, h] = near.flatten(0, 1)[:query_length]
             lse[b, h], lse_read[b, h] = (x.flatten()[:query_length] for x in (whole, read))
     return AttentionOutput(out, lse, selection.density, selection.pairs, _risky_rows(lse, lse_read), lse_read)

@@ -168,7 +168,7 @@ def predictions(
     output: Output = None,
 ) -> None:
     """Predicted against actual seconds of every plan, and what the planner's choices cost beyond the best."""
-    from rich.progress import Progress
+    import torch
 
     from service.bench import predictions as bench
     from service.config import Config
@@ -176,8 +176,9 @@ def predictions(
     from service.engine.profiles import load_or_measure
 
     config = Config()
+    torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
     chosen = pick_device(device)
-    profile = load_or_measure(chosen, config.cache_dir.expanduser())
+    profile = load_or_measure(chosen, config.cache_dir)
     with Progress(console=console) as progress:
         task = progress.add_task("shapes", total=count)
         figures = bench.run(profile, config, chosen, count, rounds, lambda done: progress.update(task, completed=done))

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from service.attention import DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON, antidiagonal, attend, select_blocks, sparse
 from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
+from service.attention.output import no_checkpoint
 from service.attention.pieces import split
 from service.attention.workloads import Needle, diffuse, planted
 from service.core import ErrorReport, Plan, PlanKind, Work
@@ -122,7 +123,7 @@ def _ready(name: str, settings: Settings, inputs: Inputs) -> Run | Absent:
             return lambda: Ran(sdpa(inputs), "sdpa")
         case "dense" | "chunked":
             kind = PlanKind(name)
-            return lambda: Ran(attend(*inputs.tensors, kind, inputs.mask).out, kind)
+            return lambda: Ran(attend(*inputs.tensors, kind, inputs.mask, checkpoint=no_checkpoint).out, kind)
         case "sparse":
             return lambda: _sparse(settings, inputs)
         case "antidiagonal":

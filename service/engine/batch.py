@@ -216,6 +216,7 @@ class BatchRunner:
             forced=options.mode == "sparse",
             max_density=self._config.max_density,
             exact_kind=job.exact_kind,
+            needs_lse="lse" in options.returns,
             checkpoint=checkpoint,
         )
         if checked.reason:  # a smaller epsilon, or exact after all

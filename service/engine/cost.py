@@ -18,10 +18,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # the chunked and sparse kernels work in float32 tiles of about this many numbers
 TILE_ELEMENTS = 1 << 22
 CHUNK_ROWS, CHUNK_KEYS = 512, 512  # of one block of the chunked kernel
-READ_KEYS, READ_SHARE = (
-    450,
-    0.008,
-)  # keys that a row of sparse attention reads, and share of what it sees that stands beside
+# a row of sparse attention reads so many keys at that epsilon, and so large a share of what it sees stands beside
+READ_KEYS, READ_SHARE, READ_EPSILON = 450, 0.008, 0.4
 LOOK_STRIDE, LOOK_PASSES = 8, 8  # selection looks at every 8th row, and a score there costs as much as 8 others
 # what the process needs however small the request (allocator slack, code, thread stacks)
 BASE_SCRATCH_BYTES = 1 << 20
@@ -71,9 +69,17 @@ class Effort:
 
 
 def attention_effort(
-    kind: PlanKind, shape: AttentionShape, options: AttentionOptions, *, block_size: int, audit_rows: int = 59
+    kind: PlanKind,
+    shape: AttentionShape,
+    options: AttentionOptions,
+    *,
+    block_size: int,
+    audit_rows: int = 59,
+    epsilon: float = READ_EPSILON,
 ) -> Effort:
-    """Of one attention request under one plan, what it returns beside the output left out."""
+    """Of one attention request under one plan, the weights that it returns included."""
+    weighed = returned_pairs(shape, options)
+    weights = pair_flops(weighed, shape.head_dim, 0)
     pairs = attention_pairs(shape, options)
     calls = 1 if options.kv_lengths is None or len(set(options.kv_lengths)) == 1 else shape.batch
     rows = shape.batch * shape.heads * shape.query_length
@@ -82,19 +88,18 @@ def attention_effort(
     elements = (rows + keys) * width
     match kind:
         case PlanKind.DENSE:
-            return Effort(calls, 0, elements, pairs, 2 * pairs * width)
+            return Effort(calls, 0, elements, pairs + weighed, 2 * pairs * width + weights)
         case PlanKind.CHUNKED:
             seen = pairs / max(1, rows)
             launches = ceil(shape.query_length / CHUNK_ROWS) * ceil(seen / CHUNK_KEYS)
-            return Effort(calls, launches, elements, pairs, 2 * pairs * width)
+            return Effort(calls, launches, elements, pairs + weighed, 2 * pairs * width + weights)
         case PlanKind.SPARSE:
             audited = audit_rows * shape.batch * shape.heads * shape.key_length
-            scored = sparse_pairs(pairs, rows) + audited
+            scored = sparse_pairs(pairs, rows, epsilon) + audited
             flops = pair_flops(scored, shape.head_dim, shape.value_dim) + selection_flops(shape, pairs, block_size)
             launches = shape.batch * shape.heads * ceil(shape.query_length / block_size)
-            return Effort(
-                calls, launches, elements, scored + LOOK_PASSES * (pairs // (LOOK_STRIDE * block_size)), flops
-            )
+            looked = LOOK_PASSES * (pairs // (LOOK_STRIDE * block_size))
+            return Effort(calls, launches, elements, scored + looked + weighed, flops + weights)
 
 
 def selection_flops(shape: AttentionShape, pairs: int, block_size: int) -> int:
@@ -103,14 +108,15 @@ def selection_flops(shape: AttentionShape, pairs: int, block_size: int) -> int:
     return covariances + 2 * (3 * shape.head_dim + shape.value_dim) * (pairs // (LOOK_STRIDE * block_size))
 
 
-def sparse_pairs(pairs: int, rows: int) -> int:
+def sparse_pairs(pairs: int, rows: int, epsilon: float = READ_EPSILON) -> int:
     """Pairs that sparse attention is assumed to read before selection has looked.
 
-    Measured on structured inputs of 2K to 128K keys, causal and not, epsilon 0.3: 300 to 900 keys and centroids a row.
-    Diffuse inputs read more, and the executor then goes exact.
+    Measured on structured inputs of 2K to 128K keys, causal and not, epsilon 0.3 to 0.5: 300 to 900 keys and centroids
+    a row. Diffuse inputs read more, and the executor then goes exact.
     """
     seen = pairs / max(1, rows)
-    return ceil(rows * min(seen, READ_KEYS + READ_SHARE * seen))
+    read = READ_KEYS * float((READ_EPSILON / epsilon) ** 0.25)
+    return ceil(rows * min(seen, read + READ_SHARE * seen))
 
 
 def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOptions, *, block_size: int) -> Work:
@@ -147,13 +153,17 @@ def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
     )
 
 
+def returned_pairs(shape: AttentionShape, options: AttentionOptions) -> int:
+    """Scores that are computed again for the `weights` and `top_weights` that a request asks for."""
+    rows = shape.batch * shape.heads * returned_rows(shape, options)
+    return rows * shape.key_length * len(weights_bytes(shape, options))
+
+
 def returned_weights(shape: AttentionShape, options: AttentionOptions) -> tuple[int, int]:
     """(FLOPs, bytes) of the `weights` and `top_weights` that a request asks for: q·k again for every named row."""
     sizes = weights_bytes(shape, options)
-    rows = returned_rows(shape, options)
-    flops = 2 * shape.head_dim * shape.batch * shape.heads * rows * shape.key_length
     scratch = 4 * 4 * TILE_ELEMENTS if sizes else 0
-    return flops * len(sizes), sum(sizes.values()) + scratch
+    return pair_flops(returned_pairs(shape, options), shape.head_dim, 0), sum(sizes.values()) + scratch
 
 
 def returned_rows(shape: AttentionShape, options: AttentionOptions) -> int:

@@ -34,7 +34,14 @@ from service.engine.accounting import cost_usd
 from service.engine.admission import Admission
 from service.engine.batch import BatchRunner, Job, Outcome, Result, Stopped, batch_key, tokens_of
 from service.engine.calibration import DeviceProfile
-from service.engine.cost import attention_effort, attention_pairs, pair_flops, returned_rows, weights_bytes
+from service.engine.cost import (
+    attention_effort,
+    attention_pairs,
+    pair_flops,
+    returned_rows,
+    returned_weights,
+    weights_bytes,
+)
 from service.engine.executor import Executor, pick_device
 from service.engine.profiles import load_or_measure
 from service.engine.scheduler import Scheduler
@@ -95,7 +102,7 @@ class Engine:
         threads = config.cpu_threads or os.cpu_count() or 1
         torch.set_num_threads(threads)  # per thread: this one calibrates, the executor's computes
         models = {model.name: registry.load(model, device, config.max_text_bytes) for model in config.models}
-        profile = load_or_measure(device, config.cache_dir.expanduser())
+        profile = load_or_measure(device, config.cache_dir)
         return cls(config, metrics, profile, models, device, Executor(threads))
 
     # -- what is asked of it ------------------------------------------------------------------------------------
@@ -275,7 +282,8 @@ class Engine:
         if isinstance(request, AttentionRequest) and job.plan.kind is PlanKind.SPARSE:
             shape = request.shape
             pairs_dense = attention_pairs(shape, request.options)
-            flops_dense = pair_flops(pairs_dense, shape.head_dim, shape.value_dim)
+            weights, _ = returned_weights(shape, request.options)
+            flops_dense = pair_flops(pairs_dense, shape.head_dim, shape.value_dim) + weights
             # selection's own products are in the planned work beyond its pairs
             extra = work.flops - pair_flops(work.pairs, shape.head_dim, shape.value_dim)
             flops = extra + pair_flops(outcome.pairs_scored, shape.head_dim, shape.value_dim)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from service.attention import ERROR_EXPONENT
 from service.config import Config
 from service.core import AttentionOptions, AttentionShape, ModelInfo, Plan, PlanKind, Work
 from service.engine.calibration import DeviceProfile
 from service.engine.cost import Effort, attention_effort, attention_work, forward_effort, forward_work
-from service.errors import FarsightError, Kind
+from service.errors import FarsightError, Kind, invalid
 
 EPSILON_MAX_ERROR = 0.02
 
@@ -46,13 +47,19 @@ def candidates(
 
 
 def _effort(kind: PlanKind, shape: AttentionShape, options: AttentionOptions, config: Config) -> Effort:
-    audit_rows = options.audit_rows or config.audit_rows
-    return attention_effort(kind, shape, options, block_size=config.block_size, audit_rows=audit_rows)
+    return attention_effort(
+        kind,
+        shape,
+        options,
+        block_size=config.block_size,
+        audit_rows=options.audit_rows or config.audit_rows,
+        epsilon=epsilon_for(max_error(options, config), config),
+    )
 
 
 def epsilon_for(max_error: float, config: Config) -> float:
-    """The first epsilon to try: `config.epsilon` suits a max_error of 0.02, and errors fall like epsilon^0.75."""
-    return float(min(1.0, config.epsilon * (max_error / EPSILON_MAX_ERROR) ** (1 / 0.75)))
+    """The first epsilon to try: `config.epsilon` suits a max_error of 0.02."""
+    return float(min(1.0, max(1e-6, config.epsilon * (max_error / EPSILON_MAX_ERROR) ** (1 / ERROR_EXPONENT))))
 
 
 def max_error(options: AttentionOptions, config: Config) -> float:
@@ -77,6 +84,8 @@ def plan_attention(shape: AttentionShape, options: AttentionOptions, profile: De
             f"{candidate.kind} {candidate.predicted_s:.3g} s" + ("" if candidate.fits else f" ({candidate.reason})")
             for candidate in priced.values()
         )
+    if chosen.kind is PlanKind.SPARSE and max_error(options, config) == 0:
+        raise invalid("mode sparse: max_error 0 asks for an exact answer", param="mode")
     if not chosen.fits:
         raise FarsightError(Kind.TOO_LARGE, f"{chosen.kind} attention {chosen.reason}", code="memory_limit")
     sparse = chosen.kind is PlanKind.SPARSE
@@ -87,7 +96,7 @@ def plan_attention(shape: AttentionShape, options: AttentionOptions, profile: De
         reason=reason,
         shared_s=profile.call_s(chosen.kind, shape.dtype),
         block_size=config.block_size,
-        selection=config.selection if sparse else None,
+        selection="moments" if sparse else None,
         epsilon=epsilon_for(max_error(options, config), config) if sparse else None,
     )
 

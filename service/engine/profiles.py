@@ -8,12 +8,17 @@ import json
 import logging
 import os
 import platform
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.core import PlanKind
-from service.engine.calibration import VERSION, DeviceProfile, free_bytes, measure
+from service.engine.calibration import DTYPES, VERSION, DeviceProfile, free_bytes, measure
+from service.engine.cost import Effort
 
 if TYPE_CHECKING:
     import torch
@@ -25,40 +30,56 @@ def load_or_measure(device: torch.device, directory: Path) -> DeviceProfile:
     """The stored profile of this device, or a short measurement that is stored. One process of a node measures, the
     others wait for it: two at a time would measure each other."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with open(directory / "calibration.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            known = load(device, directory)
+        directory = directory.expanduser()
+        known = load(device, directory)
+        if known is not None:
+            return known
+        with exclusive(directory):
+            known = load(device, directory)  # by who was here first
             if known is None:
                 known = measure(device)
-                store(known, device, directory)
+                _try_to_store(known, device, directory)
             return known
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no home, or one that cannot be written
         logger.warning("calibration is not kept: %s", error)
         return measure(device)
 
 
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Held by one process at a time; OSError where the directory cannot be written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "calibration.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def load(device: torch.device, directory: Path) -> DeviceProfile | None:
-    """None where nothing was stored for this device and software, or what was stored cannot be read."""
+    """None where nothing was stored for this device and software, or what was stored cannot be used."""
     path = path_of(device, directory)
     try:
-        stored = json.loads(path.read_text())
-        found = _from_document(stored["profile"])
+        found = _from_document(json.loads(path.read_text())["profile"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("calibration in %s is measured again: %r", path, error)
         return None
     return replace(found, free_bytes=free_bytes(device))
 
 
 def store(profile: DeviceProfile, device: torch.device, directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
     path = path_of(device, directory)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"identity": identity(device), "profile": _document(profile)}, indent=1) + "\n")
     part.replace(path)  # a reader sees the old file or the new one
     return path
+
+
+def _try_to_store(profile: DeviceProfile, device: torch.device, directory: Path) -> None:
+    try:
+        store(profile, device, directory)
+    except OSError as error:
+        logger.warning("calibration is not kept: %s", error)
 
 
 def path_of(device: torch.device, directory: Path) -> Path:
@@ -93,8 +114,16 @@ def _document(profile: DeviceProfile) -> dict[str, Any]:
 
 
 def _from_document(document: dict[str, Any]) -> DeviceProfile:
+    """ValueError where a figure is missing, not a number, or negative: every request would be priced with it."""
     seconds = {}
     for name, values in document["attention_s_per"].items():
         kind, _, dtype = name.partition(" ")
         seconds[PlanKind(kind), dtype] = tuple(float(value) for value in values)
-    return DeviceProfile(document["device"], seconds, dict(document["linear_flops_per_s"]), free_bytes=0)
+    linear = {dtype: float(rate) for dtype, rate in document["linear_flops_per_s"].items()}
+    for kind, dtype in product(PlanKind, DTYPES):
+        found = seconds[kind, dtype]
+        if len(found) != len(fields(Effort)) or not all(isfinite(value) and value >= 0 for value in found):
+            raise ValueError(f"seconds of {kind} {dtype}: {found}")
+        if not (isfinite(linear[dtype]) and linear[dtype] > 0):
+            raise ValueError(f"FLOP/s of {dtype}: {linear[dtype]}")
+    return DeviceProfile(document["device"], seconds, linear, free_bytes=0)

@@ -68,6 +68,27 @@ def test_the_riskiest_row_is_looked_at():
     assert report.relative_l2_upper > true_error(out, exact.out)  # and yet it is paid for
 
 
+def test_what_is_lost_in_a_row_that_was_not_drawn_is_not_lost():
+    """Neither among the riskiest rows nor anywhere else may a NaN make an answer look fine."""
+    q, k, v = structured(1, 1, 1, 1024, 16, topic_tokens=64)
+    exact = reference.attend(q, k, v, MaskSpec())
+    out = exact.out.clone()
+    out[0, 0, 500] = torch.nan
+    for risky in (torch.tensor([[0, 0, 500]]), torch.tensor([[0, 0, 3]])):
+        report = audit(q, k, v, AttentionOutput(out, exact.lse, risky_rows=risky), MaskSpec(), rows=8)
+        assert report.relative_l2_upper > 1e300
+
+
+def test_the_log_sum_exp_is_measured_too():
+    q, k, v = structured(1, 2, 2, 256, 16, topic_tokens=64)
+    mask = MaskSpec(is_causal=True, causal_alignment=-10)  # ten rows see nothing
+    exact = reference.attend(q, k, v, mask)
+    assert audit(q, k, v, exact, mask, rows=256).lse_error < 1e-5
+    report = audit(q, k, v, AttentionOutput(exact.out, exact.lse + 0.25), mask, rows=256)
+    assert report.lse_error == pytest.approx(0.25 * (246 / 256) ** 0.5, abs=1e-4)
+    assert report.relative_l2 < 1e-5
+
+
 def test_rows_that_are_zero():
     q, k, v = structured(1, 2, 2, 64, 16, topic_tokens=16)
     mask = MaskSpec(is_causal=True, causal_alignment=-80)  # nobody sees anything

@@ -140,6 +140,59 @@ def test_what_is_certified_is_true():
     assert spread.error.certified_unread is None
 
 
+def test_nothing_is_certified_of_a_row_that_read_nothing():
+    """Equal scores everywhere: means are exact, nothing is read, and a padded end hides a block."""
+    query, key, value = torch.zeros(1, 1, 512, 16), torch.randn(1, 1, 512, 16), torch.randn(1, 1, 512, 16)
+    attn_mask = torch.arange(512) < 384
+    for mask in (MaskSpec(), MaskSpec(attn_mask=attn_mask)):
+        checked = attend_checked(query, key, value, plan_of("sparse", 64, 0.1), mask, max_error=0.2, forced=True)
+        assert checked.kind is PlanKind.SPARSE
+        assert checked.error.recall == 0.0
+        assert checked.error.certified_unread is None
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_certificates_hold_with_biases_and_caps(softcap):
+    draw = torch.Generator().manual_seed(1)
+    centres = 8 * torch.nn.functional.normalize(torch.randn(1, 1, 16, 32, generator=draw), dim=3)
+    key = centres.repeat_interleave(64, 2) + 0.02 * torch.randn(1, 1, 1024, 32, generator=draw)
+    query = 2 * key + 0.1 * torch.randn(1, 1, 1024, 32, generator=draw)
+    value = torch.randn(1, 1, 1024, 32, generator=draw)
+    bias = torch.randn(1024, generator=draw)
+    bias[::7] = -torch.inf
+    bias[5] = -110.0  # its share of the block is too small for a number, its mass is not
+    mask, plan = MaskSpec(attn_mask=bias), plan_of("sparse", 64, 0.003)
+    options = {"scale": None, "softcap": softcap}
+    checked = attend_checked(query, key, value, plan, mask, max_error=0.1, forced=True, **options)
+    selection = select_blocks(split(query, key, value, mask)[0], plan, None, softcap, None)
+    output = sparse.attend(query, key, value, mask, selection, **options)
+    exact = attend(query, key, value, PlanKind.CHUNKED, mask, **options)
+    unread = float((1 - (output.lse_read - exact.lse).exp()).max())
+    assert selection.density < 0.5
+    assert checked.error.certified_unread is not None
+    assert 0 < unread <= checked.error.certified_unread
+
+
+def test_a_log_sum_exp_that_is_handed_out_is_held_to_the_bound():
+    """Values of zero make every output right, and say nothing of the mass that moments stand for."""
+    query, key, _ = structured(1, 2, 2, 1024, 32, seed=3)
+    value = torch.zeros_like(key)
+    plan = plan_of("sparse", 64, 1.0)
+    loose = attend_checked(query, key, value, plan, CAUSAL, max_error=0.02, forced=True)
+    assert loose.kind is PlanKind.SPARSE
+    assert loose.error.lse_error > 0.02
+    strict = attend_checked(query, key, value, plan, CAUSAL, max_error=0.02, forced=True, needs_lse=True)
+    exact = attend(query, key, value, PlanKind.DENSE, CAUSAL)
+    assert float((strict.lse - exact.lse).abs().max()) < 0.02
+    assert strict.error.fallback or strict.error.lse_error <= 0.02
+
+
+def test_large_values_are_no_reason_to_fail():
+    query, key, value = structured(1, 1, 1, 512, 16, topic_tokens=64)
+    checked = attend_checked(query, key, value * 1e25, plan_of("sparse", 64, 0.1), CAUSAL, max_error=0.1, forced=True)
+    assert torch.isfinite(checked.out).all()
+
+
 def test_packed_sequences(inputs):
     cu = (0, 700, 2048)
     mask = MaskSpec(is_causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)

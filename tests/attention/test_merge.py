@@ -1,5 +1,6 @@
 """Merging over any split of the keys is the whole."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,3 +42,13 @@ def test_half_precision_merges_in_float32():
     merged, _ = merge(out, torch.zeros(1, 3), out, torch.zeros(1, 3))
     assert merged.dtype == torch.float32
     torch.testing.assert_close(merged, out.float())
+
+
+@pytest.mark.parametrize("lse", [1e4, -1e9, -1e38])
+def test_large_numbers_are_averaged_not_added(lse):
+    """log 2 is lost beside 1e9: shares that did not add up to one would double the answer."""
+    out = torch.tensor([[1.0, 2.0]])
+    side = torch.tensor([lse])
+    merged, both = merge(out, side, 3 * out, side)
+    torch.testing.assert_close(merged, 2 * out)
+    torch.testing.assert_close(both, side, rtol=1e-4, atol=0)

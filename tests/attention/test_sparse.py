@@ -307,3 +307,18 @@ def test_grouped_heads_share_their_keys():
     repeated = sparse.attend(q, k, v, mask, select(q, k, v, mask, 64, 0.2))
     torch.testing.assert_close(grouped.out, repeated.out)
     assert grouped.pairs_scored == repeated.pairs_scored
+
+
+def test_hidden_keys_leave_no_trace():
+    """However large what lies behind a mask: neither moments, outliers nor the scale of the values know of it."""
+    q, k, v = structured(1, 2, 2, 512, 32, seed=8, topic_tokens=64)
+    hidden = torch.zeros(512, dtype=torch.bool)
+    hidden[100::37] = True
+    mask = MaskSpec(attn_mask=~hidden)
+    clean = select(q, k, v, mask, 64, 0.3)
+    expected = sparse.attend(q, k, v, mask, clean)
+    k, v = k.clone(), v.clone()
+    k[:, :, hidden], v[:, :, hidden] = 1e6, 1e6
+    chosen = select(q, k, v, mask, 64, 0.3)
+    assert torch.equal(chosen.keep, clean.keep)
+    torch.testing.assert_close(sparse.attend(q, k, v, mask, chosen).out, expected.out)

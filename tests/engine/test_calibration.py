@@ -73,16 +73,33 @@ def test_nothing_is_predicted_to_take_no_time() -> None:
 
 
 def test_a_stored_profile_is_read_again(tmp_path: Path) -> None:
-    path = profiles.store(PROFILE, CPU, tmp_path / "new")
-    found = profiles.load(CPU, tmp_path / "new")
+    path = profiles.store(PROFILE, CPU, tmp_path)
+    found = profiles.load(CPU, tmp_path)
     assert found is not None
     assert found.free_bytes > 1000  # of now, not of then
     assert replace(found, free_bytes=123) == PROFILE
     assert json.loads(path.read_text())["identity"]["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"profile": {"device": "cpu", "attention_s_per": {"fast x": [1]}}}'])
-def test_what_cannot_be_read_is_measured_again(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def damaged(**changes: object) -> str:
+    """A stored profile with some of its entries replaced."""
+    document = profiles._document(PROFILE)
+    for name, value in changes.items():
+        document[name] = {**document[name], **value} if isinstance(value, dict) and value else value
+    return json.dumps({"profile": document})
+
+
+BAD = [
+    "", "{", "{}", "[]", damaged(attention_s_per=[]), damaged(attention_s_per={}), damaged(linear_flops_per_s={}),
+    damaged(attention_s_per={"fast float32": [0, 0, 0, 0, 0]}),
+    damaged(attention_s_per={"dense float32": [0, 0, 0, 0]}),
+    damaged(attention_s_per={"dense float32": [0, 0, 0, 0, float("nan")]}),
+    damaged(attention_s_per={"dense float32": [0, 0, 0, 0, -1.0]}), damaged(linear_flops_per_s={"float32": 0.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_what_cannot_be_used_is_measured_again(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles, "measure", lambda device: PROFILE)
     profiles.path_of(CPU, tmp_path).write_text(text)
     assert profiles.load(CPU, tmp_path) is None
@@ -92,6 +109,7 @@ def test_what_cannot_be_read_is_measured_again(text: str, tmp_path: Path, monkey
 
 def test_another_software_or_thread_count_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profiles.store(PROFILE, CPU, tmp_path)
+    assert profiles.load(CPU, tmp_path) is not None
     known = profiles.identity(CPU)
     for change in ({"torch": "0.0"}, {"device": "other, 1 threads"}, {"version": 0}):
         monkeypatch.setattr(profiles, "identity", lambda device, change=change: known | change)
@@ -124,3 +142,12 @@ def test_a_directory_that_cannot_be_written_only_costs_the_measurement(
     monkeypatch.setattr(profiles, "measure", lambda device: PROFILE)
     assert profiles.load_or_measure(CPU, tmp_path / "file" / "cache") == PROFILE
     assert "calibration is not kept" in caplog.text
+    monkeypatch.delenv("HOME", raising=False)
+    assert profiles.load_or_measure(CPU, Path("~nobody-of-that-name/cache")) == PROFILE
+
+
+def test_a_profile_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profiles.store(PROFILE, CPU, tmp_path)
+    monkeypatch.setattr(profiles, "measure", None)
+    monkeypatch.setattr(profiles, "exclusive", None)  # not even the lock is asked for
+    assert replace(profiles.load_or_measure(CPU, tmp_path), free_bytes=123) == PROFILE

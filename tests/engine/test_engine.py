@@ -93,7 +93,7 @@ def test_diffuse_inputs_go_exact_by_themselves(engine: Engine) -> None:
     request = AttentionRequest("d", query, key, value, AttentionOptions(is_causal=True))
     seconds = {key: (0.0 if key[0] is PlanKind.SPARSE else 1.0,) * 5 for key in engine.profile.attention_s_per}
     profile = replace(engine.profile, attention_s_per=seconds)
-    other = Engine(Config(), engine.metrics, profile, {}, torch.device("cpu"), engine._executor)
+    other = Engine(Config(sparse_min_tokens=4096), engine.metrics, profile, {}, torch.device("cpu"), engine._executor)
     answer: Answer = run(other.submit(request))
     assert answer.plan.kind in (PlanKind.DENSE, PlanKind.CHUNKED)
     assert "predicted density" in answer.plan.reason

@@ -103,6 +103,29 @@ def test_more_audit_rows_cost_more() -> None:
     assert predicted(459) - predicted(59) == pytest.approx(extra_pairs * (1e-9 + 2e-11 * 256))
 
 
+def test_returned_weights_cost_time() -> None:
+    for mode in ("dense", "chunked", "sparse"):
+        plain, weighed = (
+            planner.plan_attention(SHORT, AttentionOptions(mode=mode, returns=returns), PROFILE, Config()).predicted_s
+            for returns in (("output",), ("output", "weights"))
+        )
+        assert weighed > plain
+
+
+def test_a_smaller_error_reads_more() -> None:
+    def predicted(allowed: float) -> float:
+        options = AttentionOptions(mode="sparse", max_error=allowed)
+        return planner.plan_attention(LONG, options, PROFILE, Config()).predicted_s
+
+    assert predicted(0.001) > 1.3 * predicted(0.02)
+
+
+def test_forced_sparse_that_may_not_err_is_a_contradiction() -> None:
+    with pytest.raises(FarsightError) as caught:
+        plan(LONG, mode="sparse", max_error=0)
+    assert caught.value.kind is Kind.INVALID
+
+
 def test_what_a_batch_pays_once_is_part_of_the_prediction() -> None:
     plan = planner.plan_attention(SHORT, AttentionOptions(), PROFILE, Config())
     assert plan.shared_s == 1e-4
