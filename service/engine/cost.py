@@ -20,6 +20,7 @@ TILE_ELEMENTS = 1 << 22
 CHUNK_ROWS, CHUNK_KEYS = 512, 512  # of one block of the chunked kernel
 # a row of sparse attention reads so many keys at that epsilon, and so large a share of what it sees stands beside
 READ_KEYS, READ_SHARE, READ_EPSILON = 450, 0.008, 0.4
+HEAD_LAUNCHES = 16  # of a head of sparse attention, however short
 LOOK_STRIDE, LOOK_PASSES = 8, 8  # selection looks at every 8th row, and a score there costs as much as 8 others
 # what the process needs however small the request (allocator slack, code, thread stacks)
 BASE_SCRATCH_BYTES = 1 << 20
@@ -86,18 +87,20 @@ def attention_effort(
     keys = shape.batch * shape.kv_heads * shape.key_length
     width = shape.head_dim + shape.value_dim
     elements = (rows + keys) * width
+    # exact kernels compute whole tiles, and hide what a row must not see
+    tiled = pairs if pairs == rows * shape.key_length else pairs + rows * min(shape.key_length, CHUNK_KEYS) // 2
     match kind:
         case PlanKind.DENSE:
-            return Effort(calls, 0, elements, pairs + weighed, 2 * pairs * width + weights)
+            return Effort(calls, 0, elements, tiled + weighed, 2 * tiled * width + weights)
         case PlanKind.CHUNKED:
             seen = pairs / max(1, rows)
             launches = ceil(shape.query_length / CHUNK_ROWS) * ceil(seen / CHUNK_KEYS)
-            return Effort(calls, launches, elements, pairs + weighed, 2 * pairs * width + weights)
+            return Effort(calls, launches, elements, tiled + weighed, 2 * tiled * width + weights)
         case PlanKind.SPARSE:
             audited = audit_rows * shape.batch * shape.heads * shape.key_length
             scored = sparse_pairs(pairs, rows, epsilon) + audited
             flops = pair_flops(scored, shape.head_dim, shape.value_dim) + selection_flops(shape, pairs, block_size)
-            launches = shape.batch * shape.heads * ceil(shape.query_length / block_size)
+            launches = shape.batch * shape.heads * (HEAD_LAUNCHES + ceil(shape.query_length / block_size))
             looked = LOOK_PASSES * (pairs // (LOOK_STRIDE * block_size))
             return Effort(calls, launches, elements, scored + looked + weighed, flops + weights)
 
