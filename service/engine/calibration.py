@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # of the file, of what is measured and of the kernels: a change of theirs makes old figures wrong
 DTYPES = ("float32", "bfloat16", "float16")
-MIN_REPEATS, MAX_REPEATS, MEASURE_S = 3, 9, 0.05  # of one figure
+MIN_REPEATS, MAX_REPEATS, MEASURE_S = 4, 12, 0.05  # of one figure
 LEAST_S = 1e-6  # nothing is free: work that was predicted to take no time could not be ordered
 Progress = Callable[[float], None]  # share done
 
@@ -129,7 +130,7 @@ def _told(planned: Sequence[Run], progress: Progress | None) -> Iterator[Run]:
 
 
 def _seconds(run: Run, device: torch.device) -> float:
-    """The fastest of a few runs: what else runs on the machine only ever adds."""
+    """Median of a few runs after a first one."""
     import torch
 
     from service.attention import DEFAULT_EPSILON
@@ -159,7 +160,7 @@ def _seconds(run: Run, device: torch.device) -> float:
             attend_checked(query, key, value, plan, mask, max_error=1.0, forced=True, checkpoint=no_checkpoint)
             _synchronize(device)
             times.append(time.perf_counter() - start)
-    return min(times)
+    return median(times[1:])
 
 
 def _linear_flops_per_s(device: torch.device, dtype: str) -> float:
