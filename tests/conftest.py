@@ -27,6 +27,7 @@ def registry() -> CollectorRegistry:
 @pytest.fixture(scope="session")
 def engine(registry: CollectorRegistry) -> Iterator[Engine]:
     """The real thing without Ray: a measured device, its thread, and all-MiniLM-L6-v2."""
-    engine = Engine.start(Config(models=(MINILM,)), Metrics(registry))
+    # a wide slice: on a loaded machine two texts may be predicted to take longer than the default one
+    engine = Engine.start(Config(models=(MINILM,), target_slice_s=0.5), Metrics(registry))
     yield engine
     engine.close()
