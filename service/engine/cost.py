@@ -59,7 +59,7 @@ def tensor_bytes(shape: AttentionShape) -> tuple[int, int]:
 class Effort:
     """What the time of a plan is linear in; the device's seconds for one of each are measured (`calibration.py`)."""
 
-    calls: int  # fixed work: one for each piece of a ragged batch, two where rows see different keys
+    calls: int  # fixed work of a call: one for each piece of a ragged batch
     launches: int  # times that a loop in Python starts the next block
     elements: int  # numbers of queries, keys, values and outputs
     pairs: int  # scores that go through the softmax
@@ -83,8 +83,6 @@ def attention_effort(
     weights = pair_flops(weighed, shape.head_dim, 0)
     pairs = attention_pairs(shape, options)
     calls = 1 if options.kv_lengths is None or len(set(options.kv_lengths)) == 1 else shape.batch
-    if options.is_causal or options.window is not None:
-        calls *= 2  # finding out who sees whom takes about as long as a call
     rows = shape.batch * shape.heads * shape.query_length
     keys = shape.batch * shape.kv_heads * shape.key_length
     width = shape.head_dim + shape.value_dim

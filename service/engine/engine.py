@@ -53,7 +53,7 @@ from service.telemetry.metrics import Metrics
 logger = logging.getLogger("farsight")
 
 # kept of a caller's timeout for writing the answer; Serve ends the same wait with a 408 of its own
-ANSWER_MARGIN_S = 0.02
+ANSWER_MARGIN_S = 0.05
 MAX_TIMEOUT_S = 86_400.0  # event loops have no timers for longer than some weeks
 
 
