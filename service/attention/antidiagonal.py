@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from service.attention.layout import Layout, layout_of, visible_pairs
+from service.attention.layout import Layout, layout_of
 from service.attention.masks import MaskSpec
 from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, cap, default_scale, exponentiate, normalise
+from service.attention.scores import LOG2_E, cap, default_scale, exponentiate, fitting, normalise
 from service.attention.selection import Selection, read_pairs
 
 STRIDE = 16
@@ -55,9 +55,9 @@ def select(
             if h % group == 0:
                 keys = strides.of_keys(key[b, h // group].float())
             weights = strides.block_weights(query[b, h].float() * bits, keys, checkpoint or no_checkpoint)
-            keep[b, h] = heaviest(weights, always, _seen(layout), threshold)
+            keep[b, h] = heaviest(weights, always, layout.table(layout.seen), threshold)
     pairs = sum(read_pairs(layout, keep[b, h]) for b in range(batch) for h in range(heads))
-    visible = batch * heads * visible_pairs(layout)
+    visible = batch * heads * mask.visible_pairs(query_length, key_length)
     return Selection(layout, keep, moments=(), beside=(), by_row=False, pairs=pairs, visible=visible)
 
 
@@ -94,7 +94,7 @@ class _Strides:
         """q [Lq, D] in bits, keys [nS, S * D] -> [nQ, nK]: the softmax weight of each block's keys, rows added."""
         layout, count = self.layout, self._per_block
         parts = []
-        step = max(1, TILE_BYTES // (4 * count * len(keys)))
+        step = fitting(TILE_BYTES, count * len(keys), q.device)
         for start in range(0, layout.q_blocks, step):
             pause()
             stop = min(start + step, layout.q_blocks)
@@ -118,13 +118,8 @@ class _Strides:
         return normalise(weights, total)
 
 
-def _seen(layout: Layout) -> torch.Tensor:
-    columns = torch.arange(layout.k_blocks, device=layout.seen.device)
-    return layout.within(slice(0, layout.q_blocks), columns, layout.seen)
-
-
 def _always(layout: Layout, is_causal: bool) -> torch.Tensor:
     """[nQ, nK] bool: blocks seen in part, and of causal attention the first."""
     always = ~layout.whole()
     always[:, 0] |= is_causal
-    return always & _seen(layout)
+    return always & layout.table(layout.seen)

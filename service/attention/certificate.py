@@ -12,7 +12,7 @@ import torch
 from service.attention.layout import Layout
 from service.attention.moments import Moments
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, cap, default_scale
+from service.attention.scores import LOG2_E, cap, default_scale, fitting
 from service.attention.selection import Selection
 
 FIRST_ROWS = 64  # a head's, looked at before all the others: mostly they say already that nothing can be proven
@@ -72,7 +72,7 @@ def _head(
     # float32 products of D numbers, and the two logarithms, rounded outward
     rounding = 4 * EPS * q.shape[1] ** 0.5
     worst = 0.0
-    step = max(1, TILE_BYTES // (4 * layout.k_blocks))
+    step = fitting(TILE_BYTES, layout.k_blocks, q.device)
     for start in range(0, len(q), step):
         pause()
         part, told = q[start : start + step], read[start : start + step, None]
@@ -81,8 +81,7 @@ def _head(
         bound = (part @ moments.centroid.T).addr_(norm, moments.radius + rounding * length)
         bound = cap(bound, softcap) + moments.log_weight
         bound += 4 * EPS * (told.abs().clamp(max=LARGEST) + bound.abs().clamp(max=LARGEST))
-        full = (place >= layout.full[block, :1]) & (place < layout.full[block, 1:])
-        unread = full & ~keep[block] & (moments.log_weight > -torch.inf)
+        unread = layout.within(block, place, layout.full) & ~keep[block] & (moments.log_weight > -torch.inf)
         # a row without anything read: told is -inf, and whatever is unread weighs infinitely more
         ratio = (bound - told).exp2_().masked_fill_(~unread, 0.0).sum(1)
         worst = max(worst, float(ratio.nan_to_num(nan=torch.inf).max()))

@@ -6,7 +6,7 @@ import torch
 
 from service.attention.masks import MaskSpec, as_bias, cut, row_bounds
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
-from service.attention.scores import block_scores, default_scale, lse_of, normalise, tile_bytes, weighted
+from service.attention.scores import block_scores, default_scale, fitting, lse_of, normalise, weighted
 
 KEY_BLOCK = 512
 MAX_ROWS = 512
@@ -33,9 +33,7 @@ def attend(
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(batch, heads, query_length, value.shape[3])
     lse = out.new_empty(batch, heads, query_length, dtype=dtype)
-    step = max(
-        1, min(MAX_ROWS, tile_bytes(SCRATCH_BYTES, query.device) // (4 * batch * heads * min(KEY_BLOCK, key.shape[2])))
-    )
+    step = max(1, min(MAX_ROWS, fitting(SCRATCH_BYTES, batch * heads * min(KEY_BLOCK, key.shape[2]), query.device)))
     for start in range(0, query_length, step):
         rows = slice(start, min(start + step, query_length))
         block = query[:, :, rows]

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch.nn.functional import pad
 
-from service.attention.masks import Bounds, MaskSpec, as_bias, cut, row_bounds
+from service.attention.masks import Bounds, MaskSpec, as_bias, cut, offset_of, row_bounds
 from service.attention.merge import Partial, merge
 from service.attention.output import AttentionOutput, Checkpoint
 from service.attention.scores import block_scores, default_scale, exponentiate, grouped, lse_of, normalise
@@ -63,10 +63,7 @@ def _simple(mask: MaskSpec, query_length: int, key_length: int, device: torch.de
         return None
     if not mask.is_causal and mask.window is None:
         return False
-    offset = {"top_left": 0, "bottom_right": key_length - query_length}.get(
-        str(mask.causal_alignment), mask.causal_alignment
-    )
-    if mask.is_causal and mask.window is None and offset == 0:
+    if mask.is_causal and mask.window is None and offset_of(mask.causal_alignment, key_length, query_length) == 0:
         return True  # without a look at every row: that would take as long as a short call
     lo, hi = row_bounds(mask, 1, query_length, key_length, device=device)
     if bool((lo > 0).any()):

@@ -35,13 +35,17 @@ class Layout:
         some = of[blocks][of[blocks, 0] < of[blocks, 1]]
         return slice(int(some[:, 0].min()), int(some[:, 1].max())) if len(some) else slice(0, 0)
 
-    def within(self, blocks: slice, columns: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    def within(self, blocks: slice | torch.Tensor, columns: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
         """columns [c] -> [blocks, c] bool: in the range (`seen` or `full`) of each block of rows."""
         return (columns >= of[blocks, :1]) & (columns < of[blocks, 1:])
 
+    def table(self, of: torch.Tensor) -> torch.Tensor:
+        """[nQ, nK] bool: in the range (`seen` or `full`) of each block of rows."""
+        return self.within(slice(0, self.q_blocks), torch.arange(self.k_blocks, device=of.device), of)
+
     def whole(self) -> torch.Tensor:
         """[nQ, nK] bool: blocks of which every row sees every key."""
-        return self.within(slice(0, self.q_blocks), torch.arange(self.k_blocks, device=self.full.device), self.full)
+        return self.table(self.full)
 
     def row_counts(self) -> torch.Tensor:
         """[nQ] int64: real rows of each block."""
@@ -63,9 +67,3 @@ def layout_of(mask: MaskSpec, query_length: int, key_length: int, block_size: in
     full = torch.stack((-(-lo[:, -1] // block_size), hi[:, 0] // block_size), 1)
     full[full[:, 0] >= full[:, 1]] = 0
     return Layout(block_size, rows.view(q_blocks, size), lo, hi, seen, full, key_length, query_length)
-
-
-def visible_pairs(layout: Layout) -> int:
-    """Of one head."""
-    counts = (layout.hi - layout.lo).flatten()[: layout.query_length]
-    return int(counts.sum())

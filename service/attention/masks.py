@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from service.attention.pairs import visible_pairs
+
 if TYPE_CHECKING:
     from service.core import AttentionOptions
 
@@ -41,6 +43,16 @@ class MaskSpec:
             raise ValueError("kv_lengths: packed sequences have no padding to leave out")
         if isinstance(self.causal_alignment, str) and self.causal_alignment not in ("bottom_right", "top_left"):
             raise ValueError(f"causal_alignment: expected bottom_right, top_left or int, got {self.causal_alignment!r}")
+
+    def visible_pairs(self, query_length: int, key_length: int) -> int:
+        """Of one head and sequence without kv_lengths and packing (`pieces.split`), whatever attn_mask hides."""
+        return visible_pairs(
+            query_length,
+            key_length,
+            is_causal=self.is_causal,
+            causal_alignment=self.causal_alignment,
+            window=self.window,
+        )
 
 
 def mask_of(options: AttentionOptions, attn_mask: torch.Tensor | None = None) -> MaskSpec:
@@ -74,7 +86,7 @@ def bounds_at(mask: MaskSpec, rows: torch.Tensor, query_length: int, key_length:
     else:
         length = torch.full_like(rows, key_length)
 
-    position = rows + _offset(mask.causal_alignment, length, queries)
+    position = rows + offset_of(mask.causal_alignment, length, queries)
     lo, hi = torch.zeros_like(position), length
     if mask.window is not None:
         left, right = mask.window
@@ -87,7 +99,8 @@ def bounds_at(mask: MaskSpec, rows: torch.Tensor, query_length: int, key_length:
     return first + lo, first + hi
 
 
-def _offset(alignment: str | int, length: torch.Tensor, queries: torch.Tensor | int) -> torch.Tensor | int:
+def offset_of(alignment: str | int, length: torch.Tensor | int, queries: torch.Tensor | int) -> torch.Tensor | int:
+    """The key position of row 0."""
     match alignment:
         case "bottom_right":
             return length - queries

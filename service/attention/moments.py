@@ -56,7 +56,7 @@ class Moments:
         along = torch.mm(q, self.axis[blocks].T, out=scratch.take("along", *shape)).abs_()
         rest = torch.mm(q * q, self.rest[blocks].T, out=scratch.take("rest", *shape))
         if softcap is not None:  # scores within the block shrink by the cap's slope
-            slope = 1 - (cap(least, softcap) / (softcap * LOG2_E)).square()
+            slope = _cap_with_slope(least, softcap)
             along *= slope
             rest *= slope.square_()
         second = torch.mul(along, self.reach[blocks], out=scratch.take("second", *shape))
@@ -79,9 +79,14 @@ class Moments:
         score = torch.mm(q, self.centroid[blocks].T, out=scratch.take("score", len(q), len(blocks)))
         if softcap is None:
             return score.addr_(spread, self.size[blocks])
-        slope = 1 - (cap(score, softcap) / (softcap * LOG2_E)).square()
+        slope = _cap_with_slope(score, softcap)
         score += slope.square_() * spread[:, None] * self.size[blocks]
         return score.clamp_(max=softcap * LOG2_E)
+
+
+def _cap_with_slope(score: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Caps the score in place -> the cap's slope there."""
+    return 1 - (cap(score, softcap) / (softcap * LOG2_E)).square()
 
 
 def moments_of(

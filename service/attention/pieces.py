@@ -9,7 +9,6 @@ import torch
 
 from service.attention.masks import MaskSpec, cut
 from service.attention.output import AttentionOutput
-from service.attention.pairs import visible_pairs
 
 ALL = slice(None)
 
@@ -29,18 +28,7 @@ class Piece:
     def visible_pairs(self) -> int:
         """Over all heads."""
         batch, heads, query_length, _ = self.query.shape
-        own = self.mask
-        return (
-            batch
-            * heads
-            * visible_pairs(
-                query_length,
-                self.key.shape[2],
-                is_causal=own.is_causal,
-                causal_alignment=own.causal_alignment,
-                window=own.window,
-            )
-        )
+        return batch * heads * self.mask.visible_pairs(query_length, self.key.shape[2])
 
 
 def split(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: MaskSpec) -> list[Piece]:

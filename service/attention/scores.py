@@ -96,9 +96,11 @@ def normalise(weights: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return weights / total.masked_fill(total == 0, 1.0)[..., None]
 
 
-def tile_bytes(cpu_bytes: int, device: torch.device) -> int:
-    """Tiles that fit a CPU's cache; a GPU wants few launches instead. The factor has not been measured."""
-    return cpu_bytes * 64 if device.type == "cuda" else cpu_bytes
+def fitting(cpu_bytes: int, numbers: int, device: torch.device) -> int:
+    """How many items of so many float32 numbers make a tile, at least one. Tiles fit a CPU's cache; a GPU wants few
+    launches instead, and gets tiles 64 times as large (not measured)."""
+    tile_bytes = cpu_bytes * 64 if device.type == "cuda" else cpu_bytes
+    return max(1, tile_bytes // (4 * max(1, numbers)))
 
 
 @dataclass(frozen=True, slots=True)

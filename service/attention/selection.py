@@ -18,11 +18,11 @@ from math import log2
 
 import torch
 
-from service.attention.layout import Layout, layout_of, visible_pairs
+from service.attention.layout import Layout, layout_of
 from service.attention.masks import MaskSpec, as_bias, bias_at, cut, four
 from service.attention.moments import Moments, moments_of
 from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, Scratch, cap, default_scale, tile_bytes
+from service.attention.scores import LOG2_E, Scratch, cap, default_scale, fitting
 
 STRIDE = 8  # rows
 NEGLIGIBLE = 0.3  # of epsilon: the share of a row that blocks left out altogether may have
@@ -93,7 +93,7 @@ def select(
             moments[b].append(own)
             beside[b].append(stand)
             pairs += read_pairs(layout, keep[b, h]) + beside_pairs(layout, keep[b, h], own, stand)
-    visible = batch * heads * visible_pairs(layout)
+    visible = batch * heads * mask.visible_pairs(query_length, key_length)
     return Selection(layout, keep, moments, beside, by_row, pairs, visible)
 
 
@@ -147,7 +147,7 @@ class _Rule:
         outliers = key[self.moments.outliers], value[self.moments.outliers]
         columns = layout.key_length if self.row_mask is not None else layout.k_blocks + len(outliers[0])
         sampled = layout.rows[:, self.looked_at]
-        step = max(1, tile_bytes(TILE_BYTES, q.device) // (4 * sampled.shape[1] * columns))
+        step = fitting(TILE_BYTES, sampled.shape[1] * columns, q.device)
         for start in range(0, layout.q_blocks, step):
             pause()
             blocks = slice(start, min(start + step, layout.q_blocks))

@@ -12,7 +12,7 @@ from service.attention.masks import MaskSpec, bias_at
 from service.attention.merge import Partial, merge, shares
 from service.attention.moments import Moments
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, Scratch, cap, default_scale, exponentiate, lse_of, normalise, tile_bytes
+from service.attention.scores import LOG2_E, Scratch, cap, default_scale, exponentiate, fitting, lse_of, normalise
 from service.attention.selection import Beside, Selection
 
 RISKY_ROWS = 4  # per head, reported for the audit to check apart
@@ -97,9 +97,7 @@ class _Head:
         lse = q.new_full(q.shape[:2], -torch.inf)
         for tasks, columns, partial in self._groups():
             result: Partial | None = None
-            step = max(
-                1, tile_bytes(TILE_BYTES, self.scratch.device) // (4 * q.shape[1] * self.layout.block_size * len(tasks))
-            )
+            step = fitting(TILE_BYTES, q.shape[1] * self.layout.block_size * len(tasks), q.device)
             for start in range(0, columns.shape[1], step):
                 pause()
                 part = columns[:, start : start + step]
@@ -123,11 +121,7 @@ class _Head:
         for (partial, whole), run in zip(shapes.T.tolist(), runs.tolist(), strict=True):
             width = partial + whole
             if width:
-                step = max(
-                    1,
-                    tile_bytes(TILE_BYTES, self.scratch.device)
-                    // (4 * layout.rows.shape[1] * layout.block_size * width),
-                )
+                step = fitting(TILE_BYTES, layout.rows.shape[1] * layout.block_size * width, self.keep.device)
                 for start in range(first, first + run, step):
                     tasks = order[start : min(start + step, first + run)]
                     columns = [
@@ -196,10 +190,7 @@ class _Head:
         lse, read = (q.new_full(q.shape[:2], -torch.inf) for _ in range(2))
         own_k, own_v = (x.flatten(0, 1)[moments.outliers] for x in (keys, values))
         for part in beside:
-            step = max(
-                1,
-                tile_bytes(TILE_BYTES, self.scratch.device) // (4 * q.shape[1] * max(1, len(part.columns), len(own_k))),
-            )
+            step = fitting(TILE_BYTES, q.shape[1] * max(len(part.columns), len(own_k)), q.device)
             for start in range(part.blocks.start, part.blocks.stop, step):
                 pause()
                 blocks = slice(start, min(start + step, part.blocks.stop))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -20,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from service.attention.rows import attend_rows
 from service.bench.contenders import Absent, Inputs, Ran, Run, Settings, contenders, inputs_of, names
 from service.core import PlanKind
+from service.engine.executor import timed
 
 EXACT_LIMIT = 32768  # tokens: up to here every row is compared with an exact one
 EXACT_ROWS = 512  # a head's, above
@@ -143,11 +143,8 @@ def race(runs: Mapping[str, Run], rounds: int, device: torch.device, step: Step)
     for _ in range(rounds):
         for name, one in runs.items():
             step(name)
-            _synchronize(device)
-            start = time.perf_counter()
-            ran = one()
-            _synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            ran, took_s = timed(one, device)
+            seconds[name].append(took_s)
             kinds[name].add(ran.kind)
             del ran  # the next one must not find less memory
     return {name: Raced(*first[name], tuple(seconds[name]), frozenset(kinds[name])) for name in runs}
@@ -258,11 +255,6 @@ def _trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _pick(out: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean
+from functools import partial
+from statistics import mean, median
 
 import torch
 
@@ -17,8 +17,8 @@ from service.attention.workloads import structured
 from service.config import Config
 from service.core import AttentionOptions, AttentionShape, Plan, PlanKind, Work
 from service.engine.calibration import DeviceProfile
-from service.engine.cost import attention_effort
-from service.engine.planner import plan_attention
+from service.engine.executor import timed
+from service.engine.planner import candidates, plan_attention
 
 MAX_LENGTH = {PlanKind.DENSE: 16384, PlanKind.CHUNKED: 16384, PlanKind.SPARSE: 32768}
 WITHIN = 0.25
@@ -120,17 +120,10 @@ def _row(
         for _ in range(rounds + 1):  # interleaved: what else runs on the machine meets all of them
             for kind in kinds:
                 plan = Plan(kind, Work(0, 0, 0, 0), 0.0, "bench", epsilon=config.epsilon)
-                start = time.perf_counter()
-                attend_checked(query, key, value, plan, mask, max_error=1.0, forced=True, checkpoint=no_checkpoint)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                times[kind].append(time.perf_counter() - start)
-    predicted = {
-        str(kind): profile.attention_s(
-            kind, attention_effort(kind, shape, options, block_size=config.block_size), shape.dtype
-        )
-        for kind in kinds
-    }
-    actual = {str(kind): sorted(found[1:])[len(found[1:]) // 2] for kind, found in times.items()}
+                work = partial(attend_checked, query, key, value, plan, mask, max_error=1.0, forced=True)
+                times[kind].append(timed(partial(work, checkpoint=no_checkpoint), device)[1])
+    priced = candidates(shape, options, profile, config)
+    predicted = {str(kind): priced[kind].predicted_s for kind in kinds}
+    actual = {str(kind): median(found[1:]) for kind, found in times.items()}
     sizes = shape.heads, shape.kv_heads, shape.query_length, shape.key_length, shape.head_dim, shape.dtype
     return Row(*sizes, is_causal, predicted, actual, str(chosen.kind))

@@ -18,7 +18,7 @@ from service.attention.masks import MaskSpec
 from service.config import Config
 from service.core import AttentionRequest, ErrorReport, ForwardRequest, Plan, PlanKind, Priority, Request
 from service.engine.accounting import shares
-from service.engine.executor import clear_memory, is_out_of_memory
+from service.engine.executor import clear_memory, is_out_of_memory, synchronize
 from service.engine.planner import max_error
 from service.errors import FarsightError, Kind
 from service.models.packing import split_by_tokens
@@ -94,7 +94,7 @@ class BatchRunner:
         start = self._clock()
         try:
             outcomes = self._compute(jobs)
-            self._synchronize()
+            synchronize(self._device)
         except Exception as error:  # noqa: BLE001 (every kind of failure must become this job's one answer)
             if len(jobs) > 1:
                 return [self.run([job])[0] for job in jobs]
@@ -241,10 +241,6 @@ class BatchRunner:
             Outcome({"embedding": rows[start:end]}, job.plan, ErrorReport(), job.plan.work.pairs)
             for job, (start, end) in zip(jobs, pairwise(bounds), strict=True)
         ]
-
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def attention_request(job: Job) -> AttentionRequest:

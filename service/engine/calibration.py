@@ -6,9 +6,9 @@ that the relative errors are least: a prediction of 1 ms and one of 10 s count a
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -108,7 +108,7 @@ def measure(device: torch.device, *, thorough: bool = False, progress: Progress 
 def fit(efforts: Sequence[Effort], seconds: Sequence[float]) -> tuple[float, ...]:
     """Coefficients >= 0 with the least sum of squared relative errors. Ref: Lawson and Hanson, NNLS, by trying every
     set of columns: there are 31."""
-    rows = np.array([tuple(effort) for effort in efforts], dtype=float) / np.array(seconds)[:, None]
+    rows = np.array(efforts, dtype=float) / np.array(seconds)[:, None]
     scale = rows.max(0)
     used = [column for column in range(rows.shape[1]) if scale[column] > 0]
     best, least = np.zeros(rows.shape[1]), np.inf
@@ -139,6 +139,7 @@ def _seconds(run: Run, device: torch.device) -> float:
     from service.attention.output import no_checkpoint  # with one, as the service runs it: in time slices
     from service.attention.workloads import structured
     from service.core import Plan, Work
+    from service.engine.executor import timed
 
     shape = run.shape
     dtype = getattr(torch, shape.dtype)
@@ -152,31 +153,23 @@ def _seconds(run: Run, device: torch.device) -> float:
     query, key, value = (x.to(device) for x in (query, key, value))
     plan = Plan(run.kind, Work(0, 0, 0, 0), 0.0, "calibration", epsilon=DEFAULT_EPSILON)
     mask = MaskSpec(is_causal=run.is_causal)
+    work = partial(attend_checked, query, key, value, plan, mask, max_error=1.0, forced=True, checkpoint=no_checkpoint)
     times: list[float] = []
     with torch.inference_mode():
         while len(times) < MAX_REPEATS and (len(times) < MIN_REPEATS or sum(times) < MEASURE_S):
-            _synchronize(device)
-            start = time.perf_counter()
-            attend_checked(query, key, value, plan, mask, max_error=1.0, forced=True, checkpoint=no_checkpoint)
-            _synchronize(device)
-            times.append(time.perf_counter() - start)
+            times.append(timed(work, device)[1])
     return median(times[1:])
 
 
 def _linear_flops_per_s(device: torch.device, dtype: str) -> float:
     import torch
 
+    from service.engine.executor import timed
+
     draw = torch.Generator().manual_seed(0)
     matrix = torch.randn(384, 1536, generator=draw).to(device, getattr(torch, dtype))
     rows = torch.randn(256, 384, generator=draw).to(device, getattr(torch, dtype))
-    times = []
-    for _ in range(5):
-        _synchronize(device)
-        start = time.perf_counter()
-        rows @ matrix
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * 256 * 384 * 1536 / min(times)
+    return 2 * 256 * 384 * 1536 / min(timed(lambda: rows @ matrix, device)[1] for _ in range(5))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -195,10 +188,3 @@ def free_bytes(device: torch.device) -> int:
     except FileNotFoundError:
         pass  # no cgroup v2 memory controller: the machine's own figure stands
     return max(available, 0)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)

@@ -6,9 +6,9 @@ without a matrix product), and everything outside the device (parsing, tokenisin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import ceil
+from typing import NamedTuple
 
 from service.attention.pairs import visible_pairs
 from service.core import AttentionOptions, AttentionShape, ModelInfo, PlanKind, Work
@@ -55,8 +55,7 @@ def tensor_bytes(shape: AttentionShape) -> tuple[int, int]:
     return inputs, size * queries * shape.value_dim + 4 * queries
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
+class Effort(NamedTuple):
     """What the time of a plan is linear in; the device's seconds for one of each are measured (`calibration.py`)."""
 
     calls: int  # fixed work of a call: one for each piece of a ragged batch
@@ -64,9 +63,6 @@ class Effort:
     elements: int  # numbers of queries, keys, values and outputs
     pairs: int  # scores that go through the softmax
     flops: int  # of matrix products
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((self.calls, self.launches, self.elements, self.pairs, self.flops))
 
 
 def attention_effort(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -55,3 +59,18 @@ def clear_memory(device: torch.device) -> None:
     """Give cached blocks back after an out-of-memory error."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on a GPU; on a CPU nothing is left running."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What `work` returns and the seconds that the device took for it."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    synchronize(device)
+    return result, time.perf_counter() - start

@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 from math import isfinite
 from pathlib import Path
@@ -122,7 +122,7 @@ def _from_document(document: dict[str, Any]) -> DeviceProfile:
     linear = {dtype: float(rate) for dtype, rate in document["linear_flops_per_s"].items()}
     for kind, dtype in product(PlanKind, DTYPES):
         found = seconds[kind, dtype]
-        if len(found) != len(fields(Effort)) or not all(isfinite(value) and value >= 0 for value in found):
+        if len(found) != len(Effort._fields) or not all(isfinite(value) and value >= 0 for value in found):
             raise ValueError(f"seconds of {kind} {dtype}: {found}")
         if not (isfinite(linear[dtype]) and linear[dtype] > 0):
             raise ValueError(f"FLOP/s of {dtype}: {linear[dtype]}")
