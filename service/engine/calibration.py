@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 VERSION = 3  # of the file, of what is measured and of the kernels: a change of theirs makes old figures wrong
 DTYPES = ("float32", "bfloat16", "float16")
-MIN_REPEATS, MAX_REPEATS, MEASURE_S = 4, 8, 0.03  # of one figure
-CACHE_BYTES = 64 * 1024**2
+MIN_REPEATS, MAX_REPEATS, MEASURE_S = 4, 5, 0.03  # of one figure
+CACHE_BYTES = 40 * 1024**2
 LEAST_S = 1e-6  # nothing is free: work that was predicted to take no time could not be ordered
 Progress = Callable[[float], None]  # share done
 
