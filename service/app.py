@@ -52,9 +52,15 @@ class Farsight(GrpcMethods):
 
         return create_app(self.engine, id_is_echoed=True)  # by Serve
 
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's user_config: {"models": [...]} replaces the configured models, without dropping requests."""
+        from service.config import ModelConfig
+
+        await self.engine.set_models([ModelConfig(**one) for one in user_config["models"]])
+
     async def check_health(self) -> None:
         """Raises where the device thread has died, so that Serve replaces this replica."""
-        if not self.engine.ready:
+        if not self.engine.alive:
             raise RuntimeError("the device thread is dead")
 
 

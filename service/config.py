@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,6 +23,16 @@ class ModelConfig(BaseModel):
     package: str | None = Field(None, description="Installed Python package that carries it in its folder `model/`.")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_length: int | None = Field(None, ge=1, description="Tokens per input; default: what the model's files say.")
+    task: Literal["embed", "classify", "rerank", "score"] | None = Field(
+        None, description="What it is for; default: what the model's files say."
+    )
+    pooling: Literal["mean", "cls", "last"] | None = Field(
+        None, description="Of embeddings; default: the sentence-transformers files, or the mean."
+    )
+    rope_scaling: dict[str, Any] | None = Field(
+        None, description='Rotary positions for longer inputs, as in config.json: {"rope_type": "yarn", "factor": 4.0}.'
+    )
+    required: bool = Field(True, description="`/readyz` is red while it is not served.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -60,6 +70,9 @@ class Config(BaseSettings):
 
     # what it serves, and on what
     models: tuple[ModelConfig, ...] = ()
+    model_repository: Path | None = Field(
+        None, description="Folder whose folders may be loaded by name while the service runs."
+    )
     replicas: int = Field(1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: int | None = Field(None, ge=1, description="Threads of the device thread; default: all cores.")
@@ -73,6 +86,7 @@ class Config(BaseSettings):
         None, description="Predicted peak of one request; default: 60 % of what is free."
     )
     max_texts: int = Field(2048, ge=1, description="Inputs of one embeddings request.")
+    max_images: int = Field(64, ge=1, description="Images of one request; decoding a large one takes up to ~1 GB.")
     max_text_bytes: int = Field(1 * MIB, ge=1, description="One text, refused before it is tokenised.")
 
     # scheduling

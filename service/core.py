@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +28,10 @@ class Priority(StrEnum):
     BATCH = "batch"
 
 
+# what a model is for; every text model also gives hidden states and explains itself
+ModelTask = Literal["embed", "classify", "rerank", "score"]
+Task = Literal["embed", "classify", "rerank", "score", "hidden", "explain"]
+Truncate = Literal["error", "end", "chunk"]
 Returned = Literal["output", "lse", "weights", "top_weights"]
 Alignment = Literal["bottom_right", "top_left"]
 Stage = Literal["raw", "capped", "masked", "softmax"]
@@ -128,19 +132,90 @@ class AttentionShape:
     dtype: str = "float32"
 
 
+class ForwardOptions(BaseModel):
+    """What every forward request may set; the same on every transport."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    truncate: Truncate = Field(
+        "error",
+        description="Inputs over the model's length: `error` refuses (413), `end` cuts and counts `dropped_tokens`, "
+        "`chunk` (embeddings) embeds overlapping pieces and merges them weighted by their tokens.",
+    )
+    chunk_overlap: int = Field(32, ge=0, le=4096, description="Tokens that neighbouring chunks share.")
+    mode: Literal["auto", "dense", "chunked", "sparse"] = Field(
+        "auto", description="How the model's attention is computed. A forced sparse layer that had to go exact says so."
+    )
+    max_error: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Largest relative L2 error allowed of any layer's attention output (upper confidence limit of its "
+        "audit); 0 = exact only; default from the service's configuration.",
+    )
+    layer_errors: bool = Field(False, description="Tell plan, density and error of every layer.")
+    priority: Priority = Priority.INTERACTIVE
+    timeout_s: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="The whole time the caller waits, in seconds."
+    )
+
+
+class EmbedOptions(ForwardOptions):
+    """Of embeddings."""
+
+    dimensions: int | None = Field(None, ge=1, description="Cut each embedding to its first numbers, then normalise.")
+
+
+class ClassifyOptions(ForwardOptions):
+    """Of classification and reranking."""
+
+    raw_scores: bool = Field(False, description="The head's logits instead of probabilities.")
+
+
+class ScoreOptions(ForwardOptions):
+    """Of log-probabilities."""
+
+    top_k: int = Field(0, ge=0, le=100, description="Most probable next tokens to tell at each of `positions`.")
+    positions: tuple[int, ...] | None = Field(
+        None,
+        max_length=4096,
+        description="Where `top_k` is told: after that token (negative: from the end); default the last.",
+    )
+    token_logprobs: bool = Field(True, description="Tell the log-probability of every token, not only their sum.")
+
+
+class HiddenOptions(ForwardOptions):
+    """Of hidden states."""
+
+    layer: int = Field(-1, description="0 = embeddings, k = after layer k; negative from the end.")
+
+
+class ExplainOptions(ForwardOptions):
+    """Of explanations."""
+
+    top_k: int = Field(5, ge=1, le=100, description="Tokens told for each layer, head and average.")
+    layers: tuple[int, ...] | None = Field(None, max_length=256, description="Layers told head by head; default all.")
+    rollout: bool = Field(
+        False, description="Attention followed through all layers, residual connections counted (n^2 work per layer)."
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardRequest:
-    """Texts or token ids for one task of one model."""
+    """Inputs for one task of one model: texts, token ids, pairs of texts (query and document, or source and target),
+    or encoded images."""
 
     id: str
     model: str
-    task: Literal["embed"]
+    task: Task
+    options: ForwardOptions
     texts: tuple[str, ...] = ()
     token_ids: tuple[tuple[int, ...], ...] = ()
-    truncate: Literal["error", "end"] = "error"
-    dimensions: int | None = None
-    priority: Priority = Priority.INTERACTIVE
-    timeout_s: float | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
+    images: tuple[bytes, ...] = ()
+    pixel_values: torch.Tensor | None = None  # [n, C, H, W] float32: images as the model takes them
+    query: int | str | None = None  # explain: the token that looks, by index or as a part of the text
     tenant: str = "default"
 
 
@@ -199,6 +274,16 @@ class ErrorReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One attention call inside a forward pass."""
+
+    kind: PlanKind
+    error: ErrorReport
+    density: float | None
+    pairs_scored: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What one request used; body, headers, gRPC parameters, metrics and the log line all read this."""
 
@@ -213,6 +298,7 @@ class Usage:
     saved_usd: float
     truncated: int = 0  # inputs that were cut
     dropped_tokens: int = 0
+    chunks: int = 0  # that inputs over the model's length were cut into
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +325,18 @@ class Answer:
     batch_requests: int = 1
     batch_tokens: int = 0
     tokens_per_input: tuple[int, ...] = field(default=())
+    layers: tuple[LayerReport, ...] = ()  # forward passes with a sparse plan: every attention call
+    tells_layers: bool = False  # the caller asked for each of them
+    details: Any = None  # what the task tells beside tensors, as JSON
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """Attention layers of one kind: how many there are, and who sees whom in them."""
+
+    count: int
+    is_causal: bool
+    window: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,18 +344,22 @@ class ModelInfo:
     """What a caller may know about a loaded model."""
 
     name: str
-    task: Literal["embed"]
+    task: ModelTask
     architecture: str
     dtype: str
     max_length: int  # tokens per input
-    dimensions: int  # of one embedding
+    dimensions: int  # of one embedding or hidden state
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    hidden_size: int
-    intermediate_size: int
     vocab_size: int
     parameters: int
-    packed: bool  # concurrent requests share one forward pass without padding
+    hidden_size: int
+    intermediate_size: int
+    linear_parameters: int  # weights that every token is multiplied with, the head's included
+    attention: tuple[LayerKind, ...]
+    packed: bool  # concurrent requests share one forward pass without padding; else only inputs of equal length do
+    inputs: Literal["text", "source and target", "image"] = "text"
+    labels: tuple[str, ...] = ()
     smallest_pass_s: float = 0.0  # a few tokens through all layers, measured at load

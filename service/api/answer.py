@@ -34,6 +34,26 @@ def plan_document(plan: Plan, density: float | None = None) -> dict[str, Any]:
     return document
 
 
+def layers_document(answer: Answer) -> dict[str, Any]:
+    """Attention calls of a forward pass with a sparse plan: how many were sparse, and their errors' limits."""
+    sparse = [layer.error.relative_l2_upper for layer in answer.layers if layer.density is not None]
+    told: dict[str, Any] = {"calls": len(answer.layers), "sparse": len(sparse)}
+    if sparse:
+        told |= {"max_relative_l2_upper": max(sparse), "mean_relative_l2_upper": sum(sparse) / len(sparse)}
+    if answer.tells_layers:
+        told["each"] = [
+            {
+                "plan": layer.kind.value,
+                "density": layer.density,
+                "relative_l2": layer.error.relative_l2,
+                "relative_l2_upper": layer.error.relative_l2_upper,
+                "fallback": layer.error.fallback,
+            }
+            for layer in answer.layers
+        ]
+    return told
+
+
 def document(answer: Answer) -> dict[str, Any]:
     """`plan`, `error`, `usage`, `cost` and `timing` of the answer, as the wire contract names them."""
     usage, error = answer.usage, answer.error
@@ -53,6 +73,9 @@ def document(answer: Answer) -> dict[str, Any]:
     for name in ("certified_unread", "rejected_relative_l2_upper"):
         if (told := getattr(error, name)) is not None:
             error_document[name] = told
+    if answer.layers:
+        error_document["layers"] = layers_document(answer)
+    usage_document = {"chunks": usage.chunks} if usage.chunks else {}
     return {
         "id": answer.id,
         "plan": plan_document(answer.plan, answer.density),
@@ -68,6 +91,7 @@ def document(answer: Answer) -> dict[str, Any]:
             "batch_requests": answer.batch_requests,
             "truncated": usage.truncated,
             "dropped_tokens": usage.dropped_tokens,
+            **usage_document,
         },
         "cost": {"usd": usage.cost_usd, "saved_usd": usage.saved_usd},
         "timing": {

@@ -8,7 +8,7 @@ import torch
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from service.api import codec, openai
+from service.api import codec, text
 from service.api.answer import document, headers
 from service.api.door import INLINE_BYTES
 from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http, json_response
@@ -147,7 +147,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
             result = engine.estimate(request.shape, request.options)
         else:
             assert body.request is not None, "bug: an estimate without a request"
-            forward = await engine.off_loop(openai.build_embeddings, call, body.request)
+            forward = await engine.off_loop(text.ROUTES[body.endpoint or ""].build, call, body.request)
             result = await engine.estimate_forward(forward)
         return json_response(estimate_document(result, config))
 

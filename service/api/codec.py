@@ -153,7 +153,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def dump_json(document: Mapping[str, Any]) -> bytes:
+def dump_json(document: Mapping[str, Any] | list[Any]) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 

@@ -159,7 +159,7 @@ def error_response(error: FarsightError, *, v2: bool = False) -> Response:
     return Response(dump_json(body), CODES[error.kind].http, headers, JSON)
 
 
-def json_response(document: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+def json_response(document: dict[str, Any] | list[Any], headers: dict[str, str] | None = None) -> Response:
     return Response(dump_json(document), 200, headers, JSON)
 
 
@@ -184,7 +184,7 @@ class App:
 
 def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
     """All routes of one replica."""
-    from service.api import attention, openai, v2
+    from service.api import attention, models, text, v2
 
     app = FastAPI(
         title="Farsight",
@@ -194,7 +194,8 @@ def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
     )
     http = Http(engine, id_is_echoed=id_is_echoed)
     attention.add_routes(app, http)
-    openai.add_routes(app, http)
+    text.add_routes(app, http)
+    models.add_routes(app, http)
     v2.add_routes(app, http)
     _add_operations(app, engine)
 
@@ -231,7 +232,7 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
     async def readyz() -> Response:
         """Models are loaded and the device thread answers."""
         if not engine.ready:
-            return error_response(FarsightError(Kind.UNAVAILABLE, "not ready"))
+            return error_response(FarsightError(Kind.UNAVAILABLE, f"not ready: {engine.not_ready}"))
         return json_response({"status": "ready", "models": [info.name for info in engine.model_infos()]})
 
     @app.get("/metrics", tags=["operations"])

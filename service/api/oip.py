@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from service.api.tensors import Value
 from service.attention.validate import check_attention
@@ -17,11 +17,17 @@ from service.core import (
     Answer,
     AttentionOptions,
     AttentionRequest,
+    ClassifyOptions,
+    EmbedOptions,
+    ForwardOptions,
     ForwardRequest,
+    HiddenOptions,
     ModelInfo,
     Priority,
     Request,
     Returned,
+    ScoreOptions,
+    Task,
 )
 from service.errors import FarsightError, Kind, invalid
 
@@ -45,8 +51,25 @@ _RETURNED: dict[str, Returned] = {
     "top_weights": "top_weights",
     "top_indices": "top_weights",
 }
-_EMBED_INPUTS = (("text", "BYTES", 1), ("input_ids", "INT64", 2), ("attention_mask", "INT64", 2))
-_LIST_OPTIONS = frozenset({"window", "kv_lengths", "returns", "rows"})  # JSON text where parameters have no lists
+_IDS = (("input_ids", "INT64", 2), ("attention_mask", "INT64", 2))
+# what a model takes, by `ModelInfo.inputs`, and for reranking a query beside each text
+_MODEL_INPUTS = {
+    "text": (("text", "BYTES", 1), *_IDS),
+    "source and target": (("text", "BYTES", 1), ("target", "BYTES", 1), *_IDS),
+    "image": (("image", "BYTES", 1), ("pixel_values", "FP32", 4)),
+}
+_RERANK_INPUTS = (("query", "BYTES", 1), ("text", "BYTES", 1))
+_HIDDEN = ("hidden_states", "lengths")
+_OPTIONS: dict[Task, type[ForwardOptions]] = {
+    "embed": EmbedOptions,
+    "classify": ClassifyOptions,
+    "rerank": ClassifyOptions,
+    "score": ScoreOptions,
+    "hidden": HiddenOptions,
+}
+_LIST_OPTIONS = frozenset(
+    {"window", "kv_lengths", "returns", "rows", "positions"}
+)  # JSON text where parameters have no lists
 _SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 
 
@@ -78,18 +101,7 @@ class Infer:
         return self.binary if asked is None else asked
 
 
-class EmbedOptions(BaseModel):
-    """Everything of an embed request but its tensors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    truncate: Literal["error", "end"] = "error"
-    dimensions: int | None = Field(None, ge=1)
-    priority: Priority = Priority.INTERACTIVE
-    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
-
-
-Options = TypeVar("Options", AttentionOptions, EmbedOptions)
+Options = TypeVar("Options", AttentionOptions, ForwardOptions)
 
 
 # models and metadata
@@ -121,8 +133,27 @@ def model_metadata(name: str, model_version: str, infos: Sequence[ModelInfo]) ->
     document = {"name": name, "versions": [MODEL_VERSION], "platform": "farsight_torch"}
     if info is None:
         return document | {"inputs": _described(_ATTENTION_INPUTS), "outputs": _described(_ATTENTION_OUTPUTS)}
-    embedding = {"name": "embedding", "datatype": "FP32", "shape": [-1, info.dimensions]}
-    return document | {"inputs": _described(_EMBED_INPUTS), "outputs": [embedding]}
+    outputs = [
+        {"name": name, "datatype": datatype, "shape": list(shape)} for name, datatype, shape in _model_outputs(info)
+    ]
+    return document | {"inputs": _described(_model_inputs(info)), "outputs": outputs}
+
+
+def _model_inputs(info: ModelInfo) -> tuple[tuple[str, str, int], ...]:
+    return (*_RERANK_INPUTS, *_IDS) if info.task == "rerank" else _MODEL_INPUTS[info.inputs]
+
+
+def _model_outputs(info: ModelInfo) -> list[tuple[str, str, tuple[int, ...]]]:
+    """What its task gives, and the hidden states of all tokens with the length of each input."""
+    own: list[tuple[str, str, tuple[int, ...]]]
+    match info.task:
+        case "embed":
+            own = [("embedding", _FLOATS, (-1, info.dimensions))]
+        case "classify" | "rerank":
+            own = [("scores", _FLOATS, (-1, len(info.labels)))]
+        case "score":
+            own = [("logprob_sum", _FLOATS, (-1,)), ("scored_tokens", "INT64", (-1,))]
+    return [*own, ("hidden_states", _FLOATS, (-1, info.dimensions)), ("lengths", "INT64", (-1,))]
 
 
 def _described(rows: Iterable[tuple[str, str, int]]) -> list[dict[str, Any]]:
@@ -145,7 +176,7 @@ def parse_infer(
     return (
         _attention(infer, request_id, timeout_s, tenant)
         if info is None
-        else _embed(infer, info, request_id, timeout_s, tenant)
+        else _forward(infer, info, request_id, timeout_s, tenant)
     )
 
 
@@ -178,26 +209,53 @@ def _attention(infer: Infer, request_id: str, timeout_s: float | None, tenant: s
     )
 
 
-def _embed(infer: Infer, info: ModelInfo, request_id: str, timeout_s: float | None, tenant: str) -> ForwardRequest:
-    values = _inputs(infer, allowed=[name for name, _, _ in _EMBED_INPUTS])
-    if ("text" in values) == ("input_ids" in values):
-        raise invalid("give exactly one of the inputs 'text' and 'input_ids'", param="text")
-    if "text" in values and "attention_mask" in values:
-        raise invalid("'attention_mask' belongs to 'input_ids', not to 'text'", param="attention_mask")
-    _check_outputs(infer, ("embedding",))
-    options = _options(EmbedOptions, infer.parameters, timeout_s)
-    return ForwardRequest(
-        id=request_id,
-        model=info.name,
-        task=info.task,
-        texts=_texts(values["text"]) if "text" in values else (),
-        token_ids=_token_ids(values["input_ids"], values.get("attention_mask")) if "input_ids" in values else (),
-        truncate=options.truncate,
-        dimensions=options.dimensions,
-        priority=options.priority,
-        timeout_s=options.timeout_s,
-        tenant=tenant,
-    )
+def _forward(infer: Infer, info: ModelInfo, request_id: str, timeout_s: float | None, tenant: str) -> ForwardRequest:
+    """The model's own task, or the hidden states where those outputs are asked for (or `layer` is given)."""
+    values = _inputs(infer, allowed=[name for name, _, _ in _model_inputs(info)])
+    _check_outputs(infer, [name for name, _, _ in _model_outputs(info)])
+    asked = [name in _HIDDEN for name in infer.outputs]
+    if any(asked) and not all(asked):
+        raise invalid(f"outputs: {' and '.join(_HIDDEN)} come without the model's other outputs", param="outputs")
+    task: Task = "hidden" if any(asked) or "layer" in infer.parameters else info.task
+    options = _options(_OPTIONS[task], infer.parameters, timeout_s)
+    given = _given(values, info, task)
+    return ForwardRequest(request_id, info.name, task, options, tenant=tenant, **given)
+
+
+def _given(values: Mapping[str, Input], info: ModelInfo, task: Task) -> dict[str, Any]:
+    """The inputs as `ForwardRequest` names them; exactly one kind of them."""
+    kinds = [name for name in ("text", "input_ids", "image", "pixel_values") if name in values]
+    if len(kinds) != 1:
+        known = [name for name in ("text", "input_ids", "image", "pixel_values") if _takes(info, name)]
+        raise invalid(f"give exactly one of the inputs {' and '.join(map(repr, known))}", param=known[0])
+    kind = kinds[0]
+    if kind != "input_ids" and "attention_mask" in values:
+        raise invalid(f"'attention_mask' belongs to 'input_ids', not to {kind!r}", param="attention_mask")
+    match kind:
+        case "input_ids":
+            return {"token_ids": _token_ids(values["input_ids"], values.get("attention_mask"))}
+        case "pixel_values":
+            return {"pixel_values": _numbers(values["pixel_values"])}
+        case "image":
+            return {"images": tuple(_bytes(values["image"]))}
+    texts = _texts(values["text"])
+    for other in ("query", "target"):
+        if other in values and task != "hidden":
+            more = _texts(values[other])
+            if len(more) == 1 and other == "query":
+                more *= len(texts)
+            if len(more) != len(texts):
+                raise invalid(f"{other}: expected as many as text, {len(texts)}, got {len(more)}", param=other)
+            return {
+                "pairs": tuple(zip(more, texts, strict=True) if other == "query" else zip(texts, more, strict=True))
+            }
+    if task == "rerank":
+        raise invalid("input 'query' is missing", param="query")
+    return {"texts": texts}
+
+
+def _takes(info: ModelInfo, name: str) -> bool:
+    return name in [known for known, _, _ in _model_inputs(info)]
 
 
 def _inputs(infer: Infer, *, allowed: Sequence[str]) -> dict[str, Input]:
@@ -228,16 +286,22 @@ def _numbers(entry: Input) -> torch.Tensor:
     return entry.value
 
 
-def _texts(entry: Input) -> tuple[str, ...]:
-    """BYTES [n] or [n, 1], UTF-8."""
+def _bytes(entry: Input) -> list[bytes]:
+    """BYTES [n] or [n, 1]."""
+    name = entry.name
     if not isinstance(entry.value, list):
-        raise invalid(f"text: expected datatype BYTES, got {entry.datatype}", param="text")
+        raise invalid(f"{name}: expected datatype BYTES, got {entry.datatype}", param=name)
     if len(entry.shape) != 1 and not (len(entry.shape) == 2 and entry.shape[1] == 1):
-        raise invalid(f"text: expected shape [n] or [n, 1], got {list(entry.shape)}", param="text")
+        raise invalid(f"{name}: expected shape [n] or [n, 1], got {list(entry.shape)}", param=name)
+    return entry.value
+
+
+def _texts(entry: Input) -> tuple[str, ...]:
+    """UTF-8."""
     try:
-        return tuple(text.decode() for text in entry.value)
+        return tuple(text.decode() for text in _bytes(entry))
     except UnicodeDecodeError as error:
-        raise invalid("text: an element is not valid UTF-8", param="text") from error
+        raise invalid(f"{entry.name}: an element is not valid UTF-8", param=entry.name) from error
 
 
 def _token_ids(entry: Input, mask: Input | None) -> tuple[tuple[int, ...], ...]:

@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from service.core import AttentionOptions, Priority
+from service.core import AttentionOptions, ClassifyOptions, EmbedOptions, ExplainOptions, ScoreOptions
 from service.errors import invalid
 
 Body = TypeVar("Body", bound=BaseModel)
+Images = Annotated[
+    list[StrictStr], Field(description="Encoded image files (PNG, JPEG, WebP, ...): base64, or data URLs of it.")
+]
 TextsOrIds = StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
 
 
@@ -44,19 +47,69 @@ class AttentionBody(AttentionOptions):
     attn_mask: Tensor | None = None
 
 
-class EmbeddingsBody(BaseModel):
+class EmbeddingsBody(EmbedOptions):
     """`POST /v1/embeddings`, OpenAI's fields and ours."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="EmbeddingsRequest")
 
     model: str
-    input: TextsOrIds
+    input: TextsOrIds | None = None
+    images: Images | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, description="Taken and not used.")
-    truncate: Literal["error", "end"] = Field("error", description="What to do with inputs over the model's length.")
-    priority: Priority = Priority.INTERACTIVE
-    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+
+class ClassifyBody(ClassifyOptions):
+    """`POST /v1/classify`: texts or images to labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="ClassifyRequest")
+
+    model: str
+    input: TextsOrIds | None = None
+    images: Images | None = None
+
+
+class Document(BaseModel):
+    """A document to rank, where it is not a plain string."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: StrictStr
+
+
+class RerankBody(ClassifyOptions):
+    """`POST /v1/rerank`: documents by their relevance to a query."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="RerankRequest")
+
+    model: str
+    query: StrictStr
+    documents: list[StrictStr | Document] = Field(min_length=1)
+    top_n: int | None = Field(None, ge=1, description="Only the best; default all.")
+    return_documents: bool = False
+
+
+class ScoreBody(ScoreOptions):
+    """`POST /v1/score`: log-probabilities of given tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="ScoreRequest")
+
+    model: str
+    input: TextsOrIds | None = Field(None, description="Decoders: what is scored.")
+    source: StrictStr | list[StrictStr] | None = Field(None, description="Encoder-decoder models: what is read,")
+    target: StrictStr | list[StrictStr] | None = Field(None, description="and what is scored given it.")
+
+
+class ExplainBody(ExplainOptions):
+    """`POST /v1/explain`: which tokens a token attends to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", title="ExplainRequest")
+
+    model: str
+    text: StrictStr
+    query: StrictInt | StrictStr = Field(
+        description="The token that looks: its index (negative from the end), or a part of the text where it begins."
+    )
 
 
 class ShapeBody(BaseModel):
@@ -84,5 +137,7 @@ class EstimateBody(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", title="EstimateRequest")
 
     attention: ShapeBody | None = None
-    endpoint: Literal["/v1/attention", "/v1/embeddings"] | None = None
+    endpoint: (
+        Literal["/v1/attention", "/v1/embeddings", "/v1/classify", "/v1/rerank", "/v1/score", "/v1/explain"] | None
+    ) = None
     request: dict[str, Any] | None = None

@@ -46,7 +46,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
 
     async def ready(_: Call) -> Response:
         if not engine.ready:
-            raise FarsightError(Kind.UNAVAILABLE, "not ready")
+            raise FarsightError(Kind.UNAVAILABLE, f"not ready: {engine.not_ready}")
         return json_response({"ready": True})
 
     async def model(call: Call) -> Response:
@@ -56,7 +56,8 @@ def add_routes(app: FastAPI, http: Http) -> None:
     async def model_ready(call: Call) -> Response:
         name = call.path_params["name"]
         oip.find_model(name, call.path_params.get("version", ""), engine.model_infos())
-        await ready(call)
+        if not engine.alive:
+            raise FarsightError(Kind.UNAVAILABLE, f"not ready: {engine.not_ready}")
         return json_response({"name": name, "ready": True})
 
     async def infer(call: Call) -> Response:

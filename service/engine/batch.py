@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -16,13 +16,23 @@ from service.attention import attend, masks, weights
 from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
 from service.config import Config
-from service.core import AttentionRequest, ErrorReport, ForwardRequest, Plan, PlanKind, Priority, Request
+from service.core import (
+    AttentionRequest,
+    ErrorReport,
+    ForwardRequest,
+    LayerReport,
+    Plan,
+    PlanKind,
+    Priority,
+    Request,
+)
 from service.engine.accounting import shares
 from service.engine.executor import clear_memory, is_out_of_memory, synchronize
 from service.engine.planner import max_error
 from service.errors import FarsightError, Kind
-from service.models.packing import split_by_tokens
-from service.models.registry import Model, Tokenized
+from service.models.hook import ForwardContext
+from service.models.model import Model
+from service.models.tokens import Tokenized
 
 
 class Stopped(Exception):
@@ -55,8 +65,7 @@ class Job:
 
     @property
     def priority(self) -> Priority:
-        request = self.request
-        return request.priority if isinstance(request, ForwardRequest) else request.options.priority
+        return self.request.options.priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ class Outcome:
     error: ErrorReport
     pairs_scored: int
     density: float | None = None
+    layers: tuple[LayerReport, ...] = ()
+    details: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,22 +236,53 @@ class BatchRunner:
         return checked.out, checked.lse, Outcome({}, plan, checked.error, checked.pairs_scored, checked.density)
 
     def _forward(self, jobs: Sequence[Job], checkpoint: Callable[[], None]) -> list[Outcome]:
-        """All sequences of all jobs in packed passes of at most `max_batch_tokens`."""
-        model = jobs[0].model
+        """All rows of all jobs together, packed where the model can. A job with a sparse plan is alone."""
+        model, plan = jobs[0].model, jobs[0].plan
         assert model is not None, "bug: a forward job without its model"
-        sequences = [ids for job in jobs for ids in token_ids(job)]
-        request = jobs[0].request
-        assert isinstance(request, ForwardRequest), "bug: not a forward request"
-        embeddings = []
-        for run in split_by_tokens([len(ids) for ids in sequences], self._config.max_batch_tokens):
-            part = [sequences[index] for index in run]
-            embeddings.append(model.embed(part, jobs[0].plan, request.dimensions, checkpoint))
-        rows = torch.cat(embeddings)
-        bounds = accumulate((len(token_ids(job)) for job in jobs), initial=0)
-        return [
-            Outcome({"embedding": rows[start:end]}, job.plan, ErrorReport(), job.plan.work.pairs)
-            for job, (start, end) in zip(jobs, pairwise(bounds), strict=True)
-        ]
+        context = ForwardContext(plan, checkpoint=checkpoint, checked=self._checked(jobs[0]))
+        pairs = [(forward_request(job), tokenized_of(job)) for job in jobs]
+        computed = model.run(pairs, context)
+        layers = tuple(context.layers)
+        outcomes = []
+        for job, one in zip(jobs, computed, strict=True):
+            for tensor in one.tensors.values():
+                _check_finite(tensor)
+            outcome = Outcome(one.tensors, job.plan, ErrorReport(), job.plan.work.pairs, details=one.details)
+            outcomes.append(_with_layers(outcome, layers) if layers else outcome)
+        return outcomes
+
+    def _checked(self, job: Job) -> dict[str, Any]:
+        """What `attend_checked` is called with at every layer of a sparse pass."""
+        request = forward_request(job)
+        return {
+            "max_error": max_error(request.options, self._config),
+            "audit_rows": self._config.audit_rows,
+            "seed": zlib.crc32(repr(tokenized_of(job).rows[0].ids[:4096]).encode()),
+            "forced": request.options.mode == "sparse",
+            "max_density": self._config.max_density,
+            "exact_kind": job.exact_kind,
+        }
+
+
+def _with_layers(outcome: Outcome, layers: tuple[LayerReport, ...]) -> Outcome:
+    """A sparse pass told as one: the error of its worst layer, and the pairs of all."""
+    measured = [layer.error for layer in layers if layer.error.kind != "exact"]
+    sparse = [layer.density for layer in layers if layer.density is not None]
+    fallbacks = sum(layer.error.fallback for layer in layers)
+    error = max(measured, key=lambda one: one.relative_l2_upper, default=ErrorReport())
+    plan = outcome.plan
+    if not sparse:
+        plan = replace(plan, kind=PlanKind.CHUNKED, reason=f"{plan.reason}; every layer was computed exactly")
+    elif fallbacks or len(sparse) < len(layers):
+        plan = replace(plan, reason=f"{plan.reason}; {len(sparse)} of {len(layers)} attention calls were sparse")
+    return replace(
+        outcome,
+        plan=plan,
+        error=replace(error, fallback=fallbacks > 0),
+        pairs_scored=sum(layer.pairs_scored for layer in layers),
+        density=sum(sparse) / len(sparse) if sparse else None,
+        layers=layers,
+    )
 
 
 def attention_request(job: Job) -> AttentionRequest:
@@ -248,16 +290,31 @@ def attention_request(job: Job) -> AttentionRequest:
     return job.request
 
 
-def token_ids(job: Job) -> tuple[tuple[int, ...], ...]:
-    assert job.tokenized is not None, "bug: a forward job without token ids"
-    return job.tokenized.token_ids
+def forward_request(job: Job) -> ForwardRequest:
+    assert isinstance(job.request, ForwardRequest), "bug: not a forward request"
+    return job.request
+
+
+def tokenized_of(job: Job) -> Tokenized:
+    assert job.tokenized is not None, "bug: a forward job without its rows"
+    return job.tokenized
 
 
 def tokens_of(job: Job) -> int:
     """Tokens that a job computes: queries of attention, or all ids of a forward pass."""
     if isinstance(job.request, AttentionRequest):
         return job.request.query.shape[0] * job.request.query.shape[2]
-    return sum(len(ids) for ids in token_ids(job))
+    return sum(len(row) for row in tokenized_of(job).rows)
+
+
+def forward_key(request: ForwardRequest, plan: Plan) -> Hashable:
+    """Forward requests with equal keys share one pass: same model and task, options that change the pass alike."""
+    if plan.kind is PlanKind.SPARSE or request.task in ("hidden", "explain"):
+        return request.id, id(request)
+    settled = request.options.model_dump(exclude={"priority", "timeout_s", "truncate", "chunk_overlap", "max_error"})
+    if request.task == "score":
+        settled = {}  # its options are applied row by row, after the pass
+    return request.model, request.task, plan.kind, tuple(sorted(settled.items()))
 
 
 def batch_key(request: AttentionRequest, plan: Plan) -> Hashable:
@@ -298,6 +355,8 @@ def mask_of(request: AttentionRequest, device: torch.device) -> MaskSpec:
 
 def _check_finite(out: torch.Tensor) -> None:
     """Finite inputs may still overflow on the way; NaN is never handed out as an answer."""
+    if not out.numel() or not out.is_floating_point():
+        return
     if not all(math.isfinite(bound) for bound in torch.aminmax(out)):
         raise FarsightError(
             Kind.INVALID,

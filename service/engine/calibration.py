@@ -45,13 +45,9 @@ class DeviceProfile:
         """The part of a prediction that a batch pays once."""
         return self.attention_s_per[kind, dtype][0]
 
-    def forward_s(self, linear_flops: int, attention: Effort, dtype: str, passes_s: float) -> float:
-        """Packed forward passes: their fixed part, matrix products at the linear rate, attention at the dense one."""
-        return (
-            passes_s
-            + linear_flops / self.linear_flops_per_s[dtype]
-            + self.attention_s(PlanKind.DENSE, attention, dtype)
-        )
+    def forward_s(self, linear_flops: int, dtype: str, passes_s: float) -> float:
+        """Forward passes without their attention: their fixed part, and matrix products at the linear rate."""
+        return passes_s + linear_flops / self.linear_flops_per_s[dtype]
 
 
 @dataclass(frozen=True, slots=True)

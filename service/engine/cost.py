@@ -11,7 +11,7 @@ from math import ceil
 from typing import NamedTuple
 
 from service.attention.pairs import visible_pairs
-from service.core import AttentionOptions, AttentionShape, ModelInfo, PlanKind, Work
+from service.core import AttentionOptions, AttentionShape, LayerKind, ModelInfo, PlanKind, Task, Work
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -22,6 +22,7 @@ CHUNK_ROWS, CHUNK_KEYS = 512, 512  # of one block of the chunked kernel
 READ_KEYS, READ_SHARE, READ_EPSILON = 450, 0.008, 0.4
 HEAD_LAUNCHES = 16  # of a head of sparse attention, however short
 LOOK_STRIDE, LOOK_PASSES = 8, 8  # selection looks at every 8th row, and a score there costs as much as 8 others
+LOGITS_BYTES = 64 * 1024**2  # of one block of next-token logits
 # what the process needs however small the request (allocator slack, code, thread stacks)
 BASE_SCRATCH_BYTES = 1 << 20
 
@@ -178,32 +179,67 @@ def weights_bytes(shape: AttentionShape, options: AttentionOptions) -> dict[str,
     return {name: size for name, size in sizes.items() if name in options.returns}
 
 
-def forward_effort(model: ModelInfo, lengths: Sequence[int]) -> Effort:
-    """Of the attention inside all sequences of a packed pass; its fixed part is in `ModelInfo.smallest_pass_s`."""
-    pairs = sum(length * length for length in lengths) * model.num_heads * model.num_layers
+def forward_effort(
+    kind: PlanKind, model: ModelInfo, lengths: Sequence[int], *, block_size: int, epsilon: float = READ_EPSILON
+) -> Effort:
+    """Of the attention inside all sequences of a pass; what a pass costs by itself is `ModelInfo.smallest_pass_s`.
+
+    Layers with a window are exact under every plan. Encoder-decoder models are counted as if every layer saw source and
+    target together.
+    """
     width = 2 * model.head_dim
-    elements = sum(lengths) * (model.num_heads + model.num_kv_heads) * width * model.num_layers
-    return Effort(0, 0, elements, pairs, 2 * pairs * width)
+    total = Effort(0, 0, sum(lengths) * (model.num_heads + model.num_kv_heads) * width * model.num_layers, 0, 0)
+    for layers in model.attention:
+        if kind is PlanKind.SPARSE and layers.window is None:
+            options = AttentionOptions(is_causal=layers.is_causal)
+            for length in lengths:
+                shape = AttentionShape(
+                    1, model.num_heads, model.num_kv_heads, length, length, model.head_dim, model.head_dim, model.dtype
+                )
+                own = attention_effort(kind, shape, options, block_size=block_size, epsilon=epsilon)
+                total = Effort(*(a + layers.count * b for a, b in zip(total, own, strict=True)))
+        else:
+            pairs = layers.count * model.num_heads * layer_pairs(layers, lengths)
+            total = total._replace(pairs=total.pairs + pairs, flops=total.flops + 2 * pairs * width)
+    return total
 
 
-def forward_work(model: ModelInfo, lengths: Sequence[int], *, max_batch_tokens: int) -> Work:
-    """One pass over packed sequences: projections, MLP and bidirectional attention of every layer.
+def layer_pairs(layers: LayerKind, lengths: Sequence[int]) -> int:
+    """Visible pairs of one head of one such layer."""
+    return sum(
+        visible_pairs(length, length, is_causal=layers.is_causal, causal_alignment="top_left", window=layers.window)
+        for length in lengths
+    )
 
-    FLOPs per layer: 2·T·h·(2·Hq·D + 2·Hkv·D) for the four projections, 4·T·h·i for the MLP (BERT: two
-    matrices), 4·D·Hq·sum(n²) for attention. Embedding look-ups multiply nothing.
+
+def forward_work(model: ModelInfo, lengths: Sequence[int], *, max_batch_tokens: int, task: Task = "embed") -> Work:
+    """Passes over all sequences: 2 FLOPs for each weight and token, and exact attention of every layer.
+
+    Embedding look-ups multiply nothing. Of encoder-decoder models each token passes one half of the weights.
     """
     tokens = sum(lengths)
-    hidden, width = model.hidden_size, model.head_dim
-    projections = 2 * tokens * hidden * 2 * width * (model.num_heads + model.num_kv_heads)
-    mlp = 4 * tokens * hidden * model.intermediate_size
-    pairs = sum(length * length for length in lengths) * model.num_heads * model.num_layers
+    pairs = sum(layers.count * layer_pairs(layers, lengths) for layers in model.attention) * model.num_heads
+    linear = 2 * tokens * model.linear_parameters // (2 if model.inputs == "source and target" else 1)
     size = DTYPE_BYTES[model.dtype]
     alive = min(tokens, max(max_batch_tokens, max(lengths, default=0)))
-    activations = size * alive * (6 * hidden + 2 * model.intermediate_size)
-    outputs = 4 * len(lengths) * model.dimensions
+    activations = size * alive * (6 * model.hidden_size + 2 * model.intermediate_size)
+    scratch = BASE_SCRATCH_BYTES + 4 * len(lengths) * model.dimensions
+    longest = max(lengths, default=0)
+    match task:
+        case "score":
+            scratch += 3 * LOGITS_BYTES
+            if model.inputs == "source and target":  # its own head makes all logits; positions are a bias [H, n, n]
+                scratch += 4 * 2 * longest * model.vocab_size + 4 * 3 * model.num_heads * longest**2
+        case "hidden":
+            scratch += 4 * tokens * model.hidden_size + size * alive * model.hidden_size * (model.num_layers + 1)
+        case "explain":
+            heads = model.num_heads + model.num_kv_heads
+            scratch += model.num_layers * longest * (4 * model.num_heads + size * heads * model.head_dim)
+        case _:
+            pass
     return Work(
         pairs=pairs,
-        flops=model.num_layers * (projections + mlp) + pair_flops(pairs, width, width),
+        flops=linear + pair_flops(pairs, model.head_dim, model.head_dim),
         bytes=size * model.parameters + activations * model.num_layers,
-        peak_bytes=activations + outputs + BASE_SCRATCH_BYTES,
+        peak_bytes=activations + scratch,
     )

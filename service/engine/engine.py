@@ -6,21 +6,24 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from service.config import Config
+from service.config import Config, ModelConfig
 from service.core import (
     Answer,
     AttentionOptions,
     AttentionRequest,
     AttentionShape,
+    EmbedOptions,
     ForwardRequest,
     ModelInfo,
     Plan,
@@ -32,7 +35,7 @@ from service.core import (
 from service.engine import planner
 from service.engine.accounting import cost_usd
 from service.engine.admission import Admission
-from service.engine.batch import BatchRunner, Job, Outcome, Result, Stopped, batch_key, tokens_of
+from service.engine.batch import BatchRunner, Job, Outcome, Result, Stopped, batch_key, forward_key, tokens_of
 from service.engine.calibration import DeviceProfile
 from service.engine.cost import (
     attention_effort,
@@ -46,7 +49,10 @@ from service.engine.executor import Executor, pick_device
 from service.engine.profiles import load_or_measure
 from service.engine.scheduler import Scheduler
 from service.errors import FarsightError, Kind, invalid, too_large
-from service.models import registry
+from service.models.loading import LoadSettings
+from service.models.model import Model
+from service.models.registry import Registry
+from service.models.tokens import Tokenized
 from service.telemetry.logging import fields
 from service.telemetry.metrics import Metrics
 
@@ -54,6 +60,15 @@ logger = logging.getLogger("farsight")
 
 # kept of a caller's timeout for writing the answer; Serve ends the same wait with a 408 of its own
 ANSWER_MARGIN_S = 0.05
+# metric labels of tasks
+ENDPOINTS = {
+    "embed": "embeddings",
+    "classify": "classify",
+    "rerank": "rerank",
+    "score": "score",
+    "hidden": "hidden",
+    "explain": "explain",
+}
 MAX_TIMEOUT_S = 86_400.0  # event loops have no timers for longer than some weeks
 
 
@@ -76,7 +91,7 @@ class Engine:
         config: Config,
         metrics: Metrics,
         profile: DeviceProfile,
-        models: Mapping[str, registry.Model],
+        models: Registry,
         device: torch.device,
         executor: Executor,
         clock: Callable[[], float] = time.perf_counter,
@@ -85,7 +100,7 @@ class Engine:
         self.metrics = metrics
         self.profile = profile
         self.admission = Admission(config)
-        self._models = dict(models)
+        self.models = models
         self._clock = clock
         # the profile does not change, so equal sizes and options have equal plans
         self._cached_plan = lru_cache(4096)(partial(planner.plan_attention, profile=profile, config=config))
@@ -93,6 +108,9 @@ class Engine:
         self._executor = executor
         self._runner = BatchRunner(config, device, clock)
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="parse")
+        # one thread of its own: a model that loads takes neither the parsers' time nor all the device's cores
+        self._loader = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
+        self._loading = asyncio.Lock()
         self._running_until_s: float | None = None  # predicted end of the batch on the device; None = idle
 
     @classmethod
@@ -101,16 +119,27 @@ class Engine:
         device = pick_device(config.device)
         threads = config.cpu_threads or os.cpu_count() or 1
         torch.set_num_threads(threads)  # per thread: this one calibrates, the executor's computes
-        models = {model.name: registry.load(model, device, config.max_text_bytes) for model in config.models}
+        models = Registry(LoadSettings(device, config.max_text_bytes, config.max_batch_tokens))
+        models.set(config.models)
         profile = load_or_measure(device, config.cache_dir)
         return cls(config, metrics, profile, models, device, Executor(threads))
 
     # -- what is asked of it ------------------------------------------------------------------------------------
 
     @property
-    def ready(self) -> bool:
-        """The models are loaded (or there would be no engine) and the device thread lives."""
+    def alive(self) -> bool:
+        """The device thread lives."""
         return self._executor.alive
+
+    @property
+    def ready(self) -> bool:
+        """The device thread lives and the required models answer; `not_ready` says what is missing."""
+        return self.alive and not self.models.missing
+
+    @property
+    def not_ready(self) -> str:
+        missing = "; ".join(f"model {name!r}: {reason}" for name, reason in self.models.missing.items())
+        return missing if self.alive else "the device of this replica does not answer"
 
     @property
     def ahead_s(self) -> float:
@@ -124,7 +153,52 @@ class Engine:
         held.callback(self.admission.give_back, size)
 
     def model_infos(self) -> tuple[ModelInfo, ...]:
-        return tuple(model.info for model in self._models.values())
+        return self.models.infos()
+
+    async def load_model(self, name: str) -> None:
+        """Load or reload one model while the others, and the one of that name before it, go on answering."""
+        self._may_change_models()
+        config = self._known(name)
+        async with self._loading:
+            entry = await asyncio.get_running_loop().run_in_executor(self._loader, self.models.load, config)
+        if entry.reason:
+            raise invalid(f"model {name!r} cannot be loaded: {entry.reason}", code="load_failed", param="model")
+
+    async def unload_model(self, name: str) -> None:
+        """New requests for it are refused; those that have begun end."""
+        self._may_change_models()
+        async with self._loading:
+            self.models.unload(name)
+
+    async def set_models(self, configs: Sequence[ModelConfig]) -> None:
+        """Serve exactly these."""
+        async with self._loading:
+            await asyncio.get_running_loop().run_in_executor(self._loader, self.models.set, configs)
+
+    def _may_change_models(self) -> None:
+        if self.config.replicas > 1:
+            raise invalid(
+                f"this service has {self.config.replicas} replicas, and a request reaches one of them; change `models` "
+                "in the deployment's user_config instead"
+            )
+
+    def _known(self, name: str) -> ModelConfig:
+        """The configuration of a model that may be loaded by name: a caller never gives a path."""
+        entry = self.models.entries().get(name)
+        known = {config.name: config for config in self.config.models} | ({name: entry.config} if entry else {})
+        if name in known:
+            return known[name]
+        repository = self.config.model_repository
+        names = [one.name for one in sorted(repository.iterdir()) if one.is_dir()] if repository else []
+        if repository is None or name not in names:
+            there = ", ".join([*known, *names]) or "none"
+            raise FarsightError(
+                Kind.NOT_FOUND, f"model {name[:96]!r} is unknown; there are: {there}", code="model_not_found"
+            )
+        try:
+            return ModelConfig(name=name, path=str(repository / name))
+        except ValidationError as error:
+            raise invalid(f"model {name[:96]!r}: {error.errors()[0]['msg']}", param="model") from error
 
     async def off_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run parsing, tokenising or encoding on a worker thread."""
@@ -135,7 +209,7 @@ class Engine:
 
         `received_s` (this engine's clock) is when its first byte was here: the timeout counts from then.
         """
-        endpoint = "attention" if isinstance(request, AttentionRequest) else "embeddings"
+        endpoint = "attention" if isinstance(request, AttentionRequest) else ENDPOINTS[request.task]
         arrived_s = self._clock() if received_s is None else received_s
         try:
             answer = await self._answer(request, arrived_s)
@@ -163,13 +237,11 @@ class Engine:
 
     async def estimate_forward(self, request: ForwardRequest) -> Estimate:
         """Price a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
-        model = self._model(request.model)
-        tokenized = await self._tokenize(model, request)
-        lengths = tuple(len(ids) for ids in tokenized.token_ids)
-        plan = planner.plan_forward(model.info, lengths, self.profile, self.config)
+        model = self.models.model(request.model)
+        plan = self._plan_forward(model, await self._tokenize(model, request), request)
         priced = {plan.kind: planner.Candidate(plan.kind, plan.work, plan.predicted_s, True, "fits")}
         try:
-            self.admission.admit(plan.predicted_s, self.ahead_s, self._timeout_s(request.timeout_s))
+            self.admission.admit(plan.predicted_s, self.ahead_s, self._timeout_s(request.options.timeout_s))
         except FarsightError as error:
             return Estimate(priced, plan.kind, error.message, self.ahead_s, would_admit=False)
         return Estimate(priced, plan.kind, plan.reason, self.ahead_s, would_admit=True)
@@ -178,14 +250,14 @@ class Engine:
         """End the threads once what is queued on them has run; later requests are refused as unavailable."""
         self._executor.stop()
         self._workers.shutdown()
+        self._loader.shutdown()
 
     # -- the way of one request ---------------------------------------------------------------------------------
 
     async def _answer(self, request: Request, arrived_s: float) -> Answer:
-        if not self.ready:
+        if not self.alive:
             raise FarsightError(Kind.UNAVAILABLE, "the device of this replica does not answer", retry_after_s=1.0)
-        options = request.options if isinstance(request, AttentionRequest) else request
-        timeout_s = self._timeout_s(options.timeout_s)
+        timeout_s = self._timeout_s(request.options.timeout_s)
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
         self.admission.admit(job.predicted_s, self.ahead_s, timeout_s, spent_s=job.queued_s - arrived_s)
         return self._account(job, await self._run(job))
@@ -200,12 +272,10 @@ class Engine:
                 exact = planner.exact_kind(shape, request.options, self.profile, self.config)
             key = batch_key(request, plan)
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
-        model = self._model(request.model)
+        model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request)
-        lengths = tuple(len(ids) for ids in tokenized.token_ids)
-        plan = planner.plan_forward(model.info, lengths, self.profile, self.config)
-        key = (request.model, request.task, request.dimensions)
-        queued_s = self._clock()
+        plan = self._plan_forward(model, tokenized, request)
+        key, queued_s = forward_key(request, plan), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, model=model, tokenized=tokenized)
 
     async def _run(self, job: Job) -> Result:
@@ -279,6 +349,9 @@ class Engine:
         price = self.config.price_per_device_hour_usd
         work, request = job.plan.work, job.request
         pairs_dense, flops, flops_dense, dense_s = work.pairs, work.flops, work.flops, result.device_s
+        if isinstance(request, ForwardRequest) and job.plan.kind is PlanKind.SPARSE:
+            width = 4 * job.model.info.head_dim if job.model else 0
+            flops += width * (outcome.pairs_scored - work.pairs)
         if isinstance(request, AttentionRequest) and job.plan.kind is PlanKind.SPARSE:
             shape = request.shape
             pairs_dense = attention_pairs(shape, request.options)
@@ -291,7 +364,9 @@ class Engine:
                 dense = attention_effort(PlanKind.DENSE, shape, request.options, block_size=self.config.block_size)
                 dense_s = self.profile.attention_s(PlanKind.DENSE, dense, shape.dtype)
         finished_s = self._clock()
-        tokenized = job.tokenized
+        tokenized, starts = job.tokenized, [0]
+        if tokenized is not None:
+            starts = list(accumulate(tokenized.rows_per_input, initial=0))
         return Answer(
             id=request.id,
             tensors=outcome.tensors,
@@ -309,6 +384,7 @@ class Engine:
                 saved_usd=cost_usd(max(0.0, dense_s - result.device_s), price),
                 truncated=tokenized.truncated if tokenized else 0,
                 dropped_tokens=tokenized.dropped_tokens if tokenized else 0,
+                chunks=tokenized.chunks if tokenized else 0,
             ),
             timing=Timing(
                 queue_s=max(0.0, result.started_s - job.queued_s),
@@ -319,7 +395,14 @@ class Engine:
             model=request.model if isinstance(request, ForwardRequest) else "attention",
             batch_requests=result.batch_requests,
             batch_tokens=result.batch_tokens,
-            tokens_per_input=tuple(len(ids) for ids in tokenized.token_ids) if tokenized else (),
+            tokens_per_input=tuple(
+                sum(len(row) for row in tokenized.rows[start:end]) for start, end in pairwise(starts)
+            )
+            if tokenized
+            else (),
+            layers=outcome.layers,
+            tells_layers=isinstance(request, ForwardRequest) and request.options.layer_errors,
+            details=outcome.details,
         )
 
     # -- small rules --------------------------------------------------------------------------------------------
@@ -333,32 +416,23 @@ class Engine:
         """A model name as a metric label: only names that exist, so that callers cannot make new series."""
         if isinstance(request, AttentionRequest):
             return "attention"
-        return request.model if request.model in self._models else "unknown"
+        return request.model if request.model in self.models.entries() else "unknown"
 
-    def _model(self, name: str) -> registry.Model:
-        model = self._models.get(name)
-        if model is None:
-            known = ", ".join(self._models) or "none"
-            raise FarsightError(
-                Kind.NOT_FOUND,
-                f"model {name[:96]!r} is not served; known: {known}",
-                code="model_not_found",
-                param="model",
-            )
-        return model
-
-    async def _tokenize(self, model: registry.Model, request: ForwardRequest) -> registry.Tokenized:
-        count = len(request.texts) + len(request.token_ids)
+    async def _tokenize(self, model: Model, request: ForwardRequest) -> Tokenized:
+        pixels = 0 if request.pixel_values is None else len(request.pixel_values)
+        count = len(request.texts) + len(request.token_ids) + len(request.pairs) + len(request.images) + pixels
         if count > self.config.max_texts:
             raise too_large("input", count, self.config.max_texts, "items", param="input")
-        if request.dimensions is not None and not 1 <= request.dimensions <= model.info.dimensions:
-            raise invalid(
-                f"dimensions: expected 1..{model.info.dimensions}, got {request.dimensions}", param="dimensions"
-            )
-        work = (model.check_ids, request.token_ids) if request.token_ids else (model.tokenize, request.texts)
-        tokenized = await self.off_loop(*work, request.truncate)
-        assert isinstance(tokenized, registry.Tokenized), "bug: tokenize returned something else"
+        if len(request.images) + pixels > self.config.max_images:
+            raise too_large("images", len(request.images) + pixels, self.config.max_images, "images", param="images")
+        _check_task(model, request)
+        tokenized = await self.off_loop(model.tokenize, request)
+        assert isinstance(tokenized, Tokenized), "bug: tokenize returned something else"
         return tokenized
+
+    def _plan_forward(self, model: Model, tokenized: Tokenized, request: ForwardRequest) -> Plan:
+        lengths = tuple(len(row) for row in tokenized.rows)
+        return planner.plan_forward(model.info, lengths, request, self.profile, self.config)
 
     def _plan(self, shape: AttentionShape, options: AttentionOptions) -> Plan:
         self._check_weights(shape, options)
@@ -379,3 +453,22 @@ class Engine:
                     code="weights_too_large",
                     param="returns",
                 )
+
+
+def _check_task(model: Model, request: ForwardRequest) -> None:
+    """422 where the model is for something else, naming what it is for."""
+    info, task = model.info, request.task
+    allowed = {info.task, "hidden", "explain"} | ({"classify"} if info.task == "rerank" else set())
+    if info.task == "classify" and len(info.labels) == 1:
+        allowed.add("rerank")
+    if info.inputs == "image":
+        allowed -= {"explain"}
+    if task not in allowed:
+        raise invalid(
+            f"model {info.name!r} is for {info.task}, not for {task}; it takes {', '.join(sorted(allowed))}",
+            code="wrong_task",
+            param="model",
+        )
+    options = request.options
+    if isinstance(options, EmbedOptions) and options.dimensions is not None and options.dimensions > info.dimensions:
+        raise invalid(f"dimensions: expected 1..{info.dimensions}, got {options.dimensions}", param="dimensions")

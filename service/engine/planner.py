@@ -7,9 +7,25 @@ from dataclasses import dataclass
 
 from service.attention import ERROR_EXPONENT
 from service.config import Config
-from service.core import AttentionOptions, AttentionShape, ModelInfo, Plan, PlanKind, Work
+from service.core import (
+    AttentionOptions,
+    AttentionShape,
+    ForwardOptions,
+    ForwardRequest,
+    ModelInfo,
+    Plan,
+    PlanKind,
+    Work,
+)
 from service.engine.calibration import DeviceProfile
-from service.engine.cost import Effort, attention_effort, attention_work, forward_effort, forward_work
+from service.engine.cost import (
+    Effort,
+    attention_effort,
+    attention_work,
+    forward_effort,
+    forward_work,
+    pair_flops,
+)
 from service.errors import FarsightError, Kind, invalid
 
 EPSILON_MAX_ERROR = 0.02
@@ -62,7 +78,7 @@ def epsilon_for(max_error: float, config: Config) -> float:
     return float(min(1.0, max(1e-6, config.epsilon * (max_error / EPSILON_MAX_ERROR) ** (1 / ERROR_EXPONENT))))
 
 
-def max_error(options: AttentionOptions, config: Config) -> float:
+def max_error(options: AttentionOptions | ForwardOptions, config: Config) -> float:
     return config.max_error if options.max_error is None else options.max_error
 
 
@@ -108,9 +124,12 @@ def exact_kind(shape: AttentionShape, options: AttentionOptions, profile: Device
     return min([c for c in exact if c.fits] or exact[1:], key=lambda candidate: candidate.predicted_s).kind
 
 
-def plan_forward(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProfile, config: Config) -> Plan:
-    """A packed forward pass: dense attention inside every sequence (models here are at most a few thousand tokens)."""
-    work = forward_work(model, lengths, max_batch_tokens=config.max_batch_tokens)
+def plan_forward(
+    model: ModelInfo, lengths: tuple[int, ...], request: ForwardRequest, profile: DeviceProfile, config: Config
+) -> Plan:
+    """How the attention of a forward pass is computed: for all layers the kind predicted to be fastest."""
+    options = request.options
+    work = forward_work(model, lengths, max_batch_tokens=config.max_batch_tokens, task=request.task)
     limit = max_peak_bytes(profile, config)
     if work.peak_bytes > limit:
         raise FarsightError(
@@ -118,15 +137,33 @@ def plan_forward(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProf
             f"forward needs {work.peak_bytes} bytes, over the limit of {limit} bytes",
             code="memory_limit",
         )
-    attention = forward_effort(model, lengths)
+    bound, longest = max_error(options, config), max(lengths)
+    epsilon = epsilon_for(bound, config)
+    if options.mode == "sparse" and bound == 0:
+        raise invalid("mode sparse: max_error 0 asks for an exact answer", param="mode")
+    if options.mode == "sparse" and model.inputs != "text":
+        raise invalid(f"mode sparse: attention of model {model.name!r} is computed exactly", param="mode")
+    kinds = [PlanKind.DENSE, PlanKind.CHUNKED, PlanKind.SPARSE]
+    if options.mode != "auto":
+        kinds = [PlanKind(options.mode)]
+    elif longest < config.sparse_min_tokens or bound == 0 or model.inputs != "text" or request.task == "explain":
+        kinds = kinds[:2]
     passes = max(1, -(-sum(lengths) // config.max_batch_tokens))
-    linear_flops = work.flops - attention.flops
-    predicted_s = profile.forward_s(linear_flops, attention, model.dtype, passes * model.smallest_pass_s)
+    linear_flops = work.flops - pair_flops(work.pairs, model.head_dim, model.head_dim)
+    predicted: dict[PlanKind, float] = {}
+    for kind in kinds:
+        effort = forward_effort(kind, model, lengths, block_size=config.block_size, epsilon=epsilon)
+        rest_s = profile.forward_s(linear_flops, model.dtype, passes * model.smallest_pass_s)
+        predicted[kind] = rest_s + profile.attention_s(kind, effort, model.dtype)
+    chosen = min(predicted, key=predicted.__getitem__)
+    told = ", ".join(f"{kind} {seconds:.3g} s" for kind, seconds in predicted.items())
     return Plan(
-        kind=PlanKind.DENSE,
+        kind=chosen,
         work=work,
-        predicted_s=predicted_s,
-        reason=f"longest of {len(lengths)} inputs has {max(lengths)} tokens: dense, packed without padding",
+        predicted_s=predicted[chosen],
+        reason=f"longest of {len(lengths)} inputs has {longest} tokens: {told}",
         shared_s=model.smallest_pass_s,
         block_size=config.block_size,
+        selection="moments" if chosen is PlanKind.SPARSE else None,
+        epsilon=epsilon if chosen is PlanKind.SPARSE else None,
     )

@@ -1,13 +1,24 @@
-"""Where a model's files are; no torch, so that a wrong path is told before anything is started."""
+"""Where a model's files are and what they say it is for; no torch, so that a wrong path is told before all else."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 from service.config import ModelConfig
+from service.core import ModelTask
 
-REQUIRED = ("config.json", "tokenizer.json", "model.safetensors")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# the end of a class name in config.json's `architectures`, and what such a model is for
+HEADS: dict[str, ModelTask] = {
+    "ForSequenceClassification": "classify",
+    "ForImageClassification": "classify",
+    "ForCausalLM": "score",
+    "LMHeadModel": "score",
+    "ForConditionalGeneration": "score",
+}
 
 
 def directory_of(config: ModelConfig) -> Path:
@@ -20,7 +31,39 @@ def directory_of(config: ModelConfig) -> Path:
         if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(f"model {config.name!r}: package {config.package!r} is not installed")
         directory = Path(spec.submodule_search_locations[0]) / "model"
-    for file in REQUIRED:
-        if not (directory / file).is_file():
-            raise FileNotFoundError(f"model {config.name!r}: {directory / file} is missing")
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"model {config.name!r}: {directory / 'config.json'} is missing")
+    if not any((directory / file).is_file() for file in WEIGHTS):
+        raise FileNotFoundError(
+            f"model {config.name!r}: {directory / WEIGHTS[0]} is missing (only safetensors are read)"
+        )
+    if not takes_images(read_json(directory / "config.json")) and not (directory / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"model {config.name!r}: {directory / 'tokenizer.json'} is missing")
     return directory
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """{} where there is no such file."""
+    if not file.is_file():
+        return {}
+    values = json.loads(file.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return values
+
+
+def takes_images(config: dict[str, Any]) -> bool:
+    return "image_size" in config and "patch_size" in config and "vocab_size" not in config
+
+
+def task_of(directory: Path) -> ModelTask:
+    """What the files say: sentence-transformers' modules are for embeddings, else the head's class decides."""
+    config = read_json(directory / "config.json")
+    if (directory / "modules.json").is_file():
+        return "embed"
+    name = next(iter(config.get("architectures") or []), "")
+    for end, task in HEADS.items():
+        if name.endswith(end):
+            one_label = len(config.get("id2label") or {}) == 1 or config.get("num_labels") == 1
+            return "rerank" if task == "classify" and one_label else task
+    return "embed"

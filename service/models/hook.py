@@ -1,29 +1,80 @@
-"""Our attention inside Transformers: `attend` behind the AttentionInterface, with what a forward pass must carry."""
+"""Our attention inside Transformers: `attend` behind the AttentionInterface, and in place of masks who sees whom.
+
+A model's own code decides who sees whom by a function of two positions. `mask` reads that function and hands a small
+`Pattern` through the model instead of an n x n tensor; what is neither causal, bidirectional nor a window is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from service.attention import attend
+from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
-from service.core import Plan
+from service.core import ErrorReport, LayerReport, Plan, PlanKind
 
 NAME = "farsight"
+NARROW = 4096  # tokens that a row of a sliding window sees: below, an exact layer is faster than any selection
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Who sees whom within one sequence. `window`: [left, right] tokens around the query's own position."""
+
+    is_causal: bool
+    window: tuple[int, int] | None = None
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Bool, for positions of the same shape."""
+        seen = key <= query if self.is_causal else torch.ones_like(query, dtype=torch.bool)
+        if self.window is None:
+            return seen
+        return seen & (key >= query - self.window[0]) & (key <= query + self.window[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One attention call, as an observer of the pass sees it."""
+
+    query: torch.Tensor  # [B, Hq, L, D]
+    key: torch.Tensor
+    mask: MaskSpec
+    scale: float | None
+    softcap: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """Handed through the model's keyword arguments to every attention call of one packed forward pass."""
+    """What every attention call of one forward pass must know."""
 
     plan: Plan
-    cu_seqlens: tuple[int, ...]  # sequence s owns tokens cu_seqlens[s]:cu_seqlens[s+1]
-    checkpoint: Callable[[], None] | None = None  # called at every layer; raises to stop the pass
+    cu_seqlens: tuple[int, ...] | None = None  # None: each row of the batch is one sequence, without padding
+    checkpoint: Callable[[], None] | None = None  # called at every layer and block; raises to stop the pass
+    checked: Mapping[str, Any] = field(default_factory=dict)  # of `attend_checked`, where the plan is sparse
+    observe: Callable[[Call], None] | None = None
+    layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
+    patterns: list[Pattern] = field(default_factory=list)
+
+
+_running: ContextVar[ForwardContext | None] = ContextVar("farsight_forward", default=None)
+
+
+@contextmanager
+def running(context: ForwardContext) -> Iterator[None]:
+    """Attention calls of this thread belong to `context`: models do not hand unknown arguments down to all layers."""
+    token = _running.set(context)
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 def attention(
@@ -31,35 +82,109 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Pattern | None,
     scaling: float | None = None,
-    is_causal: bool | None = None,
-    farsight: ForwardContext | None = None,
+    softcap: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> ([1, T, Hq, D], no weights)."""
-    if farsight is None:
-        raise RuntimeError("bug: a forward pass through Farsight's attention without its ForwardContext")
-    if attention_mask is not None:
-        # a model that insists on a mask of its own cannot be packed: refuse, never ignore the mask
-        raise NotImplementedError("packed forward passes take no attention mask")
-    if farsight.checkpoint is not None:
-        farsight.checkpoint()
+    """query [B, Hq, L, D], key and value [B, Hkv, Lk, D] -> ([B, L, Hq, D], no weights)."""
+    context = _context()
+    if not isinstance(attention_mask, Pattern):
+        # a model that brings a mask of its own is refused, the mask never ignored
+        raise NotImplementedError(f"{type(module).__name__} brings an attention mask of its own")
+    if s_aux is not None:
+        raise NotImplementedError(f"{type(module).__name__} has attention sinks (s_aux)")
+    if context.checkpoint is not None:
+        context.checkpoint()
     mask = MaskSpec(
-        is_causal=bool(getattr(module, "is_causal", False) if is_causal is None else is_causal),
-        cu_seqlens_q=farsight.cu_seqlens,
-        cu_seqlens_k=farsight.cu_seqlens,
+        is_causal=attention_mask.is_causal,
+        causal_alignment="top_left",
+        window=attention_mask.window,
+        attn_mask=position_bias,
+        cu_seqlens_q=context.cu_seqlens,
+        cu_seqlens_k=context.cu_seqlens,
     )
-    result = attend(query, key, value, farsight.plan, mask, scale=scaling, checkpoint=farsight.checkpoint)
-    return result.out.transpose(1, 2), None
+    if context.observe is not None:
+        context.observe(Call(query, key, mask, scaling, softcap))
+    context.patterns.append(attention_mask)
+    arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap, "checkpoint": context.checkpoint}
+    if context.plan.kind is not PlanKind.SPARSE:
+        out = attend(query, key, value, context.plan, mask, **arguments).out
+    elif attention_mask.window is not None and sum(attention_mask.window) < NARROW:
+        out = attend(query, key, value, PlanKind.CHUNKED, mask, **arguments).out
+        context.layers.append(LayerReport(PlanKind.CHUNKED, ErrorReport(), None, _pairs(query, key, mask)))
+    else:
+        checked = attend_checked(query, key, value, context.plan, mask, **arguments, **context.checked)
+        out = checked.out
+        context.layers.append(LayerReport(checked.kind, checked.error, checked.density, checked.pairs_scored))
+    return out.transpose(1, 2), None
 
 
-def mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """None for plain bidirectional attention (the packing says who sees whom), else a real mask: never lost."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True})
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., torch.Tensor],
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Pattern:
+    """The pattern that the model's mask function draws, proven on the positions where patterns differ."""
+    pads = attention_mask is not None and not bool(attention_mask.all())  # BART's decoder makes one of ones
+    if pads or q_offset or kv_offset:
+        raise NotImplementedError("a padding mask or a cache: Farsight's passes have neither")
+    context = _context()
+    start, length = 0, q_length
+    if context.cu_seqlens is not None and q_length == kv_length:
+        start, stop = max(pairwise(context.cu_seqlens), key=lambda one: one[1] - one[0])
+        length = stop - start
+    query, key = _probes(length, kv_length if q_length != kv_length else length, local_size)
+    zero = torch.zeros_like(query).to(device)
+    seen = mask_function(zero, zero, (query + start).to(device), (key + start).to(device)).cpu().expand_as(query)
+    for pattern in _candidates(local_size):
+        if bool((pattern.sees(query, key) == seen).all()):
+            return pattern
+    raise NotImplementedError("an attention pattern that is neither causal, bidirectional nor a window of them")
 
 
 def register() -> None:
     """Make `attn_implementation="farsight"` known; without the mask function Transformers drops masks silently."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
+
+
+def _context() -> ForwardContext:
+    context = _running.get()
+    if context is None:
+        raise RuntimeError("bug: a forward pass through Farsight's attention without its ForwardContext")
+    return context
+
+
+def _candidates(local_size: int | None) -> Iterator[Pattern]:
+    for is_causal in (False, True):
+        yield Pattern(is_causal)
+    if local_size is not None:
+        yield Pattern(is_causal=True, window=(local_size - 1, 0))
+        yield Pattern(is_causal=False, window=(local_size, local_size))
+
+
+def _probes(queries: int, keys: int, local_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of positions, both [n]: around the diagonal and the window's ends, and far away, for rows all over."""
+    rows = torch.tensor(sorted({0, 1, 2, queries // 3, queries // 2, queries - 2, queries - 1})).clamp(0, queries - 1)
+    steps = {0, 1, 2, 3, keys // 2, keys}
+    if local_size is not None:
+        steps |= {local_size - 1, local_size, local_size + 1, 2 * local_size}
+    ends = torch.tensor(sorted(steps))
+    key = (rows[:, None] + torch.cat((-ends, ends))[None]).clamp(0, keys - 1)
+    return rows[:, None].expand_as(key).flatten(), key.flatten()
+
+
+def _pairs(query: torch.Tensor, key: torch.Tensor, mask: MaskSpec) -> int:
+    from service.attention.pieces import split
+
+    return sum(piece.visible_pairs for piece in split(query, key, key, mask))

@@ -8,32 +8,31 @@ from itertools import accumulate, chain
 
 import torch
 
+from service.models.tokens import Row
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """input_ids, position_ids and segment_ids: [1, T] int64; cu_seqlens: S + 1 offsets into T."""
+    """input_ids, position_ids and (where a row is a pair) type_ids: [1, T] int64; cu_seqlens: S + 1 offsets into T."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    segment_ids: torch.Tensor
+    type_ids: torch.Tensor | None
     cu_seqlens: tuple[int, ...]
 
 
-def pack(sequences: Sequence[Sequence[int]], device: torch.device) -> Packed:
-    """S token-id sequences -> one row of T = sum of their lengths. No sequence may be empty."""
-    lengths = [len(sequence) for sequence in sequences]
+def pack(rows: Sequence[Row], device: torch.device, first_position: int = 0) -> Packed:
+    """S rows -> one of T tokens, the sum of their lengths; positions start anew in each. No row may be empty."""
+    lengths = [len(row.ids) for row in rows]
     assert all(lengths), "bug: an empty sequence cannot be packed"
     cu_seqlens = (0, *accumulate(lengths))
-    lengths_tensor = torch.tensor(lengths)
-    segment_ids = torch.repeat_interleave(torch.arange(len(lengths)), lengths_tensor)
-    position_ids = torch.arange(cu_seqlens[-1]) - torch.tensor(cu_seqlens[:-1])[segment_ids]
-    input_ids = torch.tensor(list(chain.from_iterable(sequences)))
-    return Packed(
-        input_ids=input_ids[None].to(device),
-        position_ids=position_ids[None].to(device),
-        segment_ids=segment_ids[None].to(device),
-        cu_seqlens=cu_seqlens,
-    )
+    positions = torch.cat([torch.arange(first_position, first_position + length) for length in lengths])
+    input_ids = torch.tensor(list(chain.from_iterable(row.ids for row in rows)))
+    type_ids: torch.Tensor | None = None
+    if any(row.types is not None for row in rows):
+        types = [row.types or (0,) * len(row.ids) for row in rows]
+        type_ids = torch.tensor(list(chain.from_iterable(types)))[None].to(device)
+    return Packed(input_ids[None].to(device), positions[None].to(device), type_ids, cu_seqlens)
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:
@@ -48,3 +47,15 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:
     if start < len(lengths):
         runs.append(range(start, len(lengths)))
     return runs
+
+
+def split_by_shape(shapes: Sequence[tuple[int, ...]], max_tokens: int) -> list[list[int]]:
+    """Indices of rows of equal shape, at most `max_tokens` together: batches that need no padding."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        alike.setdefault(shape, []).append(index)
+    found = []
+    for shape, indices in alike.items():
+        step = max(1, max_tokens // max(1, sum(shape)))
+        found += [indices[start : start + step] for start in range(0, len(indices), step)]
+    return found

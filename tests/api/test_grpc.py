@@ -26,6 +26,7 @@ from service.core import (
     AttentionRequest,
     ErrorReport,
     ForwardRequest,
+    LayerKind,
     ModelInfo,
     Plan,
     PlanKind,
@@ -39,7 +40,25 @@ from service.errors import CODES, FarsightError, Kind
 
 T = TypeVar("T")
 
-INFO = ModelInfo("mini", "embed", "BertModel", "float32", 128, 3, 1, 1, 1, 4, 4, 4, 100, 1000, packed=True)
+INFO = ModelInfo(
+    name="mini",
+    task="embed",
+    architecture="bert",
+    dtype="float32",
+    max_length=128,
+    dimensions=3,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=100,
+    parameters=1000,
+    hidden_size=4,
+    intermediate_size=4,
+    linear_parameters=100,
+    attention=(LayerKind(1, is_causal=False),),
+    packed=True,
+)
 SAMPLE = torch.arange(8.0).reshape(1, 1, 2, 4)
 RAW = bytes(wire.to_raw(SAMPLE))
 

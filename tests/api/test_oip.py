@@ -21,20 +21,41 @@ from service.core import (
     Answer,
     AttentionOptions,
     AttentionRequest,
+    EmbedOptions,
     ErrorReport,
     ForwardRequest,
+    LayerKind,
     ModelInfo,
     Plan,
     PlanKind,
     Priority,
     Request,
+    ScoreOptions,
     Timing,
     Usage,
     Work,
 )
 from service.errors import FarsightError, Kind
 
-INFO = ModelInfo("mini", "embed", "BertModel", "float32", 128, 3, 1, 1, 1, 4, 4, 4, 100, 1000, packed=True)
+INFO = ModelInfo(
+    name="mini",
+    task="embed",
+    architecture="bert",
+    dtype="float32",
+    max_length=128,
+    dimensions=3,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=100,
+    parameters=1000,
+    hidden_size=4,
+    intermediate_size=4,
+    linear_parameters=100,
+    attention=(LayerKind(1, is_causal=False),),
+    packed=True,
+)
 SAMPLE = torch.arange(8.0).reshape(1, 1, 2, 4)
 
 
@@ -111,7 +132,11 @@ def test_metadata() -> None:
     assert document["versions"] == ["1"]
     assert document["platform"] == "farsight_torch"
     assert document["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [-1]}
-    assert document["outputs"] == [{"name": "embedding", "datatype": "FP32", "shape": [-1, 3]}]
+    assert document["outputs"] == [
+        {"name": "embedding", "datatype": "FP32", "shape": [-1, 3]},
+        {"name": "hidden_states", "datatype": "FP32", "shape": [-1, 3]},
+        {"name": "lengths", "datatype": "INT64", "shape": [-1]},
+    ]
 
 
 # parameters
@@ -120,7 +145,8 @@ def test_metadata() -> None:
 def test_list_options_are_those_with_tuples() -> None:
     listed = {
         name
-        for name, field in AttentionOptions.model_fields.items()
+        for options in (AttentionOptions, ScoreOptions)
+        for name, field in options.model_fields.items()
         if any(get_origin(part) is tuple for part in (field.annotation, *getattr(field.annotation, "__args__", ())))
     }
     assert listed == oip._LIST_OPTIONS
@@ -188,7 +214,7 @@ def test_the_shortest_timeout_counts() -> None:
     assert options({}, timeout_s=1.0).timeout_s == 1.0
     request = parse(embed(text(b"a"), timeout_s=3), timeout_s=5.0)
     assert isinstance(request, ForwardRequest)
-    assert request.timeout_s == 3.0
+    assert request.options.timeout_s == 3.0
 
 
 # attention
@@ -271,7 +297,11 @@ def test_texts() -> None:
     for one in (text(b"a", "é".encode()), text(b"a", "é".encode(), shape=(2, 1))):
         request = parse(embed(one, truncate="end", dimensions=2, priority=3))
         assert request == ForwardRequest(
-            "req-1", "mini", "embed", texts=("a", "é"), truncate="end", dimensions=2, priority=Priority.BATCH
+            "req-1",
+            "mini",
+            "embed",
+            EmbedOptions(truncate="end", dimensions=2, priority=Priority.BATCH),
+            texts=("a", "é"),
         )
 
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from service.core import AttentionOptions, AttentionShape, ModelInfo, PlanKind
+from service.core import AttentionOptions, AttentionShape, LayerKind, ModelInfo, PlanKind
 from service.engine import cost
 
 LENGTH = st.integers(1, 12)
@@ -74,7 +74,12 @@ def test_forward_flops_equal_torchs_count() -> None:
     config = BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=50)
     config._attn_implementation = "eager"
     model = BertModel(config, add_pooling_layer=False).eval()
-    info = ModelInfo("m", "embed", "bert", "float32", 64, 32, 3, 4, 4, 8, 32, 64, 50, 1, True)
+    linear = sum(one.weight.numel() for one in model.modules() if isinstance(one, torch.nn.Linear))
+    info = ModelInfo(
+        *("m", "embed", "bert", "float32", 64, 32, 3, 4, 4, 8, 50, 1, 32, 64, linear),
+        attention=(LayerKind(3, is_causal=False),),
+        packed=True,
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(1, 21, dtype=torch.long))
     assert cost.forward_work(info, [21], max_batch_tokens=64).flops == counter.get_total_flops()

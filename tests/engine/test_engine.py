@@ -15,7 +15,16 @@ from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.attention.workloads import diffuse, structured
 from service.config import Config
-from service.core import Answer, AttentionOptions, AttentionRequest, ForwardRequest, PlanKind, Priority
+from service.core import (
+    Answer,
+    AttentionOptions,
+    AttentionRequest,
+    EmbedOptions,
+    ForwardRequest,
+    PlanKind,
+    Priority,
+    ScoreOptions,
+)
 from service.engine.batch import BatchRunner, Job, Outcome
 from service.engine.engine import Engine
 from service.engine.executor import Executor
@@ -27,8 +36,8 @@ def attention(length: int = 16, seed: int = 0, *, heads: int = 2, **options: obj
     return AttentionRequest(f"r{seed}", query, key, value, AttentionOptions.model_validate(options))
 
 
-def embed(*texts: str, **fields: Any) -> ForwardRequest:
-    return ForwardRequest("e", "all-MiniLM-L6-v2", "embed", texts, **fields)
+def embed(*texts: str, **options: Any) -> ForwardRequest:
+    return ForwardRequest("e", "all-MiniLM-L6-v2", "embed", EmbedOptions(**options), texts)
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -241,7 +250,9 @@ def test_what_would_be_late_is_refused_before_it_starts(engine: Engine) -> None:
         ({"model": "nope"}, Kind.NOT_FOUND, "known: all-MiniLM-L6-v2"),
         ({"texts": ("word " * 300,)}, Kind.TOO_LARGE, "302 tokens, over the 256"),
         ({"texts": ("a",) * 2049}, Kind.TOO_LARGE, "2049 items"),
-        ({"dimensions": 385}, Kind.INVALID, "expected 1..384"),
+        ({"options": EmbedOptions(dimensions=385)}, Kind.INVALID, "expected 1..384"),
+        ({"task": "score", "options": ScoreOptions()}, Kind.INVALID, "is for embed, not for score; it takes embed"),
+        ({"texts": (), "images": (b"x",)}, Kind.INVALID, "takes text, not images"),
         ({"texts": (), "token_ids": ((99999,),)}, Kind.INVALID, "token id 99999"),
     ],
 )
@@ -278,7 +289,7 @@ def test_metrics_hold_what_the_answers_said(engine: Engine, registry: CollectorR
 
 def test_refusals_are_counted_once(engine: Engine, registry: CollectorRegistry) -> None:
     before = total(registry, "rejections_total", reason="not_found")
-    refusal(engine, ForwardRequest("e", "no-such-model", "embed", ("a",)))
+    refusal(engine, replace(embed("a"), model="no-such-model"))
     assert total(registry, "rejections_total", reason="not_found") - before == 1
     # a name that does not exist makes no series of its own
     assert total(registry, "requests_total", endpoint="embeddings", model="no-such-model", plan="none", code="404") == 0

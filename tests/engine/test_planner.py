@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from service.config import Config
-from service.core import AttentionOptions, AttentionShape, ModelInfo, PlanKind
+from service.core import (
+    AttentionOptions,
+    AttentionShape,
+    EmbedOptions,
+    ForwardRequest,
+    LayerKind,
+    ModelInfo,
+    PlanKind,
+)
 from service.engine import planner
 from service.engine.calibration import DeviceProfile
+from service.engine.cost import forward_work
 from service.errors import FarsightError, Kind
 
 # seconds for a call, a launch, a number, a pair and a FLOP
@@ -73,12 +83,39 @@ def test_a_plan_that_fits_replaces_a_faster_one_that_does_not() -> None:
     assert planner.exact_kind(shape, options, PROFILE, Config(max_peak_bytes=between)) is PlanKind.CHUNKED
 
 
+EMBED = ForwardRequest("r", "m", "embed", EmbedOptions())
+INFO = ModelInfo(
+    *("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 30522, 22_000_000, 384, 1536, 10_600_000),
+    attention=(LayerKind(6, is_causal=False),),
+    packed=True,
+)
+
+
 def test_forward_work_grows_with_tokens_and_lengths() -> None:
-    info = ModelInfo("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 384, 1536, 30522, 22_000_000, True)
-    one = planner.plan_forward(info, (512,), PROFILE, Config())
-    split = planner.plan_forward(info, (256, 256), PROFILE, Config())
+    one = planner.plan_forward(INFO, (512,), EMBED, PROFILE, Config())
+    split = planner.plan_forward(INFO, (256, 256), EMBED, PROFILE, Config())
     assert one.work.pairs == 2 * split.work.pairs
     assert one.predicted_s > split.predicted_s
+
+
+def test_long_forward_passes_are_sparse_unless_exact_is_asked_for() -> None:
+    def kind(length: int, **options: Any) -> PlanKind:
+        request = replace(EMBED, options=EmbedOptions(**options))
+        return planner.plan_forward(INFO, (length, 5), request, PROFILE, Config()).kind
+
+    assert kind(65536) is PlanKind.SPARSE
+    assert kind(65536, max_error=0) is not PlanKind.SPARSE
+    assert kind(4096) is not PlanKind.SPARSE
+    assert kind(4096, mode="sparse") is PlanKind.SPARSE
+    assert kind(64, mode="chunked") is PlanKind.CHUNKED
+    with pytest.raises(FarsightError, match="max_error 0 asks for an exact answer"):
+        kind(64, mode="sparse", max_error=0)
+
+
+def test_windowed_layers_cost_their_windows() -> None:
+    windowed = replace(INFO, attention=(LayerKind(6, is_causal=True, window=(127, 0)),))
+    work = forward_work(windowed, [4096], max_batch_tokens=16384)
+    assert work.pairs == 6 * 12 * sum(min(row + 1, 128) for row in range(4096))
 
 
 def test_epsilon_follows_the_error_that_is_allowed() -> None:

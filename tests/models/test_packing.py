@@ -6,15 +6,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.models.packing import pack, split_by_tokens
+from service.models.packing import pack, split_by_shape, split_by_tokens
+from service.models.tokens import Row
 
 
 def test_packed_rows() -> None:
-    packed = pack([(5, 6, 7), (8,), (9, 10)], torch.device("cpu"))
+    packed = pack([Row((5, 6, 7)), Row((8,)), Row((9, 10))], torch.device("cpu"))
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert packed.segment_ids.tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert packed.type_ids is None
     assert packed.cu_seqlens == (0, 3, 4, 6)
+
+
+def test_types_of_pairs_and_the_first_position() -> None:
+    packed = pack([Row((5, 6)), Row((8, 9, 7), types=(0, 1, 1))], torch.device("cpu"), first_position=2)
+    assert packed.position_ids.tolist() == [[2, 3, 2, 3, 4]]
+    assert packed.type_ids is not None
+    assert packed.type_ids.tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_batches_of_equal_shape() -> None:
+    shapes = [(3, 0), (2, 1), (3, 0), (3, 0), (2, 1)]
+    assert split_by_shape(shapes, 6) == [[0, 2], [3], [1, 4]]
+    assert split_by_shape(shapes, 1) == [[0], [2], [3], [1], [4]]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -1,143 +1,150 @@
-"""The real model: equal to sentence-transformers, packed equal to single, lengths told."""
+"""Models come and go one by one: what cannot load says why, and what answers goes on answering."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
+import transformers as hf
 
 from service.config import ModelConfig
-from service.core import Plan, PlanKind, Work
 from service.errors import FarsightError, Kind
-from service.models import hook
-from service.models.files import directory_of
-from service.models.registry import Model, load
-from tests.conftest import MINILM
-
-CPU = torch.device("cpu")
-PLAN = Plan(PlanKind.DENSE, Work(0, 0, 0, 0), 0.0, "test")
-TEXTS = [
-    "The animal didn't cross the street because it was tired.",
-    "",
-    "Attention compares every token with every other, and somebody pays.",
-    "café ☕ naïve 東京 🦉",
-    "word " * 120,
-]
+from service.models.files import directory_of, task_of
+from service.models.loading import load
+from service.models.registry import Registry
+from tests.models import zoo
+from tests.models.common import SETTINGS, asked, loaded, run
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
-    return load(MINILM, CPU, 1 << 20)
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bert")
+    zoo.save("bert", hf.AutoModel, directory)
+    return directory
 
 
-def test_embeddings_equal_sentence_transformers(model: Model) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    expected = torch.from_numpy(SentenceTransformer(str(directory_of(MINILM)), device="cpu").encode(TEXTS))
-    got = model.embed(model.tokenize(TEXTS, "error").token_ids, PLAN)
-    assert torch.nn.functional.cosine_similarity(got, expected).min() >= 0.9999
-    assert (got - expected).abs().max() < 1e-5
+def config(directory: Path, name: str = "m", **fields: object) -> ModelConfig:
+    return ModelConfig(name=name, path=str(directory), **fields)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", [PlanKind.DENSE, PlanKind.CHUNKED])
-def test_packed_equals_each_alone(model: Model, kind: PlanKind) -> None:
-    plan = Plan(kind, Work(0, 0, 0, 0), 0.0, "test")
-    ids = model.tokenize(TEXTS, "error").token_ids
-    together = model.embed(ids, plan)
-    alone = torch.cat([model.embed([one], PLAN) for one in ids])
-    assert (together - alone).abs().max() < 1e-5
+def test_a_model_that_cannot_load_says_why_and_others_serve(bert: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(bert, broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    models = Registry(SETTINGS)
+    models.set([config(bert), config(broken, "broken"), config(broken, "extra", required=False)])
+    assert [info.name for info in models.infos()] == ["m"]
+    assert list(models.missing) == ["broken"]
+    assert "Safetensor" in models.missing["broken"]
+    with pytest.raises(FarsightError, match="model 'broken' is not ready: ") as caught:
+        models.model("broken")
+    assert caught.value.kind is Kind.UNAVAILABLE
+    with pytest.raises(FarsightError, match="known: m, broken, extra"):
+        models.model("nope")
 
 
-def test_too_long_a_text_is_refused_with_both_lengths(model: Model) -> None:
-    with pytest.raises(FarsightError) as caught:
-        model.tokenize(["short", "word " * 400], "error")
-    assert caught.value.kind is Kind.TOO_LARGE
-    assert "input 1 has 402 tokens, over the 256" in caught.value.message
+def test_a_failed_reload_leaves_the_model_that_serves(bert: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    shutil.copytree(bert, directory)
+    models = Registry(SETTINGS)
+    models.load(config(directory))
+    first = models.model("m")
+    (directory / "model.safetensors").write_bytes(b"not weights")
+    entry = models.load(config(directory))
+    assert entry.state == "READY"
+    assert "reload failed" in entry.reason
+    assert models.model("m") is first
+    assert not models.missing
 
 
-def test_cut_text_is_counted_and_equals_the_cut(model: Model) -> None:
-    tokenized = model.tokenize(["word " * 400], "end")
-    assert (tokenized.truncated, tokenized.dropped_tokens) == (1, 146)
-    assert tokenized.token_ids == model.tokenize(["word " * 254], "error").token_ids
+def test_while_a_model_reloads_the_one_before_answers(bert: Path) -> None:
+    seen = []
+
+    def loader(wanted: ModelConfig, settings: object) -> object:
+        if "m" in models.entries() and models.entries()["m"].model is not None:
+            seen.append((models.entries()["m"].state, models.model("m")))
+        return load(wanted, SETTINGS)
+
+    models = Registry(SETTINGS, loader)  # type: ignore[arg-type]
+    models.load(config(bert))
+    first = models.model("m")
+    models.load(config(bert))
+    assert seen == [("LOADING", first)]
+    assert models.model("m") is not first
 
 
-def test_too_large_a_text_is_refused_before_it_is_tokenised() -> None:
-    small = load(MINILM, CPU, max_text_bytes=100)
-    with pytest.raises(FarsightError) as caught:
-        small.tokenize(["x" * 101], "end")
-    assert caught.value.message == "input 0: 101 bytes is over the limit of 100 bytes"
+def test_unloaded_models_are_refused_and_not_missed(bert: Path) -> None:
+    models = Registry(SETTINGS)
+    models.load(config(bert))
+    kept = models.model("m")
+    models.unload("m")
+    with pytest.raises(FarsightError, match="unloaded"):
+        models.model("m")
+    assert not models.missing
+    assert run(kept, asked("embed", "tired"))  # what has begun ends
+
+
+def test_only_what_is_new_or_changed_is_loaded(bert: Path) -> None:
+    names: list[str] = []
+
+    def loader(wanted: ModelConfig, settings: object) -> object:
+        names.append(wanted.name)
+        return load(wanted, SETTINGS)
+
+    models = Registry(SETTINGS, loader)  # type: ignore[arg-type]
+    models.set([config(bert, "a"), config(bert, "b")])
+    models.set([config(bert, "a"), config(bert, "b", max_length=64), config(bert, "c")])
+    assert names == ["a", "b", "b", "c"]
+    models.set([config(bert, "c")])
+    assert [info.name for info in models.infos()] == ["c"]
+
+
+def test_missing_files_and_packages_are_named(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        directory_of(config(tmp_path))
+    with pytest.raises(FileNotFoundError, match="'no_such_package' is not installed"):
+        directory_of(ModelConfig(name="m", package="no_such_package"))
+    for file in ("model.safetensors", "tokenizer.json"):
+        copy = tmp_path / file
+        shutil.copytree(bert, copy)
+        (copy / file).unlink()
+        with pytest.raises(FileNotFoundError, match=f"{file} is missing"):
+            directory_of(config(copy))
+
+
+def test_pickled_weights_are_not_read(bert: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    shutil.copytree(bert, directory)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        directory_of(config(directory))
+
+
+def test_weights_that_the_files_lack_are_not_made_up(bert: Path) -> None:
+    with pytest.raises(ValueError, match="lack 2 weights for classify: classifier"):
+        loaded(bert, task="classify")
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [((), "no tokens"), ((1, -1), "token id -1"), ((30522,), "token id 30522")]
+    ("head", "labels", "task"),
+    [
+        (hf.AutoModelForSequenceClassification, {0: "relevant"}, "rerank"),
+        (hf.AutoModelForSequenceClassification, {0: "no", 1: "yes"}, "classify"),
+        (hf.AutoModelForMaskedLM, None, "embed"),
+        (hf.AutoModel, None, "embed"),
+    ],
 )
-def test_token_ids_are_checked(model: Model, ids: tuple[int, ...], message: str) -> None:
-    with pytest.raises(FarsightError, match=message):
-        model.check_ids([ids], "error")
+def test_tasks_are_found_from_the_files(head: type, labels: dict[int, str] | None, task: str, tmp_path: Path) -> None:
+    zoo.save("bert", head, tmp_path, **({"id2label": labels} if labels else {}))
+    assert task_of(tmp_path) == task
+    (tmp_path / "modules.json").write_text("[]")
+    assert task_of(tmp_path) == "embed"
 
 
-def test_dimensions_are_cut_and_normalised_again(model: Model) -> None:
-    ids = model.tokenize(TEXTS[:1], "error").token_ids
-    whole, cut = model.embed(ids, PLAN), model.embed(ids, PLAN, dimensions=64)
-    assert torch.allclose(cut, torch.nn.functional.normalize(whole[:, :64], dim=-1), atol=1e-6)
-
-
-def test_attention_runs_through_ours_and_a_checkpoint_stops_it(model: Model) -> None:
-    calls = 0
-
-    def checkpoint() -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 4:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        model.embed(model.tokenize(TEXTS, "error").token_ids, PLAN, checkpoint=checkpoint)
-
-
-def test_a_mask_is_refused_not_ignored() -> None:
-    context = hook.ForwardContext(PLAN, (0, 2))
-    query = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(NotImplementedError, match="no attention mask"):
-        hook.attention(torch.nn.Module(), query, query, query, torch.ones(1, 1, 2, 2), farsight=context)
-
-
-def test_longer_than_the_models_positions_is_refused_at_load() -> None:
-    with pytest.raises(ValueError, match="max_length 1024 is over its 512 positions"):
-        load(MINILM.model_copy(update={"max_length": 1024}), CPU, 1 << 20)
-
-
-def test_max_length_can_be_raised_to_the_positions() -> None:
-    assert load(MINILM.model_copy(update={"max_length": 512}), CPU, 1 << 20).info.max_length == 512
-
-
-def test_missing_files_and_packages_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        directory_of(ModelConfig(name="m", path=str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match="'no_such_package' is not installed"):
-        directory_of(ModelConfig(name="m", package="no_such_package"))
-
-
-def test_unproven_architectures_are_refused_by_name(tmp_path: Path) -> None:
-    shutil.copytree(directory_of(MINILM), tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="architecture 'gpt2' is not served yet"):
-        load(ModelConfig(name="m", path=str(tmp_path / "model")), CPU, 1 << 20)
-
-
-def test_a_model_whose_packing_is_broken_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(cu_seqlens: tuple[int, ...]) -> tuple[int, ...]:
-        return (0, cu_seqlens[-1])  # everybody sees everybody
-
-    original = hook.ForwardContext
-
-    def context(plan: Plan, cu_seqlens: tuple[int, ...], checkpoint: object = None) -> hook.ForwardContext:
-        return original(plan, blind(cu_seqlens), None)
-
-    monkeypatch.setattr(hook, "ForwardContext", context)
-    with pytest.raises(RuntimeError, match="packed embeddings differ"):
-        load(MINILM, CPU, 1 << 20)
+def test_architectures_without_attention_of_ours_are_refused(tmp_path: Path) -> None:
+    module = hf.AutoModel.from_config(hf.MPNetConfig(vocab_size=128, hidden_size=32, num_attention_heads=4))
+    module.save_pretrained(tmp_path)
+    zoo.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(RuntimeError, match="mpnet does not compute attention through the AttentionInterface"):
+        loaded(tmp_path)

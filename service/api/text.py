@@ -1,0 +1,236 @@
+"""What transformers are asked for over HTTP: embeddings, classes, ranks, scores, explanations."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from service.api import codec
+from service.api.answer import document, headers
+from service.api.door import INLINE_BYTES
+from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http
+from service.api.schema import (
+    ClassifyBody,
+    Document,
+    EmbeddingsBody,
+    ExplainBody,
+    RerankBody,
+    ScoreBody,
+    TextsOrIds,
+    validated,
+)
+from service.core import (
+    Answer,
+    ClassifyOptions,
+    EmbedOptions,
+    ExplainOptions,
+    ForwardOptions,
+    ForwardRequest,
+    ModelInfo,
+    ScoreOptions,
+    Task,
+)
+from service.errors import invalid
+
+Options = TypeVar("Options", bound=ForwardOptions)
+Infos = Callable[[], tuple[ModelInfo, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint: how its body becomes a request, and how an answer becomes a body."""
+
+    task: Task
+    summary: str
+    body: type[BaseModel]
+    build: Callable[[Call, dict[str, Any]], ForwardRequest]
+    render: Callable[[Answer, dict[str, Any], ModelInfo | None], bytes]
+
+
+# -- bodies to requests -----------------------------------------------------------------------------------------
+
+
+def texts_or_ids(given: TextsOrIds | None) -> dict[str, Any]:
+    """OpenAI's four forms of `input`: a text, texts, token ids, lists of token ids."""
+    if not given:
+        raise invalid("input: expected at least one text or list of token ids", param="input")
+    if isinstance(given, str):
+        return {"texts": (given,)}
+    texts = tuple(one for one in given if isinstance(one, str))
+    if texts:
+        return {"texts": texts}
+    flat = tuple(one for one in given if isinstance(one, int))
+    if flat:
+        return {"token_ids": (flat,)}
+    return {"token_ids": tuple(tuple(one) for one in given if isinstance(one, list))}
+
+
+def image_bytes(given: list[str]) -> tuple[bytes, ...]:
+    """Base64, or data URLs of it."""
+    found = []
+    for index, text in enumerate(given):
+        if text.startswith("data:"):
+            head, comma, text = text.partition(",")
+            if not comma or not head.endswith(";base64"):
+                raise invalid(f"image {index}: a data URL must end its head in ;base64", param="images")
+        try:
+            found.append(base64.b64decode(text, validate=True))
+        except binascii.Error as error:
+            raise invalid(f"image {index} is not base64; URLs are not fetched", param="images") from error
+    if not found:
+        raise invalid("images: expected at least one", param="images")
+    return tuple(found)
+
+
+def _parsed(call: Call, values: dict[str, Any], body: type[BaseModel]) -> Any:
+    if call.timeout_s is not None:
+        values = {"timeout_s": call.timeout_s, **values}
+    return validated(body, values)
+
+
+def _options(body: BaseModel, options: type[Options]) -> Options:
+    return options(**{name: getattr(body, name) for name in options.model_fields})
+
+
+def _inputs(body: EmbeddingsBody | ClassifyBody) -> dict[str, Any]:
+    if (body.input is None) == (body.images is None):
+        raise invalid("give exactly one of input and images", param="input")
+    return texts_or_ids(body.input) if body.images is None else {"images": image_bytes(body.images)}
+
+
+def build_embeddings(call: Call, values: dict[str, Any]) -> ForwardRequest:
+    body = _parsed(call, values, EmbeddingsBody)
+    return ForwardRequest(call.id, body.model, "embed", _options(body, EmbedOptions), **_inputs(body))
+
+
+def build_classify(call: Call, values: dict[str, Any]) -> ForwardRequest:
+    body = _parsed(call, values, ClassifyBody)
+    return ForwardRequest(call.id, body.model, "classify", _options(body, ClassifyOptions), **_inputs(body))
+
+
+def build_rerank(call: Call, values: dict[str, Any]) -> ForwardRequest:
+    body = _parsed(call, values, RerankBody)
+    pairs = tuple((body.query, text) for text in _documents(body.documents))
+    return ForwardRequest(call.id, body.model, "rerank", _options(body, ClassifyOptions), pairs=pairs)
+
+
+def build_score(call: Call, values: dict[str, Any]) -> ForwardRequest:
+    body = _parsed(call, values, ScoreBody)
+    options = _options(body, ScoreOptions)
+    if body.source is None and body.target is None:
+        return ForwardRequest(call.id, body.model, "score", options, **texts_or_ids(body.input))
+    if body.source is None or body.target is None or body.input is not None:
+        raise invalid("give either input, or source and target", param="source")
+    source, target = ([one] if isinstance(one, str) else one for one in (body.source, body.target))
+    if len(source) != len(target) or not source:
+        raise invalid(f"source and target: expected equally many, got {len(source)} and {len(target)}", param="target")
+    return ForwardRequest(call.id, body.model, "score", options, pairs=tuple(zip(source, target, strict=True)))
+
+
+def build_explain(call: Call, values: dict[str, Any]) -> ForwardRequest:
+    body = _parsed(call, values, ExplainBody)
+    options = _options(body, ExplainOptions)
+    return ForwardRequest(call.id, body.model, "explain", options, texts=(body.text,), query=body.query)
+
+
+def _documents(given: list[str | Document]) -> list[str]:
+    return [one if isinstance(one, str) else one.text for one in given]
+
+
+# -- answers to bodies ------------------------------------------------------------------------------------------
+
+
+def _whole(answer: Answer, name: str, data: Any) -> bytes:
+    """OpenAI's list where it fits, with our plan, error, cost and timing beside it."""
+    ours = document(answer)
+    usage = {"prompt_tokens": answer.usage.tokens, "total_tokens": answer.usage.tokens, **ours.pop("usage")}
+    return codec.dump_json({"object": "list", name: data, "model": answer.model, "usage": usage, **ours})
+
+
+def render_embeddings(answer: Answer, values: dict[str, Any], _: ModelInfo | None) -> bytes:
+    rows = answer.tensors["embedding"]
+    as_base64 = values.get("encoding_format") == "base64"
+    vectors = [base64.b64encode(codec.raw_bytes(row)).decode() for row in rows] if as_base64 else list(rows.numpy())
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+    return _whole(answer, "data", data)
+
+
+def render_classify(answer: Answer, _: dict[str, Any], info: ModelInfo | None) -> bytes:
+    labels = info.labels if info else ()
+    data = []
+    for index, row in enumerate(answer.tensors["scores"]):
+        best = row.argsort(descending=True).tolist()
+        named = [{"label": labels[at], "score": row[at].item()} for at in best]
+        data.append({"index": index, "label": named[0]["label"], "score": named[0]["score"], "scores": named})
+    return _whole(answer, "data", data)
+
+
+def render_rerank(answer: Answer, values: dict[str, Any], _: ModelInfo | None) -> bytes:
+    scores = answer.tensors["scores"][:, 0]
+    best = torch.argsort(scores, descending=True, stable=True).tolist()[: values.get("top_n")]
+    results = [{"index": at, "relevance_score": scores[at].item()} for at in best]
+    if values.get("return_documents"):
+        texts = [one if isinstance(one, str) else one["text"] for one in values["documents"]]
+        results = [{**one, "document": {"text": texts[int(one["index"])]}} for one in results]
+    return _whole(answer, "results", results)
+
+
+def render_score(answer: Answer, _: dict[str, Any], __: ModelInfo | None) -> bytes:
+    return _whole(answer, "data", [{"index": index, **one} for index, one in enumerate(answer.details)])
+
+
+def render_explain(answer: Answer, _: dict[str, Any], __: ModelInfo | None) -> bytes:
+    return codec.dump_json({"model": answer.model, "explanation": answer.details, **document(answer)})
+
+
+ROUTES = {
+    "/v1/embeddings": Route(
+        "embed", "Embeddings, as the openai client asks for them", EmbeddingsBody, build_embeddings, render_embeddings
+    ),
+    "/v1/classify": Route("classify", "Labels of texts or images", ClassifyBody, build_classify, render_classify),
+    "/v1/rerank": Route("rerank", "Documents by relevance to a query", RerankBody, build_rerank, render_rerank),
+    "/v1/score": Route("score", "Log-probabilities and perplexity of given text", ScoreBody, build_score, render_score),
+    "/v1/explain": Route(
+        "explain", "Which tokens a token attends to, by layer and head", ExplainBody, build_explain, render_explain
+    ),
+}
+
+
+def add_routes(app: FastAPI, http: Http) -> None:
+    engine = http.engine
+
+    async def answered(route: Route, call: Call) -> Response:
+        def parse() -> tuple[ForwardRequest, dict[str, Any]]:
+            values = call.json(engine.config.max_json_bytes)
+            return route.build(call, values), values
+
+        request, values = await engine.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
+        answer = await engine.submit(request, call.received_s)
+        info = next((one for one in engine.model_infos() if one.name == request.model), None)
+        size = sum(tensor.nbytes for tensor in answer.tensors.values()) + 64 * answer.usage.tokens
+        if size > INLINE_BYTES:
+            body = await engine.off_loop(route.render, answer, values, info)
+        else:
+            body = route.render(answer, values, info)
+        return Answered(body, headers(answer), JSON)
+
+    for path, route in ROUTES.items():
+        http.direct["POST", path] = http.endpoint(path.rpartition("/")[2], partial(answered, route))
+        app.add_api_route(
+            path,
+            http.direct["POST", path],
+            methods=["POST"],
+            tags=["text"],
+            summary=route.summary,
+            responses=WORK_ERRORS,
+            openapi_extra={"requestBody": {"required": True, "content": {JSON: http.body(route.body)}}},
+        )

@@ -1,0 +1,106 @@
+"""Log-probabilities of given tokens and the most probable next ones, block by block: never [n, vocabulary]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from service.core import ScoreOptions
+from service.errors import invalid
+from service.models.tokens import Row
+
+LOGITS_BYTES = 64 * 1024**2  # of one block of logits
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """logprobs [tokens told], float32, natural log; `first`: index of the token that logprobs[0] belongs to."""
+
+    logprobs: torch.Tensor
+    first: int
+    tells_tokens: bool
+    top: tuple[tuple[int, tuple[tuple[int, float], ...]], ...]  # (position, ((token id, logprob), ...))
+
+
+def score(
+    states: torch.Tensor,
+    tokens: Sequence[int],
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    options: ScoreOptions,
+    *,
+    is_shifted: bool,
+    pause: Callable[[], None],
+) -> Scored:
+    """states [L, H], one for each token. A decoder's state i tells token i + 1; `is_shifted` (encoder-decoder models,
+    whose inputs begin with a start token): state i tells token i."""
+    length = len(states)
+    first = 0 if is_shifted else 1
+    ids = torch.tensor(tokens, device=states.device)
+    found: list[torch.Tensor] = []
+    wanted = _positions(options, length)
+    top: dict[int, tuple[tuple[int, float], ...]] = {}
+    one = logits_of(states[:1])
+    step = max(1, LOGITS_BYTES // (4 * one.shape[1]))
+    for start in range(0, length, step):
+        pause()
+        rows = range(start, min(start + step, length))
+        logprobs = logits_of(states[rows.start : rows.stop]).log_softmax(1)
+        told = ids[rows.start + first : rows.stop + first]
+        found.append(logprobs[: len(told)].gather(1, told[:, None])[:, 0])
+        for position in wanted:
+            if position in rows:
+                values, indices = logprobs[position - start].topk(min(options.top_k, logprobs.shape[1]))
+                top[position] = tuple(zip(indices.tolist(), values.tolist(), strict=True))
+    return Scored(torch.cat(found).cpu(), first, options.token_logprobs, tuple((at, top[at]) for at in wanted))
+
+
+def _positions(options: ScoreOptions, length: int) -> list[int]:
+    if options.top_k == 0:
+        return []
+    found = []
+    for position in (-1,) if options.positions is None else options.positions:
+        if not -length <= position < length:
+            raise invalid(f"positions: {position} is outside the {length} tokens", param="positions")
+        found.append(position % length)
+    return list(dict.fromkeys(found))
+
+
+def document(scored: Scored, row: Row, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One input's scores as JSON. Perplexity = exp(-mean log-probability) of the tokens scored."""
+    count, total = len(scored.logprobs), float(scored.logprobs.double().sum())
+    ids = row.target or row.ids
+    told: dict[str, Any] = {
+        "tokens": len(ids),
+        "scored_tokens": count,
+        "logprob_sum": total,
+        "perplexity": _perplexity(total, count),
+    }
+    if scored.tells_tokens:
+        told["token_ids"] = list(ids)
+        told["token_logprobs"] = [None] * scored.first + scored.logprobs.tolist()
+        if row.encoding is not None:
+            told["token_texts"] = row.encoding.tokens
+            told["offsets"] = [list(pair) for pair in row.encoding.offsets]
+    if scored.top:
+        told["top"] = [
+            {"position": at, "next": [_named(token, logprob, tokenizer) for token, logprob in best]}
+            for at, best in scored.top
+        ]
+    return told
+
+
+def _perplexity(total: float, count: int) -> float | None:
+    """None where nothing was scored, or the number is too large to write."""
+    if count == 0 or -total / count > 700:
+        return None
+    return math.exp(-total / count)
+
+
+def _named(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    text = tokenizer.decode([token], skip_special_tokens=False) if tokenizer is not None else None
+    return {"token_id": token, "text": text, "logprob": logprob}

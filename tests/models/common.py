@@ -1,0 +1,59 @@
+"""What the tests of models share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.config import ModelConfig
+from service.core import (
+    ClassifyOptions,
+    EmbedOptions,
+    ExplainOptions,
+    ForwardOptions,
+    ForwardRequest,
+    HiddenOptions,
+    Plan,
+    PlanKind,
+    ScoreOptions,
+    Task,
+    Work,
+)
+from service.models.hook import ForwardContext
+from service.models.loading import LoadSettings, load
+from service.models.model import Computed, Model
+
+CPU = torch.device("cpu")
+SETTINGS = LoadSettings(CPU, max_text_bytes=1 << 20, max_batch_tokens=16384)
+OPTIONS: dict[str, type[ForwardOptions]] = {
+    "embed": EmbedOptions,
+    "classify": ClassifyOptions,
+    "rerank": ClassifyOptions,
+    "score": ScoreOptions,
+    "hidden": HiddenOptions,
+    "explain": ExplainOptions,
+}
+
+
+def plan(kind: PlanKind = PlanKind.DENSE, **fields: Any) -> Plan:
+    return Plan(kind, Work(0, 0, 0, 0), 0.0, "test", **fields)
+
+
+def loaded(directory: Path, **fields: Any) -> Model:
+    return load(ModelConfig(name="m", path=str(directory), **fields), SETTINGS)
+
+
+def asked(task: Task, *texts: str, **fields: Any) -> ForwardRequest:
+    """Fields of the request by their names, all others are options."""
+    own = {
+        name: fields.pop(name) for name in ("pairs", "token_ids", "images", "pixel_values", "query") if name in fields
+    }
+    return ForwardRequest("r", "m", task, OPTIONS[task](**fields), texts=texts, **own)
+
+
+def run(model: Model, *requests: ForwardRequest, context: ForwardContext | None = None) -> list[Computed]:
+    """All requests in one batch."""
+    jobs = [(request, model.tokenize(request)) for request in requests]
+    return model.run(jobs, context or ForwardContext(plan()))
