@@ -102,6 +102,13 @@ class Config(BaseSettings):
         0.4, gt=0, le=1, description="Risk that a sparse row may leave in a block it does not read, at max_error 0.02."
     )
     audit_rows: int = Field(59, ge=8, le=4096, description="Exact rows per head; 59 = 95 % of rows at 95 % confidence.")
+    output_audit_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Of sparse forward answers: how many are run again exactly, on an idle device, to export the error "
+        "of their outputs.",
+    )
     sparse_min_tokens: int = Field(6144, ge=256, description="Keys below which auto never tries sparse.")
     max_density: float = Field(0.5, gt=0, le=1, description="Share of pairs selected, above which auto goes exact.")
 

@@ -46,6 +46,7 @@ from service.engine.cost import (
     weights_bytes,
 )
 from service.engine.executor import Executor, pick_device
+from service.engine.output_audit import Audit, OutputAudits, output_error
 from service.engine.profiles import load_or_measure
 from service.engine.scheduler import Scheduler
 from service.errors import FarsightError, Kind, invalid, too_large
@@ -111,6 +112,8 @@ class Engine:
         # one thread of its own: a model that loads takes neither the parsers' time nor all the device's cores
         self._loader = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
         self._loading = asyncio.Lock()
+        self._audits = OutputAudits(config.output_audit_share)
+        self._auditing: Audit | None = None
         self._running_until_s: float | None = None  # predicted end of the batch on the device; None = idle
 
     @classmethod
@@ -146,6 +149,11 @@ class Engine:
         """Predicted device seconds before a new request could start."""
         running_s = 0.0 if self._running_until_s is None else max(0.0, self._running_until_s - self._clock())
         return self._scheduler.queued_s + running_s
+
+    @property
+    def auditing(self) -> bool:
+        """An answer is being audited, or waits for it."""
+        return self._auditing is not None or len(self._audits) > 0
 
     def hold(self, size: int, held: ExitStack) -> None:
         """Count `size` body bytes as in flight until `held` is closed; refuses over the limits."""
@@ -274,14 +282,19 @@ class Engine:
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request)
-        plan = self._plan_forward(model, tokenized, request)
+        plan, exact = self._plan_forward(model, tokenized, request), PlanKind.CHUNKED
+        if plan.kind is PlanKind.SPARSE:
+            lengths = tuple(len(row) for row in tokenized.rows)
+            exact = planner.exact_forward_kind(model.info, lengths, self.profile, self.config)
         key, queued_s = forward_key(request, plan), self._clock()
-        return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, model=model, tokenized=tokenized)
+        return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, exact, model, tokenized)
 
     async def _run(self, job: Job) -> Result:
         """Queue the job and wait for its result, its deadline, or its caller's leaving."""
         timer = asyncio.get_running_loop().call_later(max(0.0, job.deadline_s - self._clock()), self._expire, job)
         self._scheduler.add(job)
+        if self._auditing is not None:
+            self._auditing.job.cancelled = True  # gives way at its next checkpoint
         self._dispatch()
         try:
             return await job.future
@@ -308,9 +321,13 @@ class Engine:
             return
         now_s = self._clock()
         jobs = self._scheduler.next_batch(now_s)
-        if not jobs:
+        if not jobs and (audit := self._audits.next()) is not None:
+            self._auditing, jobs = audit, [audit.job]
+            self._running_until_s = now_s  # who waits for it waits for one slice
+        elif not jobs:
             return
-        self._running_until_s = now_s + jobs[0].shared_s + sum(job.predicted_s - job.shared_s for job in jobs)
+        else:
+            self._running_until_s = now_s + jobs[0].shared_s + sum(job.predicted_s - job.shared_s for job in jobs)
         loop = asyncio.get_running_loop()
 
         def run() -> None:
@@ -324,7 +341,12 @@ class Engine:
 
     def _finished(self, jobs: list[Job], results: list[Result]) -> None:
         self._running_until_s = None
+        audit, self._auditing = self._auditing, None
+        if audit is not None:
+            self._audited(audit, results[0])
         self._dispatch()  # first the device, then the bookkeeping
+        if audit is not None:
+            return
         for job, result in zip(jobs, results, strict=True):
             if job.future.done():  # late or gone: already answered
                 continue
@@ -332,7 +354,21 @@ class Engine:
                 job.future.set_exception(self._failure(job, result.outcome))
             else:
                 job.future.set_result(result)
+                self._audits.consider(job, result.outcome)
         self.metrics.batch(results, self._scheduler.queued_s)
+        self._dispatch()  # an audit may have come
+
+    def _audited(self, audit: Audit, result: Result) -> None:
+        """Compare, or put back what gave way. Its device time is nobody's request."""
+        model = self._label(audit.job.request)
+        self.metrics.device_seconds.labels(model, audit.job.plan.kind.value, "audit").inc(result.device_s)
+        if isinstance(result.outcome, Outcome):
+            measure, error = output_error(audit.answered, result.outcome.tensors)
+            self.metrics.audit_output_error.labels(model, measure).observe(error)
+        elif isinstance(result.outcome, Stopped):
+            self._audits.interrupted(audit)
+        else:
+            logger.error("audit of request %s failed", audit.job.request.id, exc_info=result.outcome)
 
     def _failure(self, job: Job, error: Exception) -> FarsightError:
         if isinstance(error, FarsightError):

@@ -124,6 +124,18 @@ def exact_kind(shape: AttentionShape, options: AttentionOptions, profile: Device
     return min([c for c in exact if c.fits] or exact[1:], key=lambda candidate: candidate.predicted_s).kind
 
 
+def exact_forward_kind(
+    model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProfile, config: Config
+) -> PlanKind:
+    """What replaces a sparse layer that erred too much."""
+
+    def seconds(kind: PlanKind) -> float:
+        effort = forward_effort(kind, model, lengths, block_size=config.block_size)
+        return profile.attention_s(kind, effort, model.dtype)
+
+    return min((PlanKind.DENSE, PlanKind.CHUNKED), key=seconds)
+
+
 def plan_forward(
     model: ModelInfo, lengths: tuple[int, ...], request: ForwardRequest, profile: DeviceProfile, config: Config
 ) -> Plan:

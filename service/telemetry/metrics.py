@@ -26,6 +26,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 ERRORS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
+OUTPUT_ERRORS = (1e-6, 1e-5, *ERRORS)
 AROUND_ONE = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
 
@@ -83,6 +84,13 @@ class Metrics:
         self.batch_tokens = histogram("batch_tokens", "Tokens of one batch.", TOKENS)
         self.density = histogram("sparse_density_ratio", "Share of pairs that sparse attention scored.", RATIOS)
         self.error = histogram("sparse_error_ratio", "Upper limit of the measured relative L2 error.", ERRORS)
+        self.audit_output_error = histogram(
+            "audit_output_error",
+            "What sparse attention changed in an answer, by an exact run of the same request.",
+            OUTPUT_ERRORS,
+            "model",
+            "measure",
+        )
         self.fallbacks = counter("fallbacks", "Sparse answers replaced by exact ones.", "reason")
         self.plans = counter("plans", "Plans that produced answers.", "plan", "reason")
         self.rejections = counter("rejections", "Requests refused.", "reason")
