@@ -204,7 +204,8 @@ class Engine:
                 Kind.NOT_FOUND, f"model {name[:96]!r} is unknown; there are: {there}", code="model_not_found"
             )
         try:
-            return ModelConfig(name=name, path=str(repository / name))
+            # not required: an attempt that fails must not take the service out of rotation
+            return ModelConfig(name=name, path=str(repository / name), required=False)
         except ValidationError as error:
             raise invalid(f"model {name[:96]!r}: {error.errors()[0]['msg']}", param="model") from error
 
