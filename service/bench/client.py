@@ -5,7 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """What came back, in the order of the requests."""
+
+    took_s: float  # all of them
+    latencies_s: list[float]
+    bodies: list[bytes]
 
 
 class Connection(asyncio.Protocol):
@@ -64,22 +74,35 @@ def post(host: str, port: int, path: str, body: bytes) -> bytes:
 
 async def drive(host: str, port: int, requests: Sequence[bytes], concurrency: int) -> tuple[float, list[float]]:
     """Send all requests over `concurrency` connections: (seconds for all, seconds of each). Any non-200 raises."""
-    waiting = iter(requests)
-    latencies_s: list[float] = []
+    exchange = await exchanged(host, port, requests, concurrency)
+    return exchange.took_s, exchange.latencies_s
+
+
+async def exchanged(
+    host: str, port: int, requests: Sequence[bytes], concurrency: int, timeout_s: float | None = None
+) -> Exchange:
+    """Closed loop: each of `concurrency` connections sends the next request once it is answered. Any non-200 raises."""
+    waiting = iter(enumerate(requests))
+    latencies_s = [0.0] * len(requests)
+    bodies = [b""] * len(requests)
 
     async def worker(connection: Connection) -> None:
-        for request in waiting:
+        for index, request in waiting:
             start = time.perf_counter()
             status, body = await connection.send(request)
-            latencies_s.append(time.perf_counter() - start)
+            latencies_s[index] = time.perf_counter() - start
             if status != 200:
                 raise RuntimeError(f"status {status}: {body[:200]!r}")
+            bodies[index] = body
 
-    connections = [await Connection.open(host, port) for _ in range(concurrency)]
+    connections: list[Connection] = []
     try:
-        start = time.perf_counter()
-        await asyncio.gather(*(worker(connection) for connection in connections))
-        return time.perf_counter() - start, latencies_s
+        async with asyncio.timeout(timeout_s):
+            for _ in range(concurrency):
+                connections.append(await Connection.open(host, port))
+            start = time.perf_counter()
+            await asyncio.gather(*(worker(connection) for connection in connections))
+            return Exchange(time.perf_counter() - start, latencies_s, bodies)
     finally:
         for connection in connections:
             connection.close()

@@ -239,7 +239,9 @@ class BatchRunner:
         """All rows of all jobs together, packed where the model can. A job with a sparse plan is alone."""
         model, plan = jobs[0].model, jobs[0].plan
         assert model is not None, "bug: a forward job without its model"
-        context = ForwardContext(plan, checkpoint=checkpoint, checked=self._checked(jobs[0]))
+        checked = self._checked(jobs[0])
+        history = None if checked["forced"] else model.history
+        context = ForwardContext(plan, checkpoint=checkpoint, checked=checked, history=history)
         pairs = [(forward_request(job), tokenized_of(job)) for job in jobs]
         computed = model.run(pairs, context)
         layers = tuple(context.layers)

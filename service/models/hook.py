@@ -22,6 +22,7 @@ from service.attention.masks import MaskSpec
 from service.core import ErrorReport, LayerReport, Plan, PlanKind
 
 NAME = "farsight"
+MAX_WAIT = 64  # passes
 NARROW = 4096  # tokens that a row of a sliding window sees: below, an exact layer is faster than any selection
 
 
@@ -51,6 +52,24 @@ class Call:
     softcap: float | None
 
 
+@dataclass(slots=True)
+class SparseHistory:
+    """Attention modules of one model, by id, whose sparse answers were over the bound: they are computed exactly for a
+    while, twice as long each time, instead of three times over at every request."""
+
+    waits: dict[int, int] = field(default_factory=dict)  # passes until sparse is tried again
+    lengths: dict[int, int] = field(default_factory=dict)  # of the last wait
+
+    def skips(self, module: int) -> bool:
+        left = self.waits.get(module, 0)
+        self.waits[module] = max(0, left - 1)
+        return left > 0
+
+    def learn(self, module: int, *, was_sparse: bool) -> None:
+        length = 0 if was_sparse else min(MAX_WAIT, 2 * self.lengths.get(module, 2))
+        self.lengths[module] = self.waits[module] = length
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
     """What every attention call of one forward pass must know."""
@@ -59,6 +78,7 @@ class ForwardContext:
     cu_seqlens: tuple[int, ...] | None = None  # None: each row of the batch is one sequence, without padding
     checkpoint: Callable[[], None] | None = None  # called at every layer and block; raises to stop the pass
     checked: Mapping[str, Any] = field(default_factory=dict)  # of `attend_checked`, where the plan is sparse
+    history: SparseHistory | None = None  # None: every call of a sparse plan is tried sparse
     observe: Callable[[Call], None] | None = None
     layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
     patterns: list[Pattern] = field(default_factory=list)
@@ -112,12 +132,14 @@ def attention(
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap, "checkpoint": context.checkpoint}
     if context.plan.kind is not PlanKind.SPARSE:
         out = attend(query, key, value, context.plan, mask, **arguments).out
-    elif attention_mask.window is not None and sum(attention_mask.window) < NARROW:
-        out = attend(query, key, value, PlanKind.CHUNKED, mask, **arguments).out
-        context.layers.append(LayerReport(PlanKind.CHUNKED, ErrorReport(), None, _pairs(query, key, mask)))
+    elif (kind := _exact_anyway(context, id(module), attention_mask)) is not None:
+        out = attend(query, key, value, kind, mask, **arguments).out
+        context.layers.append(LayerReport(kind, ErrorReport(), None, _pairs(query, key, mask)))
     else:
         checked = attend_checked(query, key, value, context.plan, mask, **arguments, **context.checked)
         out = checked.out
+        if context.history is not None:
+            context.history.learn(id(module), was_sparse=checked.kind is PlanKind.SPARSE)
         context.layers.append(LayerReport(checked.kind, checked.error, checked.density, checked.pairs_scored))
     return out.transpose(1, 2), None
 
@@ -182,6 +204,15 @@ def _probes(queries: int, keys: int, local_size: int | None) -> tuple[torch.Tens
     ends = torch.tensor(sorted(steps))
     key = (rows[:, None] + torch.cat((-ends, ends))[None]).clamp(0, keys - 1)
     return rows[:, None].expand_as(key).flatten(), key.flatten()
+
+
+def _exact_anyway(context: ForwardContext, module: int, pattern: Pattern) -> PlanKind | None:
+    """How a call of a sparse pass is computed exactly: narrow windows, and where sparse was of no use lately."""
+    if pattern.window is not None and sum(pattern.window) < NARROW:
+        return PlanKind.CHUNKED
+    if context.history is not None and context.history.skips(module):
+        return PlanKind(context.checked["exact_kind"])
+    return None
 
 
 def _pairs(query: torch.Tensor, key: torch.Tensor, mask: MaskSpec) -> int:

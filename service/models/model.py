@@ -48,6 +48,7 @@ class Model:
     classifier: heads.Classifier | None = None  # None: the model's own forward pass classifies
     first_position: int = 0
     max_batch_tokens: int = 16384
+    history: hook.SparseHistory = field(default_factory=hook.SparseHistory)
     resets: tuple[Callable[[], None], ...] = field(default=())  # before each pass: state that would carry over
 
     def tokenize(self, request: ForwardRequest) -> Tokenized:

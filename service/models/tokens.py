@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Encoding, Tokenizer
 
-from service.core import ForwardOptions, ForwardRequest
+from service.core import ForwardOptions, ForwardRequest, ScoreOptions
 from service.errors import FarsightError, Kind, invalid, too_large
 
 if TYPE_CHECKING:
@@ -66,6 +66,13 @@ class Inputs:
     def rows(self, request: ForwardRequest) -> Tokenized:
         """The rows of one request. Raises FarsightError: 422 for what the model does not take, 413 for too much."""
         self._check_kind(request)
+        tokenized = self._rows(request)
+        if isinstance(request.options, ScoreOptions) and request.options.top_k:
+            for row in tokenized.rows:  # here and not on the device, where a batch would run twice
+                score_positions(request.options, len(row.target or row.ids))
+        return tokenized
+
+    def _rows(self, request: ForwardRequest) -> Tokenized:
         if self.images is not None:
             pixels = [self.images(at, data) for at, data in enumerate(request.images)]
             if request.pixel_values is not None:
@@ -227,6 +234,18 @@ class _Pieces:
 
     def done(self) -> Tokenized:
         return Tokenized(tuple(self._rows), tuple(self.counts), self._truncated, self._dropped)
+
+
+def score_positions(options: ScoreOptions, length: int) -> list[int]:
+    """Where the next tokens are told, of a row of `length` tokens, without repetition. Raises FarsightError (422)."""
+    if options.top_k == 0:
+        return []
+    found = []
+    for position in (-1,) if options.positions is None else options.positions:
+        if not -length <= position < length:
+            raise invalid(f"positions: {position} is outside the {length} tokens", param="positions")
+        found.append(position % length)
+    return list(dict.fromkeys(found))
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:

@@ -54,6 +54,18 @@ def test_every_answer_says_plan_error_and_cost(channel: grpc.Channel) -> None:
     assert float(parameters["x-cost-usd"]) > 0
 
 
+def test_hidden_states_of_a_transformer(channel: grpc.Channel) -> None:
+    request = pb.ModelInferRequest(model_name="all-MiniLM-L6-v2")
+    text = request.inputs.add(name="text", datatype="BYTES", shape=[2])
+    text.contents.bytes_contents.extend([b"it was tired", b"pays"])
+    request.parameters["layer"].int64_param = 2
+    answer = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+    shapes = {one.name: list(one.shape) for one in answer.outputs}
+    assert shapes == {"hidden_states": [8, 384], "lengths": [2]}
+    lengths = torch.frombuffer(bytearray(answer.raw_output_contents[1]), dtype=torch.int64)
+    assert lengths.tolist() == [5, 3]
+
+
 def test_a_tensor_of_32_mib_travels(channel: grpc.Channel) -> None:
     query = torch.randn(1, 1, 131072, 64)
     key = torch.randn(1, 1, 8, 64)

@@ -58,6 +58,22 @@ def test_long_attention_as_safetensors(http: httpx.Client, mode: str) -> None:
         assert error <= float(response.headers["x-attention-error"])
 
 
+def test_a_token_is_explained_in_words(http: httpx.Client) -> None:
+    text = "The animal didn't cross the street because it was tired."
+    answer = http.post("/v1/explain", json={"model": "all-MiniLM-L6-v2", "text": text, "query": "it"})
+    told = answer.json()["explanation"]
+    assert told["query"] == {"index": 10, "text": "it", "offsets": [43, 45]}
+    assert {"animal", "tired"} <= {one["text"] for one in told["average"]}
+    assert answer.headers["x-compute-tokens"] == "15"
+
+
+def test_two_replicas_change_models_together_only(http: httpx.Client) -> None:
+    answer = http.post("/v2/repository/models/all-MiniLM-L6-v2/unload")
+    assert answer.status_code == 422
+    assert "user_config" in answer.json()["error"]
+    assert [row["state"] for row in http.post("/v2/repository/index").json()] == ["READY"]
+
+
 def test_the_request_id_is_said_once(http: httpx.Client) -> None:
     response = http.post("/v1/attention", json=SMALL, headers={"x-request-id": "mine"})
     assert response.headers.get_list("x-request-id") == ["mine"]

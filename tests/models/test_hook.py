@@ -71,6 +71,19 @@ def test_a_tensor_mask_is_refused_not_ignored() -> None:
         hook.attention(torch.nn.Module(), query, query, query, Pattern(is_causal=True), **sinks)
 
 
+def test_calls_that_were_no_use_sparse_are_exact_for_longer_and_longer() -> None:
+    history = hook.SparseHistory()
+    tried = []
+    for number in range(200):
+        if not history.skips(3):
+            tried.append(number)
+            history.learn(3, was_sparse=False)
+    assert tried == [0, 5, 14, 31, 64, 129, 194]  # after 4, 8, 16, 32, 64, 64 exact passes
+    assert not history.skips(0)
+    history.learn(3, was_sparse=True)
+    assert not history.skips(3)
+
+
 def test_a_pass_without_its_context_is_a_bug() -> None:
     query = torch.zeros(1, 1, 2, 4)
     with pytest.raises(RuntimeError, match="without its ForwardContext"):

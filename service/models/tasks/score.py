@@ -11,8 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from service.core import ScoreOptions
-from service.errors import invalid
-from service.models.tokens import Row
+from service.models.tokens import Row, score_positions
 
 LOGITS_BYTES = 64 * 1024**2  # of one block of logits
 
@@ -42,7 +41,7 @@ def score(
     first = 0 if is_shifted else 1
     ids = torch.tensor(tokens, device=states.device)
     found: list[torch.Tensor] = []
-    wanted = _positions(options, length)
+    wanted = score_positions(options, length)
     top: dict[int, tuple[tuple[int, float], ...]] = {}
     one = logits_of(states[:1])
     step = max(1, LOGITS_BYTES // (4 * one.shape[1]))
@@ -57,17 +56,6 @@ def score(
                 values, indices = logprobs[position - start].topk(min(options.top_k, logprobs.shape[1]))
                 top[position] = tuple(zip(indices.tolist(), values.tolist(), strict=True))
     return Scored(torch.cat(found).cpu(), first, options.token_logprobs, tuple((at, top[at]) for at in wanted))
-
-
-def _positions(options: ScoreOptions, length: int) -> list[int]:
-    if options.top_k == 0:
-        return []
-    found = []
-    for position in (-1,) if options.positions is None else options.positions:
-        if not -length <= position < length:
-            raise invalid(f"positions: {position} is outside the {length} tokens", param="positions")
-        found.append(position % length)
-    return list(dict.fromkeys(found))
 
 
 def document(scored: Scored, row: Row, tokenizer: Tokenizer | None) -> dict[str, Any]:
