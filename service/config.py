@@ -70,6 +70,7 @@ class Config(BaseSettings):
 
     # what it serves, and on what
     models: tuple[ModelConfig, ...] = ()
+    model_control: bool = Field(False, description="Whether callers may load and unload models.")
     model_repository: Path | None = Field(
         None, description="Folder whose folders may be loaded by name while the service runs."
     )

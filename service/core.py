@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -324,7 +324,6 @@ class Answer:
     model: str = "attention"
     batch_requests: int = 1
     batch_tokens: int = 0
-    tokens_per_input: tuple[int, ...] = field(default=())
     layers: tuple[LayerReport, ...] = ()  # forward passes with a sparse plan: every attention call
     tells_layers: bool = False  # the caller asked for each of them
     details: Any = None  # what the task tells beside tensors, as JSON
@@ -357,9 +356,11 @@ class ModelInfo:
     parameters: int
     hidden_size: int
     intermediate_size: int
-    linear_parameters: int  # weights that every token is multiplied with, the head's included
+    linear_parameters: int  # weights that every token is multiplied with
     attention: tuple[LayerKind, ...]
     packed: bool  # concurrent requests share one forward pass without padding; else only inputs of equal length do
     inputs: Literal["text", "source and target", "image"] = "text"
     labels: tuple[str, ...] = ()
+    head_parameters: int = 0  # weights that every scored token is multiplied with beside
+    position_bias: bool = False  # a number for every pair of positions: its memory is quadratic (T5)
     smallest_pass_s: float = 0.0  # a few tokens through all layers, measured at load

@@ -82,7 +82,7 @@ class GrpcMethods:
     async def ModelReady(self, request: pb.ModelReadyRequest, grpc_context: Context) -> pb.ModelReadyResponse:
         async def ready(_: str) -> pb.ModelReadyResponse:
             oip.find_model(request.name, request.version, self.door.model_infos())
-            return pb.ModelReadyResponse(ready=self.door.ready)
+            return pb.ModelReadyResponse(ready=self.door.alive)
 
         return await self._answered("model_ready", grpc_context, ready, pb.ModelReadyResponse())
 

@@ -70,6 +70,7 @@ _OPTIONS: dict[Task, type[ForwardOptions]] = {
 _LIST_OPTIONS = frozenset(
     {"window", "kv_lengths", "returns", "rows", "positions"}
 )  # JSON text where parameters have no lists
+MAX_IDS = 4 * 1024**2  # of one request: each becomes a Python integer
 _SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 
 
@@ -239,6 +240,8 @@ def _given(values: Mapping[str, Input], info: ModelInfo, task: Task) -> dict[str
         case "image":
             return {"images": tuple(_bytes(values["image"]))}
     texts = _texts(values["text"])
+    if not texts:
+        raise invalid("text: expected at least one", param="text")
     for other in ("query", "target"):
         if other in values and task != "hidden":
             more = _texts(values[other])
@@ -309,6 +312,8 @@ def _token_ids(entry: Input, mask: Input | None) -> tuple[tuple[int, ...], ...]:
     ids = _numbers(entry)
     if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2:
         raise invalid(f"input_ids: expected INT64 [n, L], got {entry.datatype} {list(entry.shape)}", param="input_ids")
+    if not len(ids) or ids.numel() > MAX_IDS:
+        raise invalid(f"input_ids: expected 1 to {MAX_IDS} ids, got {ids.numel()}", param="input_ids")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else _padding(mask, ids)
     if not bool(valid.any(dim=1).all()):
         raise invalid("input_ids: a row has no valid id", param="input_ids")

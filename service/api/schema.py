@@ -107,7 +107,7 @@ class ExplainBody(ExplainOptions):
 
     model: str
     text: StrictStr
-    query: StrictInt | StrictStr = Field(
+    query: StrictInt | Annotated[StrictStr, Field(max_length=256)] = Field(
         description="The token that looks: its index (negative from the end), or a part of the text where it begins."
     )
 

@@ -35,14 +35,12 @@ from service.core import (
     ExplainOptions,
     ForwardOptions,
     ForwardRequest,
-    ModelInfo,
     ScoreOptions,
     Task,
 )
 from service.errors import invalid
 
 Options = TypeVar("Options", bound=ForwardOptions)
-Infos = Callable[[], tuple[ModelInfo, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ class Route:
     summary: str
     body: type[BaseModel]
     build: Callable[[Call, dict[str, Any]], ForwardRequest]
-    render: Callable[[Answer, dict[str, Any], ModelInfo | None], bytes]
+    render: Callable[[Answer, dict[str, Any]], bytes]
 
 
 # -- bodies to requests -----------------------------------------------------------------------------------------
@@ -61,7 +59,7 @@ class Route:
 
 def texts_or_ids(given: TextsOrIds | None) -> dict[str, Any]:
     """OpenAI's four forms of `input`: a text, texts, token ids, lists of token ids."""
-    if not given:
+    if given is None or given == []:
         raise invalid("input: expected at least one text or list of token ids", param="input")
     if isinstance(given, str):
         return {"texts": (given,)}
@@ -156,7 +154,7 @@ def _whole(answer: Answer, name: str, data: Any) -> bytes:
     return codec.dump_json({"object": "list", name: data, "model": answer.model, "usage": usage, **ours})
 
 
-def render_embeddings(answer: Answer, values: dict[str, Any], _: ModelInfo | None) -> bytes:
+def render_embeddings(answer: Answer, values: dict[str, Any]) -> bytes:
     rows = answer.tensors["embedding"]
     as_base64 = values.get("encoding_format") == "base64"
     vectors = [base64.b64encode(codec.raw_bytes(row)).decode() for row in rows] if as_base64 else list(rows.numpy())
@@ -164,8 +162,8 @@ def render_embeddings(answer: Answer, values: dict[str, Any], _: ModelInfo | Non
     return _whole(answer, "data", data)
 
 
-def render_classify(answer: Answer, _: dict[str, Any], info: ModelInfo | None) -> bytes:
-    labels = info.labels if info else ()
+def render_classify(answer: Answer, _: dict[str, Any]) -> bytes:
+    labels = answer.details
     data = []
     for index, row in enumerate(answer.tensors["scores"]):
         best = row.argsort(descending=True).tolist()
@@ -174,7 +172,7 @@ def render_classify(answer: Answer, _: dict[str, Any], info: ModelInfo | None) -
     return _whole(answer, "data", data)
 
 
-def render_rerank(answer: Answer, values: dict[str, Any], _: ModelInfo | None) -> bytes:
+def render_rerank(answer: Answer, values: dict[str, Any]) -> bytes:
     scores = answer.tensors["scores"][:, 0]
     best = torch.argsort(scores, descending=True, stable=True).tolist()[: values.get("top_n")]
     results = [{"index": at, "relevance_score": scores[at].item()} for at in best]
@@ -184,11 +182,11 @@ def render_rerank(answer: Answer, values: dict[str, Any], _: ModelInfo | None) -
     return _whole(answer, "results", results)
 
 
-def render_score(answer: Answer, _: dict[str, Any], __: ModelInfo | None) -> bytes:
+def render_score(answer: Answer, _: dict[str, Any]) -> bytes:
     return _whole(answer, "data", [{"index": index, **one} for index, one in enumerate(answer.details)])
 
 
-def render_explain(answer: Answer, _: dict[str, Any], __: ModelInfo | None) -> bytes:
+def render_explain(answer: Answer, _: dict[str, Any]) -> bytes:
     return codec.dump_json({"model": answer.model, "explanation": answer.details, **document(answer)})
 
 
@@ -215,12 +213,11 @@ def add_routes(app: FastAPI, http: Http) -> None:
 
         request, values = await engine.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
         answer = await engine.submit(request, call.received_s)
-        info = next((one for one in engine.model_infos() if one.name == request.model), None)
-        size = sum(tensor.nbytes for tensor in answer.tensors.values()) + 64 * answer.usage.tokens
-        if size > INLINE_BYTES:
-            body = await engine.off_loop(route.render, answer, values, info)
+        size = sum(tensor.nbytes for tensor in answer.tensors.values())
+        if size > INLINE_BYTES or route.task in ("score", "explain"):  # whose details may be long
+            body = await engine.off_loop(route.render, answer, values)
         else:
-            body = route.render(answer, values, info)
+            body = route.render(answer, values)
         return Answered(body, headers(answer), JSON)
 
     for path, route in ROUTES.items():

@@ -274,7 +274,7 @@ def _with_layers(outcome: Outcome, layers: tuple[LayerReport, ...]) -> Outcome:
     error = max(measured, key=lambda one: one.relative_l2_upper, default=ErrorReport())
     plan = outcome.plan
     if not sparse:
-        plan = replace(plan, kind=PlanKind.CHUNKED, reason=f"{plan.reason}; every layer was computed exactly")
+        plan = replace(plan, kind=layers[-1].kind, reason=f"{plan.reason}; every layer was computed exactly")
     elif fallbacks or len(sparse) < len(layers):
         plan = replace(plan, reason=f"{plan.reason}; {len(sparse)} of {len(layers)} attention calls were sparse")
     return replace(
@@ -309,14 +309,15 @@ def tokens_of(job: Job) -> int:
     return sum(len(row) for row in tokenized_of(job).rows)
 
 
-def forward_key(request: ForwardRequest, plan: Plan) -> Hashable:
-    """Forward requests with equal keys share one pass: same model and task, options that change the pass alike."""
+def forward_key(request: ForwardRequest, plan: Plan, model: Model) -> Hashable:
+    """Forward requests with equal keys share one pass: same model (not only its name: it may have been reloaded) and
+    task, options that change the pass alike."""
     if plan.kind is PlanKind.SPARSE or request.task in ("hidden", "explain"):
         return request.id, id(request)
     settled = request.options.model_dump(exclude={"priority", "timeout_s", "truncate", "chunk_overlap", "max_error"})
     if request.task == "score":
         settled = {}  # its options are applied row by row, after the pass
-    return request.model, request.task, plan.kind, tuple(sorted(settled.items()))
+    return id(model), request.task, plan.kind, tuple(sorted(settled.items()))
 
 
 def batch_key(request: AttentionRequest, plan: Plan) -> Hashable:

@@ -6,12 +6,22 @@ without a matrix product), and everything outside the device (parsing, tokenisin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
 from service.attention.pairs import visible_pairs
-from service.core import AttentionOptions, AttentionShape, LayerKind, ModelInfo, PlanKind, Task, Work
+from service.core import (
+    AttentionOptions,
+    AttentionShape,
+    ExplainOptions,
+    ForwardRequest,
+    LayerKind,
+    ModelInfo,
+    PlanKind,
+    Work,
+)
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -192,12 +202,12 @@ def forward_effort(
     for layers in model.attention:
         if kind is PlanKind.SPARSE and layers.window is None:
             options = AttentionOptions(is_causal=layers.is_causal)
-            for length in lengths:
+            for length, count in Counter(lengths).items():
                 shape = AttentionShape(
                     1, model.num_heads, model.num_kv_heads, length, length, model.head_dim, model.head_dim, model.dtype
                 )
                 own = attention_effort(kind, shape, options, block_size=block_size, epsilon=epsilon)
-                total = Effort(*(a + layers.count * b for a, b in zip(total, own, strict=True)))
+                total = Effort(*(a + layers.count * count * b for a, b in zip(total, own, strict=True)))
         else:
             pairs = layers.count * model.num_heads * layer_pairs(layers, lengths)
             total = total._replace(pairs=total.pairs + pairs, flops=total.flops + 2 * pairs * width)
@@ -206,35 +216,42 @@ def forward_effort(
 
 def layer_pairs(layers: LayerKind, lengths: Sequence[int]) -> int:
     """Visible pairs of one head of one such layer."""
+    causal, window = layers.is_causal, layers.window
     return sum(
-        visible_pairs(length, length, is_causal=layers.is_causal, causal_alignment="top_left", window=layers.window)
-        for length in lengths
+        count * visible_pairs(length, length, is_causal=causal, causal_alignment="top_left", window=window)
+        for length, count in Counter(lengths).items()
     )
 
 
-def forward_work(model: ModelInfo, lengths: Sequence[int], *, max_batch_tokens: int, task: Task = "embed") -> Work:
+def forward_work(model: ModelInfo, lengths: Sequence[int], request: ForwardRequest, *, max_batch_tokens: int) -> Work:
     """Passes over all sequences: 2 FLOPs for each weight and token, and exact attention of every layer.
 
     Embedding look-ups multiply nothing. Of encoder-decoder models each token passes one half of the weights.
     """
     tokens = sum(lengths)
     pairs = sum(layers.count * layer_pairs(layers, lengths) for layers in model.attention) * model.num_heads
-    linear = 2 * tokens * model.linear_parameters // (2 if model.inputs == "source and target" else 1)
+    weights = model.linear_parameters // (2 if model.inputs == "source and target" else 1)
+    linear = 2 * tokens * (weights + (model.head_parameters if request.task == "score" else 0))
     size = DTYPE_BYTES[model.dtype]
     alive = min(tokens, max(max_batch_tokens, max(lengths, default=0)))
     activations = size * alive * (6 * model.hidden_size + 2 * model.intermediate_size)
     scratch = BASE_SCRATCH_BYTES + 4 * len(lengths) * model.dimensions
     longest = max(lengths, default=0)
-    match task:
+    if model.position_bias:
+        scratch += 4 * 3 * model.num_heads * longest**2
+    match request.task:
         case "score":
             scratch += 3 * LOGITS_BYTES
-            if model.inputs == "source and target":  # its own head makes all logits; positions are a bias [H, n, n]
-                scratch += 4 * 2 * longest * model.vocab_size + 4 * 3 * model.num_heads * longest**2
+            if model.inputs == "source and target":  # its own head makes the logits of a whole batch
+                scratch += 4 * 2 * alive * model.vocab_size
         case "hidden":
             scratch += 4 * tokens * model.hidden_size + size * alive * model.hidden_size * (model.num_layers + 1)
         case "explain":
-            heads = model.num_heads + model.num_kv_heads
-            scratch += model.num_layers * longest * (4 * model.num_heads + size * heads * model.head_dim)
+            scratch += model.num_layers * longest * 4 * model.num_heads
+            if isinstance(request.options, ExplainOptions) and request.options.rollout:
+                heads = model.num_heads + model.num_kv_heads
+                scratch += model.num_layers * longest * size * heads * model.head_dim
+                pairs += pairs  # every weight once more
         case _:
             pass
     return Work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from service.core import (
     AttentionRequest,
     AttentionShape,
     EmbedOptions,
+    ExplainOptions,
     ForwardRequest,
+    HiddenOptions,
     ModelInfo,
     Plan,
     PlanKind,
@@ -109,9 +111,9 @@ class Engine:
         self._executor = executor
         self._runner = BatchRunner(config, device, clock)
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="parse")
+        self._decoders = ThreadPoolExecutor(1, thread_name_prefix="decode")
         # one thread of its own: a model that loads takes neither the parsers' time nor all the device's cores
         self._loader = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
-        self._loading = asyncio.Lock()
         self._audits = OutputAudits(config.output_audit_share)
         self._auditing: Audit | None = None
         self._running_until_s: float | None = None  # predicted end of the batch on the device; None = idle
@@ -167,23 +169,24 @@ class Engine:
         """Load or reload one model while the others, and the one of that name before it, go on answering."""
         self._may_change_models()
         config = self._known(name)
-        async with self._loading:
-            entry = await asyncio.get_running_loop().run_in_executor(self._loader, self.models.load, config)
+        # a caller who leaves stops neither the load nor what waits for it: the loader has one thread, in order
+        work = asyncio.get_running_loop().run_in_executor(self._loader, self.models.load, config)
+        entry = await asyncio.shield(work)
         if entry.reason:
             raise invalid(f"model {name!r} cannot be loaded: {entry.reason}", code="load_failed", param="model")
 
     async def unload_model(self, name: str) -> None:
         """New requests for it are refused; those that have begun end."""
         self._may_change_models()
-        async with self._loading:
-            self.models.unload(name)
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._loader, self.models.unload, name))
 
     async def set_models(self, configs: Sequence[ModelConfig]) -> None:
         """Serve exactly these."""
-        async with self._loading:
-            await asyncio.get_running_loop().run_in_executor(self._loader, self.models.set, configs)
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._loader, self.models.set, configs))
 
     def _may_change_models(self) -> None:
+        if not self.config.model_control:
+            raise invalid("models are changed over HTTP only where FARSIGHT_MODEL_CONTROL is true", code="no_control")
         if self.config.replicas > 1:
             raise invalid(
                 f"this service has {self.config.replicas} replicas, and a request reaches one of them; change `models` "
@@ -259,6 +262,7 @@ class Engine:
         """End the threads once what is queued on them has run; later requests are refused as unavailable."""
         self._executor.stop()
         self._workers.shutdown()
+        self._decoders.shutdown()
         self._loader.shutdown()
 
     # -- the way of one request ---------------------------------------------------------------------------------
@@ -282,12 +286,12 @@ class Engine:
             key = batch_key(request, plan)
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self.models.model(request.model)
-        tokenized = await self._tokenize(model, request)
+        tokenized = await self._tokenize(model, request, deadline_s)
         plan, exact = self._plan_forward(model, tokenized, request), PlanKind.CHUNKED
         if plan.kind is PlanKind.SPARSE:
             lengths = tuple(len(row) for row in tokenized.rows)
             exact = planner.exact_forward_kind(model.info, lengths, self.profile, self.config)
-        key, queued_s = forward_key(request, plan), self._clock()
+        key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, exact, model, tokenized)
 
     async def _run(self, job: Job) -> Result:
@@ -401,9 +405,7 @@ class Engine:
                 dense = attention_effort(PlanKind.DENSE, shape, request.options, block_size=self.config.block_size)
                 dense_s = self.profile.attention_s(PlanKind.DENSE, dense, shape.dtype)
         finished_s = self._clock()
-        tokenized, starts = job.tokenized, [0]
-        if tokenized is not None:
-            starts = list(accumulate(tokenized.rows_per_input, initial=0))
+        tokenized = job.tokenized
         return Answer(
             id=request.id,
             tensors=outcome.tensors,
@@ -432,11 +434,6 @@ class Engine:
             model=request.model if isinstance(request, ForwardRequest) else "attention",
             batch_requests=result.batch_requests,
             batch_tokens=result.batch_tokens,
-            tokens_per_input=tuple(
-                sum(len(row) for row in tokenized.rows[start:end]) for start, end in pairwise(starts)
-            )
-            if tokenized
-            else (),
             layers=outcome.layers,
             tells_layers=isinstance(request, ForwardRequest) and request.options.layer_errors,
             details=outcome.details,
@@ -455,7 +452,7 @@ class Engine:
             return "attention"
         return request.model if request.model in self.models.entries() else "unknown"
 
-    async def _tokenize(self, model: Model, request: ForwardRequest) -> Tokenized:
+    async def _tokenize(self, model: Model, request: ForwardRequest, deadline_s: float = float("inf")) -> Tokenized:
         pixels = 0 if request.pixel_values is None else len(request.pixel_values)
         count = len(request.texts) + len(request.token_ids) + len(request.pairs) + len(request.images) + pixels
         if count > self.config.max_texts:
@@ -463,7 +460,14 @@ class Engine:
         if len(request.images) + pixels > self.config.max_images:
             raise too_large("images", len(request.images) + pixels, self.config.max_images, "images", param="images")
         _check_task(model, request)
-        tokenized = await self.off_loop(model.tokenize, request)
+        # images on a thread of their own: one may take seconds, and texts must not wait for it
+        workers = self._decoders if model.info.inputs == "image" else self._workers
+        work = asyncio.get_running_loop().run_in_executor(workers, model.tokenize, request)
+        left_s = deadline_s - self._clock()
+        try:
+            tokenized = await asyncio.wait_for(work, None if math.isinf(left_s) else max(0.0, left_s))
+        except TimeoutError:
+            raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
         assert isinstance(tokenized, Tokenized), "bug: tokenize returned something else"
         return tokenized
 
@@ -506,6 +510,12 @@ def _check_task(model: Model, request: ForwardRequest) -> None:
             code="wrong_task",
             param="model",
         )
-    options = request.options
+    options, layers = request.options, info.num_layers
+    if isinstance(options, HiddenOptions) and not -layers - 1 <= options.layer <= layers:
+        raise invalid(f"layer: expected {-layers - 1}..{layers}, got {options.layer}", param="layer")
+    if isinstance(options, ExplainOptions):
+        for layer in options.layers or ():
+            if not -layers <= layer < layers:
+                raise invalid(f"layers: {layer} is outside the {layers} layers", param="layers")
     if isinstance(options, EmbedOptions) and options.dimensions is not None and options.dimensions > info.dimensions:
         raise invalid(f"dimensions: expected 1..{info.dimensions}, got {options.dimensions}", param="dimensions")

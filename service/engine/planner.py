@@ -124,9 +124,7 @@ def exact_kind(shape: AttentionShape, options: AttentionOptions, profile: Device
     return min([c for c in exact if c.fits] or exact[1:], key=lambda candidate: candidate.predicted_s).kind
 
 
-def exact_forward_kind(
-    model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProfile, config: Config
-) -> PlanKind:
+def exact_forward_kind(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProfile, config: Config) -> PlanKind:
     """What replaces a sparse layer that erred too much."""
 
     def seconds(kind: PlanKind) -> float:
@@ -141,7 +139,7 @@ def plan_forward(
 ) -> Plan:
     """How the attention of a forward pass is computed: for all layers the kind predicted to be fastest."""
     options = request.options
-    work = forward_work(model, lengths, max_batch_tokens=config.max_batch_tokens, task=request.task)
+    work = forward_work(model, lengths, request, max_batch_tokens=config.max_batch_tokens)
     limit = max_peak_bytes(profile, config)
     if work.peak_bytes > limit:
         raise FarsightError(

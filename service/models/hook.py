@@ -188,11 +188,11 @@ def _context() -> ForwardContext:
 
 
 def _candidates(local_size: int | None) -> Iterator[Pattern]:
-    for is_causal in (False, True):
-        yield Pattern(is_causal)
-    if local_size is not None:
+    if local_size is not None:  # first: within the window both are right, and longer inputs must not lose it
         yield Pattern(is_causal=True, window=(local_size - 1, 0))
         yield Pattern(is_causal=False, window=(local_size, local_size))
+    for is_causal in (False, True):
+        yield Pattern(is_causal)
 
 
 def _probes(queries: int, keys: int, local_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:

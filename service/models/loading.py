@@ -85,12 +85,18 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
 def _configuration(config: ModelConfig, directory: Path) -> PretrainedConfig:
     hf: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if config.rope_scaling is not None:
+        given = dict(config.rope_scaling)
+        if "type" in given:  # as older files spell it
+            given["rope_type"] = given.pop("type")
+        if "rope_type" not in given:
+            raise ValueError(f"model {config.name!r}: rope_scaling needs a rope_type (linear, dynamic, yarn, ...)")
         kept = getattr(hf, "rope_parameters", None)
         if not isinstance(kept, dict) or "rope_theta" not in kept:
             raise ValueError(f"model {config.name!r}: rope_scaling: {hf.model_type} has no rotary positions")
-        scaling = {"original_max_position_embeddings": hf.max_position_embeddings, **config.rope_scaling}
+        scaling = {"original_max_position_embeddings": hf.max_position_embeddings, **given}
         hf.rope_parameters = {**kept, **scaling}
-        if "factor" in scaling:
+        # dynamic frequencies grow where a sequence is over the model's own length, which must stay told
+        if "factor" in scaling and scaling["rope_type"] != "dynamic":
             hf.max_position_embeddings = int(scaling["original_max_position_embeddings"] * scaling["factor"])
     return hf
 
@@ -130,6 +136,9 @@ def _positions(hf: PretrainedConfig, base: nn.Module) -> tuple[int | None, int]:
     embeddings = getattr(base, "embeddings", None)
     first = hf.pad_token_id + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
     count = getattr(hf, "max_position_embeddings", None)
+    rope = getattr(hf, "rope_parameters", None) or {}
+    if count is not None and rope.get("rope_type") == "dynamic":
+        count *= rope.get("factor", 1.0)
     return (None if count is None else int(count) - first), first
 
 
@@ -173,19 +182,24 @@ def _declared_length(directory: Path, positions: int | None) -> int:
 
 def _pooling(config: ModelConfig, directory: Path, hf: PretrainedConfig) -> embed.Pooling:
     if config.pooling is not None:
-        return embed.Pooling(config.pooling, normalize=True)
+        declared = embed.read_pooling(directory).normalize if (directory / "modules.json").is_file() else True
+        return embed.Pooling(config.pooling, normalize=declared)
     if takes_images(hf.to_dict()):
         return embed.Pooling("cls", normalize=True)
     return embed.read_pooling(directory)
 
 
 def _info(
-    config: ModelConfig, hf: PretrainedConfig, module: nn.Module, base: nn.Module, task: ModelTask, inputs: Inputs
+    config: ModelConfig, hf: PretrainedConfig, module: Any, base: nn.Module, task: ModelTask, inputs: Inputs
 ) -> ModelInfo:
     text = hf.get_text_config()
-    named = module.named_modules() if task == "score" else base.named_modules()
+    whole = hf.is_encoder_decoder and task != "embed"
+    named = module.named_modules() if whole else base.named_modules()
+    head = module.get_output_embeddings() if task == "score" and not whole else None
     linear = [one for name, one in named if isinstance(one, nn.Linear | Conv1D) and "pooler" not in name]
     names: Any = hf.id2label
+    if task == "rerank" and len(names) != 1:
+        raise ValueError(f"model {config.name!r}: rerank needs one label, this model has {len(names)}")
     labels = tuple(str(names[at]) for at in range(len(names))) if task in ("classify", "rerank") else ()
     return ModelInfo(
         name=config.name,
@@ -203,6 +217,8 @@ def _info(
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         linear_parameters=sum(one.weight.numel() for one in linear),
+        head_parameters=0 if head is None else head.weight.numel(),
+        position_bias=hasattr(hf, "relative_attention_num_buckets"),
         attention=(),
         packed=_may_pack(hf, base),
         inputs="image" if inputs.images else "source and target" if inputs.has_target else "text",

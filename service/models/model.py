@@ -18,6 +18,7 @@ from service.core import (
     ModelInfo,
     ScoreOptions,
 )
+from service.errors import invalid
 from service.models import heads, hook
 from service.models.packing import pack, split_by_shape, split_by_tokens
 from service.models.tasks import embed, explain, score
@@ -67,7 +68,8 @@ class Model:
             case "classify" | "rerank":
                 assert isinstance(first.options, ClassifyOptions), "bug: not options of classification"
                 scores = self.classify(rows, context)
-                return self._split(jobs, "scores", scores if first.options.raw_scores else self._probabilities(scores))
+                told = scores if first.options.raw_scores else self._probabilities(scores)
+                return [replace(one, details=self.info.labels) for one in self._split(jobs, "scores", told)]
             case "score":
                 return self._score(jobs, rows, context)
             case "hidden":
@@ -89,19 +91,26 @@ class Model:
         """[rows, labels] float32 logits on the CPU."""
         out = torch.empty(len(rows), len(self.info.labels))
         if self.classifier is None:
-            for batch in self._alike(rows):
-                logits = self._pass(self.module, context, None, **self._batch([rows[at] for at in batch])).logits
-                out[batch] = logits.float().cpu()
+            # heads of encoder-decoder models look for one end token in every row, and count them over the batch
+            alone = self.module.config.is_encoder_decoder
+            for batch in [[at] for at in range(len(rows))] if alone else self._alike(rows):
+                try:
+                    output = self._pass(self.module, context, None, **self._batch([rows[at] for at in batch]))
+                except ValueError as error:
+                    raise invalid(f"input {batch[0]}: {error}" if alone else str(error), param="input") from error
+                out[batch] = output.logits.float().cpu()
             return out
         for indices, states, bounds in self.states(rows, context):
             out[list(indices)] = self.classifier(states, bounds).float().cpu()
         return out
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        several = (
-            logits.shape[1] > 1 and getattr(self.module.config, "problem_type", None) != "multi_label_classification"
+        problem = getattr(self.module.config, "problem_type", None)
+        if problem == "regression":
+            return logits
+        return (
+            logits.sigmoid() if problem == "multi_label_classification" or logits.shape[1] == 1 else logits.softmax(1)
         )
-        return logits.softmax(1) if several else logits.sigmoid()
 
     def _score(self, jobs: Jobs, rows: Sequence[Row], context: hook.ForwardContext) -> list[Computed]:
         owners = [request for request, tokenized in jobs for _ in tokenized.rows]
@@ -145,8 +154,8 @@ class Model:
         assert isinstance(options, ExplainOptions), "bug: not options of explanations"
         assert self.inputs.tokenizer is not None, "bug: images are not explained"
         tokens = explain.tokens_of(row, request.texts[0] if request.texts else None, self.inputs.tokenizer)
-        at = explain.find(tokens, request.query, request.texts[0] if request.texts else None)
-        looked = explain.Look(at, keeps_all=options.rollout)
+        assert tokenized.query is not None, "bug: tokenised for something else"
+        looked = explain.Look(tokenized.query, keeps_all=options.rollout)
         for _ in self.states([row], replace(context, observe=looked.see)):
             pass  # the observer has seen it all
         return Computed({}, explain.document(looked, tokens, options, context.checkpoint or (lambda: None)))

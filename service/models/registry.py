@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,13 +42,13 @@ class Registry:
         """Serve this model, in place of the one of its name once it is proven. A failure leaves that one serving."""
         before = self._entries.get(config.name)
         answering = before.model if before else None
-        self._entries[config.name] = Entry(config, "LOADING", model=answering)
+        self._put(Entry(config, "LOADING", model=answering))
         start = time.perf_counter()
         try:
             model = self._load(config, self._settings)
         except Exception as error:  # noqa: BLE001 (whatever is wrong with one model's files, the others serve)
-            reason = f"{type(error).__name__}: {error}"
-            logger.error("model %s cannot be loaded: %s", config.name, reason)
+            logger.error("model %s cannot be loaded: %s: %s", config.name, type(error).__name__, error)
+            reason = _told(error, config)
             entry = Entry(config, "UNAVAILABLE", reason)
             if before is not None and answering is not None:
                 entry = replace(
@@ -60,13 +61,13 @@ class Registry:
                 model.info.parameters, model.info.dtype, model.device,
             )  # fmt: skip
             entry = Entry(config, "READY", model=model)
-        self._entries[config.name] = entry
+        self._put(entry)
         return entry
 
     def unload(self, name: str) -> None:
         """New requests are refused; those that have begun keep their model until they end."""
         entry = self.entry(name)
-        self._entries[name] = Entry(entry.config, "UNAVAILABLE", "unloaded")
+        self._put(Entry(entry.config, "UNAVAILABLE", "unloaded"))
 
     def set(self, configs: Sequence[ModelConfig]) -> None:
         """Serve exactly these: what is new or changed is loaded, what is left out is forgotten."""
@@ -76,6 +77,9 @@ class Registry:
                 self.load(config)
         names = {config.name for config in configs}
         self._entries = {name: entry for name, entry in self._entries.items() if name in names}
+
+    def _put(self, entry: Entry) -> None:
+        self._entries = {**self._entries, entry.config.name: entry}  # readers on other threads see one or the other
 
     def entries(self) -> dict[str, Entry]:
         return dict(self._entries)
@@ -115,3 +119,11 @@ class Registry:
             for name, entry in self._entries.items()
             if entry.model is None and entry.config.required and entry.reason != "unloaded"
         }
+
+
+def _told(error: Exception, config: ModelConfig) -> str:
+    """The reason as callers may see it: without the paths of this machine; the log has them."""
+    text = f"{type(error).__name__}: {error}"
+    if config.path is not None:
+        text = text.replace(config.path, "...")
+    return re.sub(r"(?:/[\w.@+-]+){2,}", "...", text)[:300]

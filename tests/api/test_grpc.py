@@ -74,7 +74,7 @@ class Door:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
-        self.ready = True
+        self.ready = self.alive = True
         self.requests: list[Request] = []
 
     async def submit(self, request: Request, received_s: float | None = None) -> Answer:
@@ -387,7 +387,7 @@ def test_readiness_follows_the_door() -> None:
     door = Door()
     service = Methods(door)
     for ready in (True, False):
-        door.ready = ready
+        door.ready = door.alive = ready
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         assert run(service.ServerLive(pb.ServerLiveRequest(), Context())).live
         assert run(service.ServerReady(pb.ServerReadyRequest(), Context())).ready == ready

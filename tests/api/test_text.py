@@ -39,7 +39,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     models = tuple(ModelConfig(name=one.name, path=str(one)) for one in sorted(root.iterdir()))
     (root / "broken").mkdir()
     (root / "broken" / "config.json").write_text("{}")
-    engine = Engine.start(Config(models=models, model_repository=root), Metrics(CollectorRegistry()))
+    engine = Engine.start(
+        Config(models=models, model_repository=root, model_control=True), Metrics(CollectorRegistry())
+    )
     yield engine
     engine.close()
 
@@ -148,6 +150,14 @@ def test_images_to_labels_and_embeddings(call: Any) -> None:
     assert len(embedded["data"][0]["embedding"]) == 32
 
 
+def text_input(texts: list[str]) -> dict[str, Any]:
+    return {"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}
+
+
+def hidden(layer: int) -> dict[str, Any]:
+    return {"inputs": [text_input(["a"])], "parameters": {"layer": layer}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
@@ -162,6 +172,12 @@ def test_images_to_labels_and_embeddings(call: Any) -> None:
         ("/v1/classify", {"model": "decoder", "input": "a"}, 422, "is for score, not for classify"),
         ("/v1/classify", {"model": "classifier", "input": ["a"] * 10_000}, 413, "10000 items"),
         ("/v1/rerank", {"model": "ranker", "query": "a", "documents": []}, 422, "documents"),
+        ("/v1/explain", {"model": "decoder", "text": "a", "query": "a" * 300}, 422, "query"),
+        ("/v1/explain", {"model": "decoder", "text": "a", "query": 0, "layers": [3]}, 422, "outside the 3 layers"),
+        ("/v1/score", {"model": "decoder", "source": "a", "target": "b"}, 422, "without source and target"),
+        ("/v1/score", {"model": "decoder", "input": ["it"] * 300, "top_k": 100}, 413, "30000 next tokens"),
+        ("/v2/models/decoder/infer", hidden(99), 422, "layer: expected -4..3, got 99"),
+        ("/v2/models/decoder/infer", {"inputs": [text_input([])]}, 422, "at least one"),
         ("/v1/explain", {"model": "vision", "text": "a", "query": 0}, 422, "not for explain"),
         ("/v1/explain", {"model": "decoder", "text": "tired", "query": "zebra"}, 422, "'zebra' is not in the text"),
         ("/v1/score", {"model": "decoder", "source": "a", "target": "b", "input": "c"}, 422, "either input, or source"),
@@ -172,7 +188,8 @@ def test_images_to_labels_and_embeddings(call: Any) -> None:
 def test_refusals_say_what_is_wrong(call: Any, path: str, body: dict[str, Any], status: int, message: str) -> None:
     response = call(path, **body)
     assert response.status_code == status
-    assert message in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert message in (error if isinstance(error, str) else error["message"])
 
 
 def test_strange_texts_are_answered(call: Any) -> None:

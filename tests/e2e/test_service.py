@@ -67,10 +67,10 @@ def test_a_token_is_explained_in_words(http: httpx.Client) -> None:
     assert answer.headers["x-compute-tokens"] == "15"
 
 
-def test_two_replicas_change_models_together_only(http: httpx.Client) -> None:
+def test_nobody_changes_models_unless_that_was_allowed(http: httpx.Client) -> None:
     answer = http.post("/v2/repository/models/all-MiniLM-L6-v2/unload")
     assert answer.status_code == 422
-    assert "user_config" in answer.json()["error"]
+    assert "FARSIGHT_MODEL_CONTROL" in answer.json()["error"]
     assert [row["state"] for row in http.post("/v2/repository/index").json()] == ["READY"]
 
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from service.core import AttentionOptions, AttentionShape, LayerKind, ModelInfo, PlanKind
+from service.core import AttentionOptions, AttentionShape, EmbedOptions, ForwardRequest, LayerKind, ModelInfo, PlanKind
 from service.engine import cost
 
 LENGTH = st.integers(1, 12)
@@ -80,9 +80,10 @@ def test_forward_flops_equal_torchs_count() -> None:
         attention=(LayerKind(3, is_causal=False),),
         packed=True,
     )
+    request = ForwardRequest("r", "m", "embed", EmbedOptions())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros(1, 21, dtype=torch.long))
-    assert cost.forward_work(info, [21], max_batch_tokens=64).flops == counter.get_total_flops()
+    assert cost.forward_work(info, [21], request, max_batch_tokens=64).flops == counter.get_total_flops()
 
 
 def test_sparse_counts_selection_beside_its_pairs() -> None:

@@ -45,7 +45,7 @@ def registry() -> CollectorRegistry:
 @pytest.fixture(scope="module")
 def engine(directory: Path, registry: CollectorRegistry) -> Iterator[Engine]:
     models = tuple(ModelConfig(name=name, path=str(directory / name)) for name in ("decoder", "ranker"))
-    config = Config(models=models, output_audit_share=1.0, model_repository=directory)
+    config = Config(models=models, output_audit_share=1.0, model_repository=directory, model_control=True)
     engine = Engine.start(config, Metrics(registry))
     yield engine
     engine.close()

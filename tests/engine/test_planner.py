@@ -114,7 +114,7 @@ def test_long_forward_passes_are_sparse_unless_exact_is_asked_for() -> None:
 
 def test_windowed_layers_cost_their_windows() -> None:
     windowed = replace(INFO, attention=(LayerKind(6, is_causal=True, window=(127, 0)),))
-    work = forward_work(windowed, [4096], max_batch_tokens=16384)
+    work = forward_work(windowed, [4096], EMBED, max_batch_tokens=16384)
     assert work.pairs == 6 * 12 * sum(min(row + 1, 128) for row in range(4096))
 
 

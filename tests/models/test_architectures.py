@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def test_rope_scaling_by_configuration(scaling: dict[str, Any], tmp_path: Path) 
     assert model.info.packed == (scaling["rope_type"] != "dynamic")  # a longer neighbour would change its frequencies
     config = json.loads((tmp_path / "config.json").read_text())
     config["rope_parameters"] = {**config["rope_parameters"], "original_max_position_embeddings": 32, **scaling}
-    config["max_position_embeddings"] = 128
+    if scaling["rope_type"] != "dynamic":  # which begins where an input is over the model's own length
+        config["max_position_embeddings"] = 128
     (tmp_path / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(10, 128, (n,), generator=generator) for n in (100, 20, 60)]
@@ -182,3 +184,8 @@ def test_rope_scaling_by_configuration(scaling: dict[str, Any], tmp_path: Path) 
             with torch.no_grad():
                 expected = fresh(input_ids=row[None]).last_hidden_state[0]
             assert (part - expected).abs().max() < 1e-4
+    unscaled = loaded(tmp_path, rope_scaling={"rope_type": "default"})
+    (without,) = run(unscaled, replace(request, token_ids=(request.token_ids[1],)))
+    (with_it,) = run(model, replace(request, token_ids=(request.token_ids[1],)))
+    same = torch.allclose(without.tensors["hidden_states"], with_it.tensors["hidden_states"], atol=1e-4)
+    assert same == (scaling["rope_type"] == "dynamic")  # 20 tokens are within the model's own 32

@@ -54,6 +54,13 @@ def test_other_patterns_are_refused(function: Callable[..., torch.Tensor], local
         read(function, local_size)
 
 
+def test_a_window_wider_than_the_first_input_is_not_lost() -> None:
+    function = masking_utils.sliding_window_causal_mask_function(4096)
+    assert read(function, 4096, length=17) == Pattern(is_causal=True, window=(4095, 0))
+    function = masking_utils.sliding_window_bidirectional_mask_function(64)
+    assert read(function, 64, length=17) == Pattern(is_causal=False, window=(64, 64))
+
+
 def test_padding_masks_are_refused() -> None:
     padding = torch.ones(1, 64, dtype=torch.bool)
     assert read(masking_utils.causal_mask_function, None, attention_mask=padding) == Pattern(is_causal=True)

@@ -142,6 +142,28 @@ def test_tasks_are_found_from_the_files(head: type, labels: dict[int, str] | Non
     assert task_of(tmp_path) == "embed"
 
 
+def test_ranks_need_one_label(tmp_path: Path) -> None:
+    zoo.save("bert", hf.AutoModelForSequenceClassification, tmp_path, id2label={0: "no", 1: "yes"})
+    with pytest.raises(ValueError, match="rerank needs one label, this model has 2"):
+        loaded(tmp_path, task="rerank")
+
+
+def test_rope_scaling_needs_its_type(tmp_path: Path) -> None:
+    zoo.save("llama", hf.AutoModel, tmp_path, max_position_embeddings=32)
+    with pytest.raises(ValueError, match="needs a rope_type"):
+        loaded(tmp_path, rope_scaling={"factor": 4.0})
+    assert loaded(tmp_path, rope_scaling={"type": "linear", "factor": 4.0}).info.max_length == 128
+
+
+def test_reasons_tell_no_paths(tmp_path: Path) -> None:
+    models = Registry(SETTINGS)
+    (tmp_path / "config.json").write_text("{")
+    entry = models.load(config(tmp_path))
+    assert entry.state == "UNAVAILABLE"
+    assert str(tmp_path) not in entry.reason
+    assert "/tmp" not in entry.reason
+
+
 def test_architectures_without_attention_of_ours_are_refused(tmp_path: Path) -> None:
     module = hf.AutoModel.from_config(hf.MPNetConfig(vocab_size=128, hidden_size=32, num_attention_heads=4))
     module.save_pretrained(tmp_path)

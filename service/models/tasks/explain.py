@@ -12,15 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer
 
 from service.attention.masks import MaskSpec
 from service.attention.rows import SCRATCH_BYTES
 from service.attention.weights import attention_weights
 from service.core import ExplainOptions
-from service.errors import invalid
 from service.models.hook import Call
-from service.models.tokens import Row
+from service.models.tokens import Row, TextTokenizer
 
 HeadType = Literal["previous token", "sink", "separator", "local", "broad"]
 MOST = 0.5  # of a head's weight, for a type's name
@@ -58,69 +56,43 @@ def _one(call: Call) -> MaskSpec:
     return replace(call.mask, cu_seqlens_q=None, cu_seqlens_k=None)
 
 
-def tokens_of(row: Row, text: str | None, tokenizer: Tokenizer) -> list[Token]:
+def tokens_of(row: Row, text: str | None, tokenizer: TextTokenizer) -> list[Token]:
     """Every token of a row, readable."""
-    if row.encoding is None or text is None:
-        return [
-            Token(at, tokenizer.decode([one], skip_special_tokens=False), (0, 0), False)
-            for at, one in enumerate(row.ids)
-        ]
-    encoding = row.encoding
-    rows = zip(encoding.offsets, encoding.special_tokens_mask, encoding.tokens, strict=True)
+    if row.pieces is None or text is None:
+        return [Token(at, tokenizer.name(one), (0, 0), False) for at, one in enumerate(row.ids)]
     return [
-        Token(at, name if special else text[start:end] or name, (start, end), bool(special))
-        for at, ((start, end), special, name) in enumerate(rows)
+        Token(
+            at,
+            one.name if one.is_special else text[one.start : one.end] or one.name,
+            (one.start, one.end),
+            one.is_special,
+        )
+        for at, one in enumerate(row.pieces)
     ]
-
-
-def find(tokens: Sequence[Token], query: int | str | None, text: str | None) -> int:
-    """The token that is meant: an index (negative from the end), or the token where a part of the text begins. A part
-    that is a word of its own is preferred over one inside a word."""
-    if isinstance(query, str):
-        if not query or text is None or (start := _place(text, query)) is None:
-            raise invalid(f"query: {query[:64]!r} is not in the text", param="query")
-        for token in tokens:
-            if not token.is_special and token.offsets[0] <= start < token.offsets[1]:
-                return token.index
-        raise invalid(f"query: {query[:64]!r} is in the text, but no token is there (cut off?)", param="query")
-    if query is None:
-        raise invalid("query: expected a token's index or a part of the text", param="query")
-    if not -len(tokens) <= query < len(tokens):
-        raise invalid(f"query: token {query} is outside the {len(tokens)} tokens", param="query")
-    return query % len(tokens)
-
-
-def _place(text: str, part: str) -> int | None:
-    start, first = text.find(part), None
-    while start >= 0:
-        first = start if first is None else first
-        end = start + len(part)
-        if not text[start - 1 : start].isalnum() and not text[end : end + 1].isalnum():
-            return start
-        start = text.find(part, start + 1)
-    return first
 
 
 def document(look: Look, tokens: Sequence[Token], options: ExplainOptions, pause: Callable[[], None]) -> dict[str, Any]:
     """The explanation as JSON. Entropies in bits; weights of one head sum to 1."""
     count = len(look.weights)
-    chosen = range(count) if options.layers is None else options.layers
+    chosen = range(count) if options.layers is None else dict.fromkeys(layer % count for layer in options.layers)
+    separators = torch.tensor([token.is_special or not any(map(str.isalnum, token.text)) for token in tokens])
+    layers = []
     for layer in chosen:
-        if not -count <= layer < count:
-            raise invalid(f"layers: {layer} is outside the {count} layers", param="layers")
+        pause()
+        layers.append(_layer(layer, look, tokens, separators, options.top_k))
     average = torch.stack([weights.mean(0) for weights in look.weights]).mean(0)
     told: dict[str, Any] = {
         "query": _named(tokens[look.row]),
         "tokens": len(tokens),
         "average": _top(average, tokens, options.top_k),
-        "layers": [_layer(layer % count, look, tokens, options.top_k) for layer in chosen],
+        "layers": layers,
     }
     if options.rollout:
         told["rollout"] = _top(rollout(look, len(tokens), pause), tokens, options.top_k)
     return told
 
 
-def _layer(layer: int, look: Look, tokens: Sequence[Token], top_k: int) -> dict[str, Any]:
+def _layer(layer: int, look: Look, tokens: Sequence[Token], separators: torch.Tensor, top_k: int) -> dict[str, Any]:
     weights = look.weights[layer]
     entropies = -(weights * weights.clamp(min=1e-30).log2()).sum(1)
     return {
@@ -129,7 +101,7 @@ def _layer(layer: int, look: Look, tokens: Sequence[Token], top_k: int) -> dict[
         "heads": [
             {
                 "head": head,
-                "type": head_type(weights[head], look.row, tokens),
+                "type": head_type(weights[head], look.row, separators),
                 "entropy_bits": entropies[head].item(),
                 "top": _top(weights[head], tokens, top_k),
             }
@@ -138,14 +110,14 @@ def _layer(layer: int, look: Look, tokens: Sequence[Token], top_k: int) -> dict[
     }
 
 
-def head_type(weights: torch.Tensor, row: int, tokens: Sequence[Token]) -> HeadType:
-    """weights [L] of one head and row: what most of its weight goes to, by the first rule that holds."""
-    special = torch.tensor([token.is_special or not any(map(str.isalnum, token.text)) for token in tokens])
+def head_type(weights: torch.Tensor, row: int, separators: torch.Tensor) -> HeadType:
+    """weights [L] of one head and row: what most of its weight goes to, by the first rule that holds. `separators`:
+    special tokens and punctuation, bool [L]."""
     if row > 0 and weights[row - 1] >= MOST:
         return "previous token"
     if row > NEAR and weights[0] >= MOST:
         return "sink"
-    if weights[special].sum() >= MOST:
+    if weights[separators].sum() >= MOST:
         return "separator"
     if weights[max(0, row - NEAR) : row + NEAR + 1].sum() >= MOST:
         return "local"

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from service.core import ScoreOptions
-from service.models.tokens import Row, score_positions
+from service.models.tokens import Row, TextTokenizer, score_positions
 
 LOGITS_BYTES = 64 * 1024**2  # of one block of logits
 
@@ -58,7 +57,7 @@ def score(
     return Scored(torch.cat(found).cpu(), first, options.token_logprobs, tuple((at, top[at]) for at in wanted))
 
 
-def document(scored: Scored, row: Row, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def document(scored: Scored, row: Row, tokenizer: TextTokenizer | None) -> dict[str, Any]:
     """One input's scores as JSON. Perplexity = exp(-mean log-probability) of the tokens scored."""
     count, total = len(scored.logprobs), float(scored.logprobs.double().sum())
     ids = row.target or row.ids
@@ -71,9 +70,9 @@ def document(scored: Scored, row: Row, tokenizer: Tokenizer | None) -> dict[str,
     if scored.tells_tokens:
         told["token_ids"] = list(ids)
         told["token_logprobs"] = [None] * scored.first + scored.logprobs.tolist()
-        if row.encoding is not None:
-            told["token_texts"] = row.encoding.tokens
-            told["offsets"] = [list(pair) for pair in row.encoding.offsets]
+        if row.pieces is not None:
+            told["token_texts"] = [piece.name for piece in row.pieces]
+            told["offsets"] = [[piece.start, piece.end] for piece in row.pieces]
     if scored.top:
         told["top"] = [
             {"position": at, "next": [_named(token, logprob, tokenizer) for token, logprob in best]}
@@ -89,6 +88,6 @@ def _perplexity(total: float, count: int) -> float | None:
     return math.exp(-total / count)
 
 
-def _named(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    text = tokenizer.decode([token], skip_special_tokens=False) if tokenizer is not None else None
+def _named(token: int, logprob: float, tokenizer: TextTokenizer | None) -> dict[str, Any]:
+    text = tokenizer.name(token) if tokenizer is not None else None
     return {"token_id": token, "text": text, "logprob": logprob}
