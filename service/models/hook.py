@@ -82,6 +82,7 @@ class ForwardContext:
     observe: Callable[[Call], None] | None = None
     layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
     patterns: list[Pattern] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)  # computed by each pass of the model, padding included
 
 
 _running: ContextVar[ForwardContext | None] = ContextVar("farsight_forward", default=None)

@@ -206,8 +206,14 @@ class Model:
             reset()
         if self.info.task == "score" or hasattr(module.config, "use_cache"):
             arguments["use_cache"] = False
+        context.positions.append(self._positions(arguments))
         with hook.running(replace(context, cu_seqlens=cu_seqlens)):
             return module(**arguments)
+
+    def _positions(self, arguments: dict[str, Any]) -> int:
+        if "pixel_values" in arguments:
+            return len(arguments["pixel_values"]) * self.inputs.patches
+        return sum(arguments[name].numel() for name in ("input_ids", "decoder_input_ids") if name in arguments)
 
     def _alike(self, rows: Sequence[Row]) -> list[list[int]]:
         shapes = [(len(row.ids), len(row.target or ()), row.patches) for row in rows]

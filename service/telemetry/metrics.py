@@ -92,6 +92,12 @@ class Metrics:
             "measure",
         )
         self.fallbacks = counter("fallbacks", "Sparse answers replaced by exact ones.", "reason")
+        self.padding = Gauge(
+            "farsight_padding_ratio",
+            "Positions that the last forward pass computed for nothing, as a share of its tokens.",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         self.plans = counter("plans", "Plans that produced answers.", "plan", "reason")
         self.rejections = counter("rejections", "Requests refused.", "reason")
         self.queue_predicted_seconds = Gauge(

@@ -149,7 +149,7 @@ def test_only_a_few_answers_wait_for_their_audit(engine: Engine) -> None:
     assert none.next() is None
 
 
-def test_tasks_answer_and_share_batches(engine: Engine) -> None:
+def test_tasks_answer_and_share_batches(engine: Engine, registry: CollectorRegistry) -> None:
     pairs = tuple(("the animal", text) for text in ("tired", "documents are long", "street"))
     scores = [request("score", text, model="decoder", top_k=k) for text, k in (("it was tired", 0), ("the street", 2))]
     ranked, *scored = submit(engine, request("rerank", model="ranker", pairs=pairs), *scores)
@@ -158,6 +158,7 @@ def test_tasks_answer_and_share_batches(engine: Engine) -> None:
     assert [len(one.details) for one in scored] == [1, 1]
     assert "top" not in scored[0].details[0]
     assert len(scored[1].details[0]["top"][0]["next"]) == 2
+    assert registry.get_sample_value("farsight_padding_ratio") == 0.0
 
 
 def test_what_a_model_is_not_for_is_refused(engine: Engine) -> None:
