@@ -49,7 +49,9 @@ def root() -> None:
 
 @app.command()
 def serve(
-    demo: Annotated[bool, typer.Option(help="Serve all-MiniLM-L6-v2 from its Python package.")] = False,
+    demo: Annotated[
+        bool, typer.Option(help="Serve all-MiniLM-L6-v2 from its Python package, beside FARSIGHT_MODELS.")
+    ] = False,
     replicas: Annotated[int | None, typer.Option(help="Replicas, each on a device of its own.")] = None,
     port: Annotated[int | None, typer.Option(help="HTTP port.")] = None,
 ) -> None:
@@ -286,8 +288,8 @@ def _config(*, demo: bool, replicas: int | None, http_port: int | None) -> Confi
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         _fail(f"configuration: {'.'.join(str(part) for part in first['loc'])} {first['msg']}".rstrip())
-    if demo and not config.models:
-        config = config.model_copy(update={"models": (DEMO_MODEL,)})
+    if demo and DEMO_MODEL.name not in {model.name for model in config.models}:
+        config = config.model_copy(update={"models": (*config.models, DEMO_MODEL)})
     for model in config.models:
         try:
             directory_of(model)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -114,6 +114,8 @@ class Engine:
         self._decoders = ThreadPoolExecutor(1, thread_name_prefix="decode")
         # one thread of its own: a model that loads takes neither the parsers' time nor all the device's cores
         self._loader = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
+        # fastest pass seen of each model: no pass can have a fixed part that is longer, whatever was measured at load
+        self._fastest_s: dict[str, float] = {}
         self._audits = OutputAudits(config.output_audit_share)
         self._auditing: Audit | None = None
         self._running_until_s: float | None = None  # predicted end of the batch on the device; None = idle
@@ -362,6 +364,9 @@ class Engine:
                 if isinstance(job.request, ForwardRequest):
                     self.metrics.padding.set(result.outcome.padding)
                 self._audits.consider(job, result.outcome)
+        if (model := jobs[0].model) is not None and isinstance(results[0].outcome, Outcome):
+            took_s = sum(result.device_s for result in results)
+            self._fastest_s[model.info.name] = min(took_s, self._fastest_s.get(model.info.name, took_s))
         self.metrics.batch(results, self._scheduler.queued_s)
         self._dispatch()  # an audit may have come
 
@@ -474,8 +479,10 @@ class Engine:
         return tokenized
 
     def _plan_forward(self, model: Model, tokenized: Tokenized, request: ForwardRequest) -> Plan:
-        lengths = tuple(len(row) for row in tokenized.rows)
-        return planner.plan_forward(model.info, lengths, request, self.profile, self.config)
+        lengths, info = tuple(len(row) for row in tokenized.rows), model.info
+        if (fastest_s := self._fastest_s.get(info.name, info.smallest_pass_s)) < info.smallest_pass_s:
+            info = replace(info, smallest_pass_s=fastest_s)
+        return planner.plan_forward(info, lengths, request, self.profile, self.config)
 
     def _plan(self, shape: AttentionShape, options: AttentionOptions) -> Plan:
         self._check_weights(shape, options)

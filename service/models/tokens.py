@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Encoding, Tokenizer
 
-from service.core import ForwardOptions, ForwardRequest, ScoreOptions
+from service.core import EmbedOptions, ForwardOptions, ForwardRequest, ScoreOptions
 from service.errors import FarsightError, Kind, invalid, too_large
 
 if TYPE_CHECKING:
@@ -340,10 +340,11 @@ class _Rows:
 def refuse_or_allow(inputs: Inputs, index: int, length: int, options: ForwardOptions) -> None:
     """413 with both lengths, unless the caller allows the cut."""
     if options.truncate == "error":
+        or_chunk = ' or "chunk"' if isinstance(options, EmbedOptions) else ""
         raise FarsightError(
             Kind.TOO_LARGE,
             f"input {index} has {length} tokens, over the {inputs.max_length} of model {inputs.model!r}; "
-            'shorten it, or set "truncate": "end"',
+            f'shorten it, or set "truncate": "end"{or_chunk}',
             code="context_length_exceeded",
             param="input",
         )

@@ -161,6 +161,17 @@ def test_tasks_answer_and_share_batches(engine: Engine, registry: CollectorRegis
     assert registry.get_sample_value("farsight_padding_ratio") == 0.0
 
 
+def test_a_pass_that_was_slow_at_load_is_not_predicted_forever(engine: Engine) -> None:
+    model = engine.models.model("ranker")
+    slow = replace(model, info=replace(model.info, smallest_pass_s=60.0))
+    engine.models._put(replace(engine.models.entry("ranker"), model=slow))
+    engine._fastest_s.clear()
+    pair = request("rerank", model="ranker", pairs=(("the animal", "tired"),))
+    first, second = submit(engine, pair)[0], submit(engine, pair)[0]
+    assert first.plan.predicted_s > 60
+    assert second.plan.predicted_s < 5
+
+
 def test_what_a_model_is_not_for_is_refused(engine: Engine) -> None:
     for wrong in (
         request("embed", "a", model="decoder"),
