@@ -289,12 +289,9 @@ class Engine:
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request, deadline_s)
-        plan, exact = self._plan_forward(model, tokenized, request), PlanKind.CHUNKED
-        if plan.kind is PlanKind.SPARSE:
-            lengths = tuple(len(row) for row in tokenized.rows)
-            exact = planner.exact_forward_kind(model.info, lengths, self.profile, self.config)
+        plan = self._plan_forward(model, tokenized, request)
         key, queued_s = forward_key(request, plan, model), self._clock()
-        return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, exact, model, tokenized)
+        return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
 
     async def _run(self, job: Job) -> Result:
         """Queue the job and wait for its result, its deadline, or its caller's leaving."""

@@ -124,16 +124,6 @@ def exact_kind(shape: AttentionShape, options: AttentionOptions, profile: Device
     return min([c for c in exact if c.fits] or exact[1:], key=lambda candidate: candidate.predicted_s).kind
 
 
-def exact_forward_kind(model: ModelInfo, lengths: tuple[int, ...], profile: DeviceProfile, config: Config) -> PlanKind:
-    """What replaces a sparse layer that erred too much."""
-
-    def seconds(kind: PlanKind) -> float:
-        effort = forward_effort(kind, model, lengths, block_size=config.block_size)
-        return profile.attention_s(kind, effort, model.dtype)
-
-    return min((PlanKind.DENSE, PlanKind.CHUNKED), key=seconds)
-
-
 def plan_forward(
     model: ModelInfo, lengths: tuple[int, ...], request: ForwardRequest, profile: DeviceProfile, config: Config
 ) -> Plan:
@@ -153,11 +143,11 @@ def plan_forward(
         raise invalid("mode sparse: max_error 0 asks for an exact answer", param="mode")
     if options.mode == "sparse" and model.inputs != "text":
         raise invalid(f"mode sparse: attention of model {model.name!r} is computed exactly", param="mode")
-    kinds = [PlanKind.DENSE, PlanKind.CHUNKED, PlanKind.SPARSE]
+    kinds = [PlanKind.DENSE, PlanKind.SPARSE]  # chunked is for memory, which dense inside a model bounds as well
     if options.mode != "auto":
         kinds = [PlanKind(options.mode)]
     elif longest < config.sparse_min_tokens or bound == 0 or model.inputs != "text" or request.task == "explain":
-        kinds = kinds[:2]
+        kinds = [PlanKind.DENSE]
     passes = max(1, -(-sum(lengths) // config.max_batch_tokens))
     linear_flops = work.flops - pair_flops(work.pairs, model.head_dim, model.head_dim)
     predicted: dict[PlanKind, float] = {}
