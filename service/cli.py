@@ -204,14 +204,14 @@ def _run(config: Config) -> None:
 def _wait_for_haproxy(config: Config) -> None:
     """HAProxy answers a moment before Serve gives it its last configuration, and its reload cuts what is on the way."""
     deadline_s = time.monotonic() + HAPROXY_TIMEOUT_S
-    since_s, before = time.monotonic(), set(haproxy_pids(config.haproxy_dir))
-    while time.monotonic() < min(deadline_s, since_s + HAPROXY_QUIET_S) or not before:
-        time.sleep(0.1)
+    since_s, before = time.monotonic(), set[int]()
+    while time.monotonic() < deadline_s:
         now = set(haproxy_pids(config.haproxy_dir))
         if now != before:
             since_s, before = time.monotonic(), now
-        if time.monotonic() > deadline_s:
-            break
+        elif before and time.monotonic() - since_s > HAPROXY_QUIET_S:
+            return
+        time.sleep(0.1)
 
 
 def _end_on_signals() -> None:

@@ -63,15 +63,6 @@ logger = logging.getLogger("farsight")
 
 # kept of a caller's timeout for writing the answer; Serve ends the same wait with a 408 of its own
 ANSWER_MARGIN_S = 0.05
-# metric labels of tasks
-ENDPOINTS = {
-    "embed": "embeddings",
-    "classify": "classify",
-    "rerank": "rerank",
-    "score": "score",
-    "hidden": "hidden",
-    "explain": "explain",
-}
 MAX_TIMEOUT_S = 86_400.0  # event loops have no timers for longer than some weeks
 
 
@@ -115,7 +106,7 @@ class Engine:
         # one thread of its own: a model that loads takes neither the parsers' time nor all the device's cores
         self._loader = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
         # fastest pass seen of each model: no pass can have a fixed part that is longer, whatever was measured at load
-        self._fastest_s: dict[str, float] = {}
+        self._fastest_s: dict[ModelInfo, float] = {}  # by what was measured: a reloaded model begins anew
         self._audits = OutputAudits(config.output_audit_share)
         self._auditing: Audit | None = None
         self._running_until_s: float | None = None  # predicted end of the batch on the device; None = idle
@@ -223,7 +214,7 @@ class Engine:
 
         `received_s` (this engine's clock) is when its first byte was here: the timeout counts from then.
         """
-        endpoint = "attention" if isinstance(request, AttentionRequest) else ENDPOINTS[request.task]
+        endpoint = _endpoint(request)
         arrived_s = self._clock() if received_s is None else received_s
         try:
             answer = await self._answer(request, arrived_s)
@@ -363,7 +354,7 @@ class Engine:
                 self._audits.consider(job, result.outcome)
         if (model := jobs[0].model) is not None and isinstance(results[0].outcome, Outcome):
             took_s = sum(result.device_s for result in results)
-            self._fastest_s[model.info.name] = min(took_s, self._fastest_s.get(model.info.name, took_s))
+            self._fastest_s[model.info] = min(took_s, self._fastest_s.get(model.info, took_s))
         self.metrics.batch(results, self._scheduler.queued_s)
         self._dispatch()  # an audit may have come
 
@@ -477,7 +468,7 @@ class Engine:
 
     def _plan_forward(self, model: Model, tokenized: Tokenized, request: ForwardRequest) -> Plan:
         lengths, info = tuple(len(row) for row in tokenized.rows), model.info
-        if (fastest_s := self._fastest_s.get(info.name, info.smallest_pass_s)) < info.smallest_pass_s:
+        if (fastest_s := self._fastest_s.get(info, info.smallest_pass_s)) < info.smallest_pass_s:
             info = replace(info, smallest_pass_s=fastest_s)
         return planner.plan_forward(info, lengths, request, self.profile, self.config)
 
@@ -500,6 +491,13 @@ class Engine:
                     code="weights_too_large",
                     param="returns",
                 )
+
+
+def _endpoint(request: Request) -> str:
+    """The metric label of what was asked for."""
+    if isinstance(request, AttentionRequest):
+        return "attention"
+    return "embeddings" if request.task == "embed" else request.task
 
 
 def _check_task(model: Model, request: ForwardRequest) -> None:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from service.attention import attend
 from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
+from service.attention.pieces import split
 from service.core import ErrorReport, LayerReport, Plan, PlanKind
 
 NAME = "farsight"
@@ -217,6 +218,4 @@ def _exact_anyway(context: ForwardContext, module: int, pattern: Pattern) -> Pla
 
 
 def _pairs(query: torch.Tensor, key: torch.Tensor, mask: MaskSpec) -> int:
-    from service.attention.pieces import split
-
     return sum(piece.visible_pairs for piece in split(query, key, key, mask))

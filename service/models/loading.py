@@ -6,6 +6,7 @@ a model that cannot take packed sequences runs in batches of equal length, and s
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from service.config import ModelConfig
 from service.core import LayerKind, ModelInfo, ModelTask, Plan, PlanKind, Work
 from service.models import heads, hook
 from service.models.files import directory_of, read_json, takes_images, task_of
-from service.models.model import Model
+from service.models.model import Model, by_row
 from service.models.tasks import embed
 from service.models.tokens import Inputs, Row, read_tokenizer
 
@@ -228,8 +229,6 @@ def _info(
 
 def _may_pack(hf: PretrainedConfig, base: nn.Module) -> bool:
     """Position ids can be given, and a pass's frequencies do not depend on its longest sequence."""
-    import inspect
-
     stepwise = any(rope in STEPWISE_ROPE for rope in _rope_types(hf))
     return "position_ids" in inspect.signature(base.forward).parameters and not stepwise and not hf.is_encoder_decoder
 
@@ -321,15 +320,11 @@ def _got(model: Model, rows: list[Row], context: hook.ForwardContext) -> list[to
     """The same by our passes: all rows together."""
     states: dict[int, torch.Tensor] = {}
     logits: dict[int, torch.Tensor] = {}
-    for indices, found, bounds in model.states(rows, context):
-        for at, start, stop in zip(indices, bounds.tolist(), bounds.tolist()[1:], strict=False):
-            states[at] = found[start:stop].float().cpu()
-            if model.info.task == "score" and not model.inputs.has_target:
-                logits[at] = heads.next_token_logits(model.module, found[start:stop]).cpu()
-    if model.inputs.has_target:
-        for indices, found, bounds in model._target_logits(rows, context):
-            for at, start, stop in zip(indices, bounds.tolist(), bounds.tolist()[1:], strict=False):
-                logits[at] = found[start:stop].float().cpu()
+    for at, found in by_row(model.states(rows, context)):
+        states[at] = found.float().cpu()
+    if model.info.task == "score":
+        for at, found in by_row(model.scored_states(rows, context)):
+            logits[at] = model.logits(found).cpu()
     elif model.info.task in ("classify", "rerank"):
         logits = dict(enumerate(one[None] for one in model.classify(rows, context)))
     return [*(states[at] for at in sorted(states)), *(logits[at] for at in sorted(logits))]
@@ -356,7 +351,7 @@ def _distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 def _layers(model: Model, rows: list[Row]) -> tuple[LayerKind, ...]:
     """Who sees whom, layer by layer, as one pass over the first row shows."""
     context = hook.ForwardContext(CHECK_PLAN)
-    for _ in model._target_logits(rows[:1], context) if model.inputs.has_target else model.states(rows[:1], context):
+    for _ in model.scored_states(rows[:1], context):
         pass
     return tuple(LayerKind(count, one.is_causal, one.window) for one, count in Counter(context.patterns).items())
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from service.attention.output import no_checkpoint
 from service.core import (
     ClassifyOptions,
     EmbedOptions,
@@ -26,6 +27,12 @@ from service.models.tokens import Inputs, Row, Tokenized
 
 Jobs = Sequence[tuple[ForwardRequest, Tokenized]]
 States = tuple[Sequence[int], torch.Tensor, torch.Tensor]  # rows' indices, states [T, H], bounds [S + 1]
+
+
+def by_row(passes: Iterable[States]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(a row's index, its own [L, H]) of every pass."""
+    for indices, states, bounds in passes:
+        yield from zip(indices, torch.split(states, bounds.diff().tolist()), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +122,12 @@ class Model:
     def _score(self, jobs: Jobs, rows: Sequence[Row], context: hook.ForwardContext) -> list[Computed]:
         owners = [request for request, tokenized in jobs for _ in tokenized.rows]
         found: list[score.Scored | None] = [None] * len(rows)
-        pause = context.checkpoint or (lambda: None)
-        with_target = self.inputs.has_target
-        for indices, states, bounds in (
-            self._target_logits(rows, context) if with_target else self.states(rows, context)
-        ):
-            for at, start, stop in zip(indices, bounds.tolist(), bounds.tolist()[1:], strict=False):
-                options = owners[at].options
-                assert isinstance(options, ScoreOptions), "bug: not options of scores"
-                arguments = states[start:stop], rows[at].target or rows[at].ids, self._logits, options
-                found[at] = score.score(*arguments, is_shifted=with_target, pause=pause)
+        pause = context.checkpoint or no_checkpoint
+        for at, states in by_row(self.scored_states(rows, context)):
+            options = owners[at].options
+            assert isinstance(options, ScoreOptions), "bug: not options of scores"
+            arguments = states, rows[at].target or rows[at].ids, self.logits, options
+            found[at] = score.score(*arguments, is_shifted=self.inputs.has_target, pause=pause)
         results, at = [], 0
         for _, tokenized in jobs:
             mine = [one for one in found[at : at + len(tokenized.rows)] if one is not None]
@@ -137,16 +140,15 @@ class Model:
             at += len(tokenized.rows)
         return results
 
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
         """[n, vocabulary] float32; of models with a target `states` are logits already."""
         return states.float() if self.inputs.has_target else heads.next_token_logits(self.module, states)
 
     def _hidden(self, tokenized: Tokenized, context: hook.ForwardContext, layer: int) -> Computed:
         rows = tokenized.rows
         parts: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        for indices, states, bounds in self.states(rows, context, layer):
-            for at, start, stop in zip(indices, bounds.tolist(), bounds.tolist()[1:], strict=False):
-                parts[at] = states[start:stop].cpu()
+        for at, states in by_row(self.states(rows, context, layer)):
+            parts[at] = states.cpu()
         return Computed({"hidden_states": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])})
 
     def _explain(self, request: ForwardRequest, tokenized: Tokenized, context: hook.ForwardContext) -> Computed:
@@ -158,7 +160,7 @@ class Model:
         looked = explain.Look(tokenized.query, keeps_all=options.rollout)
         for _ in self.states([row], replace(context, observe=looked.see)):
             pass  # the observer has seen it all
-        return Computed({}, explain.document(looked, tokens, options, context.checkpoint or (lambda: None)))
+        return Computed({}, explain.document(looked, tokens, options, context.checkpoint or no_checkpoint))
 
     # -- passes -------------------------------------------------------------------------------------------------
 
@@ -177,6 +179,10 @@ class Model:
             arguments = self._batch([rows[at] for at in batch])
             arguments.pop("decoder_input_ids", None)  # `base` is the encoder
             yield batch, *self._flat(self._states(context, None, layer, arguments))
+
+    def scored_states(self, rows: Sequence[Row], context: hook.ForwardContext) -> Iterator[States]:
+        """What `logits` turns into logits of the tokens that are scored."""
+        return self._target_logits(rows, context) if self.inputs.has_target else self.states(rows, context)
 
     def _target_logits(self, rows: Sequence[Row], context: hook.ForwardContext) -> Iterator[States]:
         """Logits of the targets, as the model's own forward pass makes them."""

@@ -26,7 +26,6 @@ from service.core import (
     AttentionRequest,
     ErrorReport,
     ForwardRequest,
-    LayerKind,
     ModelInfo,
     Plan,
     PlanKind,
@@ -37,28 +36,10 @@ from service.core import (
 )
 from service.engine.engine import Engine
 from service.errors import CODES, FarsightError, Kind
+from tests.api.common import INFO
 
 T = TypeVar("T")
 
-INFO = ModelInfo(
-    name="mini",
-    task="embed",
-    architecture="bert",
-    dtype="float32",
-    max_length=128,
-    dimensions=3,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=4,
-    vocab_size=100,
-    parameters=1000,
-    hidden_size=4,
-    intermediate_size=4,
-    linear_parameters=100,
-    attention=(LayerKind(1, is_causal=False),),
-    packed=True,
-)
 SAMPLE = torch.arange(8.0).reshape(1, 1, 2, 4)
 RAW = bytes(wire.to_raw(SAMPLE))
 

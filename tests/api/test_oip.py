@@ -24,8 +24,6 @@ from service.core import (
     EmbedOptions,
     ErrorReport,
     ForwardRequest,
-    LayerKind,
-    ModelInfo,
     Plan,
     PlanKind,
     Priority,
@@ -36,26 +34,8 @@ from service.core import (
     Work,
 )
 from service.errors import FarsightError, Kind
+from tests.api.common import INFO
 
-INFO = ModelInfo(
-    name="mini",
-    task="embed",
-    architecture="bert",
-    dtype="float32",
-    max_length=128,
-    dimensions=3,
-    num_layers=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=4,
-    vocab_size=100,
-    parameters=1000,
-    hidden_size=4,
-    intermediate_size=4,
-    linear_parameters=100,
-    attention=(LayerKind(1, is_causal=False),),
-    packed=True,
-)
 SAMPLE = torch.arange(8.0).reshape(1, 1, 2, 4)
 
 
