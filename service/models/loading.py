@@ -42,6 +42,7 @@ CHECK_PLAN = Plan(PlanKind.DENSE, Work(0, 0, 0, 0), 0.0, "start-up check")
 CHECK_LENGTHS = (17, 5)  # tokens of the two sequences of the check
 # relative L2 distance to eager attention that rounding explains, by dtype
 CHECK_ERROR = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+WARM_REPEATS, WARM_S = 12, 0.25  # of the check's sequence: about 200 tokens; passes longer than this are warm enough
 STEPWISE_ROPE = ("dynamic", "longrope")  # frequencies that change with the longest sequence of a pass
 
 
@@ -77,7 +78,7 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
         max_batch_tokens=settings.max_batch_tokens,
         resets=tuple(_rope_resets(module)),
     )
-    return _timed(_proven(model))
+    return _warm(_proven(model))
 
 
 # -- files to modules -------------------------------------------------------------------------------------------
@@ -356,15 +357,25 @@ def _layers(model: Model, rows: list[Row]) -> tuple[LayerKind, ...]:
     return tuple(LayerKind(count, one.is_causal, one.window) for one, count in Counter(context.patterns).items())
 
 
-def _timed(model: Model) -> Model:
-    """With the fastest of a few passes of four tokens: what every pass costs, however short."""
-    rows = _check_rows(model)[:1]
-    rows = [replace(row, ids=row.ids[:4]) for row in rows]
-    times = []
-    with torch.inference_mode():
-        for _ in range(5):
-            start = time.perf_counter()
-            for _, states, _ in model.states(rows, hook.ForwardContext(CHECK_PLAN)):
-                states.cpu()  # waits for the device
-            times.append(time.perf_counter() - start)
-    return replace(model, info=replace(model.info, smallest_pass_s=min(times)))
+def _warm(model: Model) -> Model:
+    """With the fastest of a few passes of four tokens: what every pass costs, however short.
+
+    Then ever larger passes, as requests will make them: what libraries prepare at the first pass of a size (kernels,
+    memory) is not the first caller's time.
+    """
+    row = _check_rows(model)[0]
+    short = replace(row, ids=row.ids[:4])
+    smallest_s = min(_pass_s(model, [short]) for _ in range(5))
+    row = replace(row, ids=(row.ids * WARM_REPEATS)[: model.info.max_length])
+    count = 1
+    while count * len(row) <= model.max_batch_tokens and _pass_s(model, [row] * count) < WARM_S:
+        count *= 2
+    return replace(model, info=replace(model.info, smallest_pass_s=smallest_s))
+
+
+@torch.inference_mode()
+def _pass_s(model: Model, rows: list[Row]) -> float:
+    start = time.perf_counter()
+    for _, states, _ in model.states(rows, hook.ForwardContext(CHECK_PLAN)):
+        states[-1].cpu()  # waits for the device
+    return time.perf_counter() - start
