@@ -98,7 +98,14 @@ class Config(BaseSettings):
         "cores 0.05 gave 60 % of the throughput of larger ones: other threads disturb small products more.",
     )
     max_batch_tokens: int = Field(16384, ge=1, description="Tokens of one packed forward pass.")
-    max_queue_s: float = Field(30.0, gt=0, description="Predicted device seconds that may wait.")
+    max_queue_s: float = Field(
+        30.0,
+        gt=0,
+        description="Predicted device seconds that may wait; what has waited longer than this goes first.",
+    )
+    tenant_weights: dict[str, float] = Field(
+        {}, description="Shares of the device between tenants that have work at the same time; default 1 each."
+    )
     default_timeout_s: float = Field(300.0, gt=0)
 
     # attention

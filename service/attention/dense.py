@@ -11,10 +11,9 @@ from torch.nn.functional import pad
 
 from service.attention.masks import Bounds, MaskSpec, as_bias, cut, offset_of, row_bounds
 from service.attention.merge import Partial, merge
-from service.attention.output import AttentionOutput, Checkpoint
+from service.attention.output import AttentionOutput, Checkpoint, slice_flops
 from service.attention.scores import block_scores, default_scale, exponentiate, grouped, lse_of, normalise
 
-BLOCK_FLOPS = 4e9  # ~40 ms at the 100 GFLOP/s that 2 AVX2 cores gave the CPU kernel
 TILE_ROWS = 1024  # fewer, and keys are read too often; more, and the kernel shares a triangle's work unevenly
 SCRATCH_BYTES = 64 * 2**20
 
@@ -37,7 +36,7 @@ def attend(
     batch, heads, query_length, head_dim = query.shape
     key_length, value_dim = value.shape[2:]
     flops = 4.0 * batch * heads * query_length * key_length * max(head_dim, value_dim)
-    if softcap is None and mask.attn_mask is None and (checkpoint is None or flops <= _block_flops(query.device)):
+    if softcap is None and mask.attn_mask is None and (checkpoint is None or flops <= slice_flops(query.device)):
         causal = _simple(mask, query_length, key_length, query.device)
         if causal is not None:
             return AttentionOutput(*_kernel(query, key, value, causal, None, scale))
@@ -50,11 +49,6 @@ def attend(
         part = query[b, hq, rows], key[b, h], value[b, h]
         out[b, hq, rows], lse[b, hq, rows] = _rows(*part, mask, (b, h, hq, rows), query_length, scale, softcap)
     return AttentionOutput(out, lse)
-
-
-def _block_flops(device: torch.device) -> float:
-    """Of one call between checkpoints; a GPU is a few thousand times as fast (not measured)."""
-    return BLOCK_FLOPS * 2000 if device.type == "cuda" else BLOCK_FLOPS
 
 
 def _simple(mask: MaskSpec, query_length: int, key_length: int, device: torch.device) -> bool | None:
@@ -81,7 +75,7 @@ def _tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, by_time:
     group = heads // kv_heads
     flops = 4.0 * group * key_length * max(head_dim, value.shape[3])
     share = max(
-        flops / _block_flops(query.device) if by_time else 0.0, 4.0 * group * key_length / SCRATCH_BYTES
+        flops / slice_flops(query.device) if by_time else 0.0, 4.0 * group * key_length / SCRATCH_BYTES
     )  # of a row
     rows = max(1, min(query_length, TILE_ROWS, int(1 / share)))
     units = max(1, int(1 / (rows * share)))

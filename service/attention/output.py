@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+SLICE_FLOPS = 4e9  # ~40 ms at the 100 GFLOP/s that 2 AVX2 cores gave torch's attention kernel
 Checkpoint = Callable[[], None]  # called between blocks of work; raises to stop the computation
 
 
@@ -23,6 +24,11 @@ class AttentionOutput:
     pairs_scored: int | None = None  # visible pairs of the selected blocks and the outlier columns, over all heads
     risky_rows: torch.Tensor | None = None  # [n, 3] int64 (batch, head, row): what the selector rates riskiest
     lse_read: torch.Tensor | None = None  # like lse, over the keys that were read; the rest of lse is estimated
+
+
+def slice_flops(device: torch.device) -> float:
+    """Of one call between checkpoints; a GPU is a few thousand times as fast (not measured)."""
+    return SLICE_FLOPS * 2000 if device.type == "cuda" else SLICE_FLOPS
 
 
 def no_checkpoint() -> None:

@@ -27,12 +27,14 @@ from service.core import (
     Request,
 )
 from service.engine.accounting import shares
-from service.engine.executor import clear_memory, is_out_of_memory, synchronize
+from service.engine.executor import EnqueuedAhead, clear_memory, is_device_lost, is_out_of_memory, synchronize
 from service.engine.planner import max_error
 from service.errors import FarsightError, Kind
 from service.models.hook import ForwardContext
 from service.models.model import Model
 from service.models.tokens import Tokenized
+
+Between = Callable[[float], bool]
 
 
 class Stopped(Exception):
@@ -67,6 +69,14 @@ class Job:
     def priority(self) -> Priority:
         return self.request.options.priority
 
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.plan.work.peak_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -91,43 +101,103 @@ class Result:
     device_s: float
     batch_requests: int
     batch_tokens: int
+    paused_s: float = 0.0  # while it had begun, other work had the device
+    slice_s: float = 0.0  # longest time between two of its checkpoints
+
+
+class DeviceLost(Exception):
+    """The device answers no more; nothing of this replica can."""
+
+
+class _Run:
+    """One run on the device: its own time, its pauses, and its checkpoints."""
+
+    def __init__(self, jobs: Sequence[Job], clock: Callable[[], float], between: Between, device: torch.device) -> None:
+        self._jobs, self._clock, self._between = jobs, clock, between
+        self._ahead = EnqueuedAhead(device)
+        self._device = device
+        self.started_s = self._resumed_s = clock()
+        self.paused_s = self.slice_s = 0.0
+
+    @property
+    def used_s(self) -> float:
+        return self._clock() - self.started_s - self.paused_s
+
+    def checkpoint(self) -> None:
+        """Called by whatever computes, every few milliseconds: stops what nobody waits for, lets others run."""
+        self._ahead.mark()
+        now_s = self._clock()
+        self._ends_slice(now_s)
+        if all(job.cancelled or now_s > job.deadline_s for job in self._jobs):
+            raise Stopped
+        try:
+            ran = self._between(now_s - self.started_s - self.paused_s)
+        except Exception as error:  # not this run's failure
+            raise DeviceLost(repr(error)) from error
+        if ran:
+            self._resumed_s = self._clock()
+            self.paused_s += self._resumed_s - now_s
+
+    def end(self) -> None:
+        synchronize(self._device)
+        self._ends_slice(self._clock())
+
+    def _ends_slice(self, now_s: float) -> None:
+        self.slice_s = max(self.slice_s, now_s - self._resumed_s)
+        self._resumed_s = now_s
 
 
 class BatchRunner:
-    """Knows how to compute jobs; lives on the device thread."""
+    """Knows how to compute jobs; lives on the device thread.
 
-    def __init__(self, config: Config, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+    `between` is called at checkpoints with the seconds that the run has used; it may run other work, and says whether.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+        between: Between = lambda _: False,
+    ) -> None:
         self._config = config
         self._device = device
         self._clock = clock
+        self._between = between
 
-    def run(self, jobs: Sequence[Job]) -> list[Result]:
-        """One result per job, in order. A failing batch is retried member by member: only the guilty one fails."""
-        start = self._clock()
+    def run(self, jobs: Sequence[Job], owners: Sequence[Job] = ()) -> list[Result]:
+        """One result per job, in order. A failing batch is retried member by member: only the guilty one fails.
+
+        The time of a failed joint attempt belongs to those that then fail; where none does, to all. `owners`: who wait
+        for it, where `jobs` are others in their place. Raises DeviceLost.
+        """
+        run = _Run(owners or jobs, self._clock, self._between, self._device)
         try:
-            outcomes = self._compute(jobs)
-            synchronize(self._device)
-        except Exception as error:  # noqa: BLE001 (every kind of failure must become this job's one answer)
-            if len(jobs) > 1:
-                return [self.run([job])[0] for job in jobs]
+            outcomes = self._compute(jobs, run.checkpoint)
+            run.end()
+        except Exception as error:
+            if isinstance(error, DeviceLost) or is_device_lost(error):
+                raise DeviceLost(str(error)) from error
+            used_s = run.used_s
             if is_out_of_memory(error):
                 clear_memory(self._device)
+            if len(jobs) > 1 and not isinstance(error, Stopped):
+                return _with_time(used_s, [self.run([job])[0] for job in jobs])
+            if is_out_of_memory(error):
+                if (smaller := _with_less_memory(jobs[0])) is not None:
+                    return _with_time(used_s, self.run([smaller], jobs))
                 error = FarsightError(
                     Kind.OUT_OF_MEMORY,
-                    f"the device ran out of memory; predicted peak was {jobs[0].plan.work.peak_bytes} bytes",
+                    f"the device ran out of memory; predicted peak was {jobs[0].peak_bytes} bytes",
                 )
-            return [Result(error, start, self._clock() - start, 1, 0)]
-        device_s = self._clock() - start
-        parts = shares(device_s, [job.plan.work.flops for job in jobs])
+            parts = shares(used_s, [job.plan.work.flops for job in jobs])
+            return [Result(error, run.started_s, part, len(jobs), 0, run.paused_s, run.slice_s) for part in parts]
+        parts = shares(run.used_s, [job.plan.work.flops for job in jobs])
         tokens = sum(tokens_of(job) for job in jobs)
-        return [Result(outcome, start, part, len(jobs), tokens) for outcome, part in zip(outcomes, parts, strict=True)]
+        told = len(jobs), tokens, run.paused_s, run.slice_s
+        return [Result(outcome, run.started_s, part, *told) for outcome, part in zip(outcomes, parts, strict=True)]
 
-    def _compute(self, jobs: Sequence[Job]) -> list[Outcome]:
-        def checkpoint() -> None:
-            now_s = self._clock()
-            if all(job.cancelled or now_s > job.deadline_s for job in jobs):
-                raise Stopped
-
+    def _compute(self, jobs: Sequence[Job], checkpoint: Callable[[], None]) -> list[Outcome]:
         checkpoint()
         if isinstance(jobs[0].request, ForwardRequest):
             return self._forward(jobs, checkpoint)
@@ -267,6 +337,32 @@ class BatchRunner:
             "max_density": self._config.max_density,
             "exact_kind": job.exact_kind,
         }
+
+
+def _with_time(seconds: float, results: list[Result]) -> list[Result]:
+    """`seconds` of a failed attempt, added to those who failed again, or to all."""
+    failed = [isinstance(result.outcome, Exception) for result in results]
+    part_s = seconds / (sum(failed) or len(results))
+    return [
+        replace(one, device_s=one.device_s + part_s) if fails or not any(failed) else one
+        for one, fails in zip(results, failed, strict=True)
+    ]
+
+
+def _with_less_memory(job: Job) -> Job | None:
+    """The same work in smaller pieces: attention exact, by blocks; forwards by fewer tokens. None: there are none."""
+    if isinstance(job.request, AttentionRequest):
+        if job.plan.kind is PlanKind.CHUNKED:
+            return None
+        reason = f"{job.plan.reason}; the device ran out of memory"
+        plan = replace(job.plan, kind=PlanKind.CHUNKED, reason=reason, selection=None, epsilon=None)
+        return replace(job, plan=plan)
+    assert job.model is not None, "bug: a forward job without its model"
+    longest = max((len(row) for row in tokenized_of(job).rows), default=0)
+    tokens = min(job.model.max_batch_tokens, tokens_of(job)) // 2
+    if tokens < longest:
+        return None
+    return replace(job, model=replace(job.model, max_batch_tokens=tokens))
 
 
 def _with_layers(outcome: Outcome, layers: tuple[LayerReport, ...]) -> Outcome:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -37,7 +37,17 @@ from service.core import (
 from service.engine import planner
 from service.engine.accounting import cost_usd
 from service.engine.admission import Admission
-from service.engine.batch import BatchRunner, Job, Outcome, Result, Stopped, batch_key, forward_key, tokens_of
+from service.engine.batch import (
+    BatchRunner,
+    DeviceLost,
+    Job,
+    Outcome,
+    Result,
+    Stopped,
+    batch_key,
+    forward_key,
+    tokens_of,
+)
 from service.engine.calibration import DeviceProfile
 from service.engine.cost import (
     attention_effort,
@@ -47,10 +57,10 @@ from service.engine.cost import (
     returned_weights,
     weights_bytes,
 )
-from service.engine.executor import Executor, pick_device
+from service.engine.executor import Executor, Task, pick_device, synchronize
 from service.engine.output_audit import Audit, OutputAudits, output_error
 from service.engine.profiles import load_or_measure
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import Batch, Scheduler, beneath
 from service.errors import FarsightError, Kind, invalid, too_large
 from service.models.loading import LoadSettings
 from service.models.model import Model
@@ -78,7 +88,7 @@ class Estimate:
 
 
 class Engine:
-    """One device's queue, models and accounts. Everything but `BatchRunner.run` happens on the event loop."""
+    """One device's queue, models and accounts: on the event loop, but for what the device thread does."""
 
     def __init__(
         self,
@@ -87,7 +97,7 @@ class Engine:
         profile: DeviceProfile,
         models: Registry,
         device: torch.device,
-        executor: Executor,
+        cpu_threads: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config
@@ -96,11 +106,17 @@ class Engine:
         self.admission = Admission(config)
         self.models = models
         self._clock = clock
+        self._device = device
         # the profile does not change, so equal sizes and options have equal plans
         self._cached_plan = lru_cache(4096)(partial(planner.plan_attention, profile=profile, config=config))
-        self._scheduler: Scheduler[Job] = Scheduler(config.target_slice_s)
-        self._executor = executor
-        self._runner = BatchRunner(config, device, clock)
+        self._scheduler: Scheduler[Job] = Scheduler(
+            config.target_slice_s,
+            max_wait_s=config.max_queue_s,
+            max_bytes=planner.max_peak_bytes(profile, config),
+            tenant_weights=config.tenant_weights,
+        )
+        self._runner = BatchRunner(config, device, clock, self._between)
+        self._stack: list[Batch[Job]] = []  # on the device: each waits for the next one
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="parse")
         self._decoders = ThreadPoolExecutor(1, thread_name_prefix="decode")
         # one thread of its own: a model that loads takes neither the parsers' time nor all the device's cores
@@ -108,8 +124,11 @@ class Engine:
         # fastest pass seen of each model: no pass can have a fixed part that is longer, whatever was measured at load
         self._fastest_s: dict[ModelInfo, float] = {}  # by what was measured: a reloaded model begins anew
         self._audits = OutputAudits(config.output_audit_share)
-        self._auditing: Audit | None = None
-        self._running_until_s: float | None = None  # predicted end of the batch on the device; None = idle
+        self._auditing: Batch[Job] | None = None
+        self._lost = ""  # why the device answers no more
+        self._waiting: set[Job] = set()  # for their one result
+        # last: its thread takes work at once. Its condition guards the scheduler, the stack and the audits
+        self._executor = Executor(cpu_threads, self._next, self._died)
 
     @classmethod
     def start(cls, config: Config, metrics: Metrics) -> Engine:
@@ -120,14 +139,14 @@ class Engine:
         models = Registry(LoadSettings(device, config.max_text_bytes, config.max_batch_tokens))
         models.set(config.models)
         profile = load_or_measure(device, config.cache_dir)
-        return cls(config, metrics, profile, models, device, Executor(threads))
+        return cls(config, metrics, profile, models, device, threads)
 
     # -- what is asked of it ------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
-        """The device thread lives."""
-        return self._executor.alive
+        """The device thread lives, and its device answers."""
+        return self._executor.alive and not self._lost
 
     @property
     def ready(self) -> bool:
@@ -141,9 +160,13 @@ class Engine:
 
     @property
     def ahead_s(self) -> float:
-        """Predicted device seconds before a new request could start."""
-        running_s = 0.0 if self._running_until_s is None else max(0.0, self._running_until_s - self._clock())
-        return self._scheduler.queued_s + running_s
+        """Predicted device seconds of all that waits or runs."""
+        return self._ahead_s(math.inf)
+
+    def _ahead_s(self, predicted_s: float) -> float:
+        """Predicted device seconds before a request of `predicted_s` could start."""
+        with self._executor.condition:
+            return self._scheduler.ahead_s(predicted_s, self._stack)
 
     @property
     def auditing(self) -> bool:
@@ -235,21 +258,24 @@ class Engine:
         priced = planner.candidates(shape, options, self.profile, self.config)
         try:
             plan = self._plan(shape, options)
-            self.admission.admit(plan.predicted_s, self.ahead_s, self._timeout_s(options.timeout_s))
         except FarsightError as error:
             return Estimate(priced, None, error.message, self.ahead_s, would_admit=False)
-        return Estimate(priced, plan.kind, plan.reason, self.ahead_s, would_admit=True)
+        return self._estimated(priced, plan, options.timeout_s)
 
     async def estimate_forward(self, request: ForwardRequest) -> Estimate:
         """Price a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
         model = self.models.model(request.model)
         plan = self._plan_forward(model, await self._tokenize(model, request), request)
         priced = {plan.kind: planner.Candidate(plan.kind, plan.work, plan.predicted_s, True, "fits")}
+        return self._estimated(priced, plan, request.options.timeout_s)
+
+    def _estimated(self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None) -> Estimate:
+        ahead_s = self._ahead_s(plan.predicted_s)
         try:
-            self.admission.admit(plan.predicted_s, self.ahead_s, self._timeout_s(request.options.timeout_s))
+            self.admission.admit(plan.predicted_s, ahead_s, self._timeout_s(timeout_s))
         except FarsightError as error:
-            return Estimate(priced, plan.kind, error.message, self.ahead_s, would_admit=False)
-        return Estimate(priced, plan.kind, plan.reason, self.ahead_s, would_admit=True)
+            return Estimate(priced, plan.kind, error.message, ahead_s, would_admit=False)
+        return Estimate(priced, plan.kind, plan.reason, ahead_s, would_admit=True)
 
     def close(self) -> None:
         """End the threads once what is queued on them has run; later requests are refused as unavailable."""
@@ -262,10 +288,11 @@ class Engine:
 
     async def _answer(self, request: Request, arrived_s: float) -> Answer:
         if not self.alive:
-            raise FarsightError(Kind.UNAVAILABLE, "the device of this replica does not answer", retry_after_s=1.0)
+            raise _unavailable()
         timeout_s = self._timeout_s(request.options.timeout_s)
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
-        self.admission.admit(job.predicted_s, self.ahead_s, timeout_s, spent_s=job.queued_s - arrived_s)
+        ahead_s = self._ahead_s(job.predicted_s)
+        self.admission.admit(job.predicted_s, ahead_s, timeout_s, spent_s=job.queued_s - arrived_s)
         return self._account(job, await self._run(job))
 
     async def _job(self, request: Request, arrived_s: float, deadline_s: float) -> Job:
@@ -287,22 +314,26 @@ class Engine:
     async def _run(self, job: Job) -> Result:
         """Queue the job and wait for its result, its deadline, or its caller's leaving."""
         timer = asyncio.get_running_loop().call_later(max(0.0, job.deadline_s - self._clock()), self._expire, job)
-        self._scheduler.add(job)
-        if self._auditing is not None:
-            self._auditing.job.cancelled = True  # gives way at its next checkpoint
-        self._dispatch()
+        with self._executor.condition:
+            if not self.alive:
+                raise _unavailable()
+            self._scheduler.add(job)
+            self._waiting.add(job)
+            self._executor.wake()
         try:
             return await job.future
         finally:
             timer.cancel()
-            if not job.future.done() or job.future.cancelled():
-                job.cancelled = True
+            job.cancelled = True  # stops at its next checkpoint, where it still runs
+            with self._executor.condition:
+                self._waiting.discard(job)
                 self._scheduler.discard(job)
 
     def _expire(self, job: Job) -> None:
         """The deadline passed: queued work never starts, running work stops at its next checkpoint."""
         job.cancelled = True
-        was_queued = self._scheduler.discard(job)
+        with self._executor.condition:
+            was_queued = self._scheduler.discard(job)
         if not job.future.done():
             job.future.set_exception(self._late(job, "waiting in the queue" if was_queued else "running"))
 
@@ -310,38 +341,77 @@ class Engine:
         waited_s = self._clock() - job.arrived_s
         return FarsightError(Kind.DEADLINE, f"not finished after {waited_s:.3g} s ({state})", code="timeout")
 
-    def _dispatch(self) -> None:
-        """Give the device its next batch, if it is idle."""
-        if self._running_until_s is not None:
-            return
-        now_s = self._clock()
-        jobs = self._scheduler.next_batch(now_s)
-        if not jobs and (audit := self._audits.next()) is not None:
-            self._auditing, jobs = audit, [audit.job]
-            self._running_until_s = now_s  # who waits for it waits for one slice
-        elif not jobs:
-            return
-        else:
-            self._running_until_s = now_s + jobs[0].shared_s + sum(job.predicted_s - job.shared_s for job in jobs)
-        loop = asyncio.get_running_loop()
+    # -- on the device thread -----------------------------------------------------------------------------------
 
-        def run() -> None:
-            try:
-                results = self._runner.run(jobs)
-            except BaseException as error:  # noqa: BLE001 (not even a bug in the runner may end the device thread)
-                results = [Result(RuntimeError(repr(error)), now_s, 0.0, 1, 0) for _ in jobs]
-            loop.call_soon_threadsafe(self._finished, jobs, results)
+    def _next(self) -> Task | None:
+        """What an idle device should do now."""
+        if (batch := self._scheduler.next_batch(self._clock())) is not None:
+            return self._enter(batch)
+        if (audit := self._audits.next()) is not None:
+            self._auditing = beneath(audit.job)
+            return partial(self._audit, audit)
+        return None
 
-        self._executor.submit(run)
+    def _enter(self, batch: Batch[Job]) -> Task:
+        self._stack.append(batch)
+        return partial(self._run_batch, batch)
+
+    def _run_batch(self, batch: Batch[Job]) -> None:
+        try:
+            results = self._runner.run(batch.items)
+        except DeviceLost as error:
+            self._lost = str(error)
+            raise
+        with self._executor.condition:
+            self._stack.remove(batch)
+            self._scheduler.finished(batch, sum(result.device_s for result in results))
+        self._hand_over(batch.items[0], self._finished, batch.items, results)
+
+    def _between(self, used_s: float) -> bool:
+        """At a checkpoint of the innermost run, which has used `used_s`: run what has more claim to the device."""
+        ran = False
+        while True:
+            with self._executor.condition:
+                below = [] if self._auditing is None else [self._auditing]
+                if self._stack:
+                    self._scheduler.served(self._stack[-1], used_s)
+                batch = self._scheduler.next_batch(self._clock(), below + self._stack)
+                if batch is None and not self._stack and len(self._scheduler):
+                    below[0].items[0].cancelled = True  # no room beside an audit: it is let go
+                task = None if batch is None else self._enter(batch)
+            if task is None:
+                return ran
+            if not ran:
+                synchronize(self._device)  # what was enqueued is the interrupted run's time
+            ran = True
+            task()
+
+    def _audit(self, audit: Audit) -> None:
+        """Run an answered request again, exactly. Whoever comes meanwhile runs first."""
+        try:
+            result = self._runner.run([audit.job])[0]
+        except DeviceLost as error:
+            self._lost = str(error)
+            raise
+        with self._executor.condition:
+            self._auditing = None
+        self._hand_over(audit.job, self._audited, audit, result)
+
+    def _died(self) -> None:
+        """The device thread ends: nobody waits for what will not come. Ray replaces the replica."""
+        with self._executor.condition:
+            left = tuple(self._waiting)
+        for job in left:
+            self._hand_over(job, _give_up, job)
+
+    def _hand_over(self, job: Job, function: Callable[..., None], *arguments: Any) -> None:
+        """Call `function` on the event loop of `job`; a loop that has ended has nobody waiting on it."""
+        with suppress(RuntimeError):
+            job.future.get_loop().call_soon_threadsafe(function, *arguments)
+
+    # -- back on the event loop ---------------------------------------------------------------------------------
 
     def _finished(self, jobs: list[Job], results: list[Result]) -> None:
-        self._running_until_s = None
-        audit, self._auditing = self._auditing, None
-        if audit is not None:
-            self._audited(audit, results[0])
-        self._dispatch()  # first the device, then the bookkeeping
-        if audit is not None:
-            return
         for job, result in zip(jobs, results, strict=True):
             if job.future.done():  # late or gone: already answered
                 continue
@@ -351,23 +421,25 @@ class Engine:
                 job.future.set_result(result)
                 if isinstance(job.request, ForwardRequest):
                     self.metrics.padding.set(result.outcome.padding)
-                self._audits.consider(job, result.outcome)
+                self._consider(job, result.outcome)
         if (model := jobs[0].model) is not None and isinstance(results[0].outcome, Outcome):
             took_s = sum(result.device_s for result in results)
             self._fastest_s[model.info] = min(took_s, self._fastest_s.get(model.info, took_s))
         self.metrics.batch(results, self._scheduler.queued_s)
-        self._dispatch()  # an audit may have come
+
+    def _consider(self, job: Job, outcome: Outcome) -> None:
+        with self._executor.condition:
+            self._audits.consider(job, outcome)
+            self._executor.wake()
 
     def _audited(self, audit: Audit, result: Result) -> None:
-        """Compare, or put back what gave way. Its device time is nobody's request."""
+        """Compare. Its device time is nobody's request."""
         model = self._label(audit.job.request)
         self.metrics.device_seconds.labels(model, audit.job.plan.kind.value, "audit").inc(result.device_s)
         if isinstance(result.outcome, Outcome):
             measure, error = output_error(audit.answered, result.outcome.tensors)
             self.metrics.audit_output_error.labels(model, measure).observe(error)
-        elif isinstance(result.outcome, Stopped):
-            self._audits.interrupted(audit)
-        else:
+        elif not isinstance(result.outcome, Stopped):
             logger.error("audit of request %s failed", audit.job.request.id, exc_info=result.outcome)
 
     def _failure(self, job: Job, error: Exception) -> FarsightError:
@@ -491,6 +563,15 @@ class Engine:
                     code="weights_too_large",
                     param="returns",
                 )
+
+
+def _unavailable() -> FarsightError:
+    return FarsightError(Kind.UNAVAILABLE, "the device of this replica does not answer", retry_after_s=1.0)
+
+
+def _give_up(job: Job) -> None:
+    if not job.future.done():
+        job.future.set_exception(_unavailable())
 
 
 def _endpoint(request: Request) -> str:

@@ -1,16 +1,18 @@
-"""The device thread: all device work of a replica runs here, one batch at a time, never on the event loop."""
+"""The device thread: all device work of a replica runs here, never on the event loop."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+MARKS_AHEAD = 2  # checkpoints that a GPU may be behind
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -20,32 +22,70 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-class Executor:
-    """Runs callables one after another on a thread of its own."""
+Task = Callable[[], None]
 
-    def __init__(self, cpu_threads: int) -> None:
-        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+class Executor:
+    """Runs one task after another on a thread of its own; the thread takes the next one itself, the moment it is free.
+
+    `next_task` is called with `condition` held, which guards whatever it reads; None: nothing to do until `wake`.
+    Tasks hand over their own results and errors. If one raises nevertheless, the thread ends and `on_death` is called.
+    """
+
+    def __init__(self, cpu_threads: int, next_task: Callable[[], Task | None], on_death: Callable[[], None]) -> None:
+        self.condition = threading.Condition()
         self._cpu_threads = cpu_threads
+        self._next_task, self._on_death = next_task, on_death
+        self._stops = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._stops
 
-    def submit(self, task: Callable[[], None]) -> None:
-        """Queue `task`; it must hand its own result and errors over, nothing is caught here."""
-        self._tasks.put(task)
+    def wake(self) -> None:
+        """There may be work; called with `condition` held."""
+        self.condition.notify()
 
     def stop(self) -> None:
-        """Finish what is queued, then end the thread."""
-        self._tasks.put(None)
+        """Finish what there is to do, then end the thread."""
+        with self.condition:
+            self._stops = True
+            self.condition.notify()
         self._thread.join()
 
     def _run(self) -> None:
         torch.set_num_threads(self._cpu_threads)
-        while (task := self._tasks.get()) is not None:
-            task()
+        try:
+            while (task := self._wait()) is not None:
+                task()
+        finally:
+            self._on_death()
+
+    def _wait(self) -> Task | None:
+        with self.condition:
+            while (task := self._next_task()) is None and not self._stops:
+                self.condition.wait()
+            return task
+
+
+class EnqueuedAhead:
+    """Bounds the work that a GPU is given ahead of time: what is enqueued can be neither stopped nor overtaken."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._marks: deque[torch.cuda.Event] = deque()
+
+    def mark(self) -> None:
+        """At a checkpoint: wait until the device is at the one before the last."""
+        if not self._is_cuda:
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append(event)
+        if len(self._marks) > MARKS_AHEAD:
+            self._marks.popleft().synchronize()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,6 +93,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """After a CUDA error that is not about memory the context is lost: every later call fails too."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
 def clear_memory(device: torch.device) -> None:

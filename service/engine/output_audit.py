@@ -17,7 +17,6 @@ from service.engine.batch import Job, Outcome
 
 MAX_WAITING = 4  # sparse answers held for their audit: each keeps its output
 MAX_BYTES = 64 * 1024**2  # of one output that is held
-MAX_TRIES = 3  # an audit gives way to every request that arrives
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +25,6 @@ class Audit:
 
     job: Job
     answered: Mapping[str, torch.Tensor]
-    tries: int = 0
 
 
 class OutputAudits:
@@ -52,13 +50,6 @@ class OutputAudits:
 
     def next(self) -> Audit | None:
         return self._waiting.popleft() if self._waiting else None
-
-    def interrupted(self, audit: Audit) -> None:
-        """Requests came first; it is tried again."""
-        audit.tries += 1
-        audit.job.cancelled = False
-        if audit.tries < MAX_TRIES:
-            self._waiting.append(audit)
 
 
 def output_error(answered: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> tuple[str, float]:

@@ -1,18 +1,32 @@
-"""What runs next: highest response ratio first, batches of one key filled by predicted seconds.
+"""What runs next: fair shares between classes, tenants and sizes; highest response ratio first; batches of one key.
 
-Pure and clock-free: every call is given `now_s`. Owned by the event loop, so it needs no lock.
+Pure and clock-free: every call is given `now_s`. Its owner calls it under one lock.
+
+Shares are start-time fair queuing (Goyal, Vin, Cheng 1996) on device seconds, level by level: class, then short and
+long work, then tenant. A share that nobody uses goes to the others. Within one share work goes by its response ratio,
+(wait + predicted) / predicted, until it has waited `max_wait_s`: then the oldest goes first. Where a share has no less
+than f of the device, at most Q predicted seconds are queued and no request is over P, nothing waits longer than
+max_wait_s + (Q + 3 P) / f: those that are older, what runs in its share with what interrupted that, and a longer run of
+another share that it cannot interrupt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from service.core import Priority
 
-# A batch-class request competes with a tenth of its response ratio: interactive work goes first,
-# yet the ratio grows with waiting, so nothing starves.
-BATCH_SHARE = 0.1
+# of the device, where both sides have work
+CLASS_SHARES = {Priority.INTERACTIVE: 0.9, Priority.BATCH: 0.1}
+SHORT_SHARE, LONG_SHARE = 0.75, 0.25
+SLICE_S = 0.05  # longest time that a run keeps the device from shorter work
+MAX_LONG = 4  # long runs on the device, each waiting for the next, which is less than half as long
+STEPS_PER_OCTAVE = 4  # work within a quarter of an octave goes in order of arrival
+MAX_MISFITS = 16  # requests looked at after the first that does not fit a batch
 
 
 class Waiting(Protocol):
@@ -28,25 +42,124 @@ class Waiting(Protocol):
     def arrived_s(self) -> float: ...
     @property
     def priority(self) -> Priority: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def peak_bytes(self) -> int: ...
 
 
 Item = TypeVar("Item", bound=Waiting)
 
 
-def response_ratio(item: Waiting, now_s: float) -> float:
-    """(wait + predicted) / predicted, weighted by class: short work first, and it rises while work waits."""
-    ratio = (now_s - item.arrived_s + item.predicted_s) / item.predicted_s
-    return ratio if item.priority is Priority.INTERACTIVE else ratio * BATCH_SHARE
+def response_ratio(item: Waiting, now_s: float, used_s: float = 0.0) -> float:
+    """(wait + predicted) / predicted: short work first, rising while work waits; time on the device is no wait."""
+    return (now_s - item.arrived_s - used_s + item.predicted_s) / item.predicted_s
+
+
+@dataclass(slots=True, eq=False)
+class Flow(Generic[Item]):
+    """One share: of the root a class, of a class short or long work, of that a tenant (a leaf, with its queue)."""
+
+    weight: float
+    parent: Flow[Item] | None
+    virtual_s: float = 0.0  # device seconds over weight; it begins where its siblings are
+    clock_s: float = 0.0  # where its own children are
+    active: int = 0  # requests that wait or run
+    children: dict[Hashable, Flow[Item]] = field(default_factory=dict)
+    lines: dict[int, dict[int, Item]] = field(default_factory=dict)  # of a leaf: step of size -> by id, by arrival
+
+    def child(self, name: Hashable, weight: float) -> Flow[Item]:
+        if name not in self.children:
+            self.children[name] = Flow(weight, self)
+        return self.children[name]
+
+    def enter(self) -> None:
+        if self.parent is not None:
+            if self.active == 0:  # nobody saves up a share
+                self.virtual_s = max(self.virtual_s, self.parent.clock_s)
+            self.parent.enter()
+        self.active += 1
+
+    def leave(self) -> None:
+        self.active -= 1
+        if self.parent is not None:
+            self.parent.leave()
+
+    def charge(self, seconds: float) -> None:
+        if self.parent is not None:
+            self.virtual_s += seconds / self.weight
+            self.parent.catch_up()
+            self.parent.charge(seconds)
+
+    def catch_up(self) -> None:
+        """Its clock is where the child is that is most behind its share: who comes now begins there."""
+        virtual_s = min((one.virtual_s for one in self.children.values() if one.active), default=self.clock_s)
+        self.clock_s = max(self.clock_s, virtual_s)
+
+    def leaves(self) -> Iterator[Flow[Item]]:
+        """Active leaves, those first that are most behind their share; of equals the greater share."""
+        if not self.children:
+            yield self
+            return
+        active = (one for one in self.children.values() if one.active)
+        for one in sorted(active, key=lambda one: (one.virtual_s, -one.weight)):
+            yield from one.leaves()
+
+
+@dataclass(slots=True, eq=False)
+class Batch(Generic[Item]):
+    """What runs together. The device thread keeps `used_s`: its seconds so far, without what ran in between."""
+
+    items: list[Item]
+    leaf: Flow[Item]
+    is_long: bool
+    predicted_s: float
+    peak_bytes: int
+    charges: list[tuple[Flow[Item], float]]  # seconds that each member's share was charged
+    used_s: float = 0.0
+
+    @property
+    def remaining_s(self) -> float:
+        """Predicted; a run that is over its prediction is not about to end for that."""
+        return max(self.predicted_s - self.used_s, 0.25 * self.used_s)
+
+
+@dataclass(slots=True)
+class _Group(Generic[Item]):
+    """Short requests of one class and key, by tenant and arrival: those that may share a batch."""
+
+    own_s: float = 0.0
+    shared_s: float = 0.0
+    tenants: dict[str, dict[int, Item]] = field(default_factory=dict)
+
+    def seconds(self, target_s: float) -> float:
+        """What a batch pays once counts once for each batch that they will make."""
+        if not self.tenants:
+            return 0.0
+        return self.own_s + self.shared_s * math.ceil(self.own_s / max(target_s - self.shared_s, 0.1 * target_s) or 1)
 
 
 class Scheduler(Generic[Item]):
     """The queue of one device."""
 
-    def __init__(self, target_slice_s: float, max_batch_requests: int = 256) -> None:
+    def __init__(
+        self,
+        target_slice_s: float,
+        *,
+        max_wait_s: float = 30.0,
+        max_bytes: float = math.inf,
+        max_batch_requests: int = 256,
+        tenant_weights: Mapping[str, float] | None = None,
+    ) -> None:
         self._target_slice_s = target_slice_s
+        self._max_wait_s = max_wait_s
+        self._max_bytes = max_bytes
         self._max_batch_requests = max_batch_requests
-        self._waiting: dict[int, Item] = {}  # by id(item), in order of arrival
-        self._queued_s = 0.0
+        self._tenant_weights = tenant_weights or {}
+        self._root: Flow[Item] = Flow(1.0, None)
+        self._waiting: dict[int, Flow[Item]] = {}  # id(item) -> its leaf
+        self._groups: dict[tuple[Priority, Hashable], _Group[Item]] = {}
+        self._short_s = self._long_s = 0.0
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -54,36 +167,173 @@ class Scheduler(Generic[Item]):
     @property
     def queued_s(self) -> float:
         """Predicted device seconds that wait."""
-        return self._queued_s if self._waiting else 0.0
+        return max(0.0, self._short_s + self._long_s) if self._waiting else 0.0
+
+    def ahead_s(self, predicted_s: float, running: Sequence[Batch[Item]]) -> float:
+        """Predicted device seconds before a request of `predicted_s` could start: long work lets short work pass."""
+        if self.is_long(predicted_s):
+            return self.queued_s + sum(batch.remaining_s for batch in running)
+        running_s = sum(batch.remaining_s for batch in running if not batch.is_long)
+        queued_s = max(0.0, self._short_s) if self._waiting else 0.0
+        return queued_s + running_s + (SLICE_S if running else 0.0)
+
+    def is_long(self, predicted_s: float) -> bool:
+        return predicted_s > self._target_slice_s
 
     def add(self, item: Item) -> None:
-        self._waiting[id(item)] = item
-        self._queued_s += item.predicted_s
+        leaf = self._leaf(item)
+        leaf.enter()
+        leaf.lines.setdefault(_step(item.predicted_s), {})[id(item)] = item
+        self._waiting[id(item)] = leaf
+        if self.is_long(item.predicted_s):
+            self._long_s += item.predicted_s
+            return
+        group = self._groups.setdefault((item.priority, item.key), _Group())
+        before_s = group.seconds(self._target_slice_s)
+        group.tenants.setdefault(item.tenant, {})[id(item)] = item
+        group.own_s += item.predicted_s - item.shared_s
+        group.shared_s = item.shared_s
+        self._short_s += group.seconds(self._target_slice_s) - before_s
 
     def discard(self, item: Item) -> bool:
         """Take a cancelled or late request out; False where it is no longer queued."""
-        found = self._waiting.pop(id(item), None)
-        if found is None:
+        leaf = self._waiting.get(id(item))
+        if leaf is None:
             return False
-        self._queued_s -= found.predicted_s
+        self._take(item)
+        leaf.leave()
         return True
 
-    def next_batch(self, now_s: float) -> list[Item]:
-        """The first request by response ratio, then others of its key until the slice is full; [] when idle.
+    def next_batch(self, now_s: float, running: Sequence[Batch[Item]] = ()) -> Batch[Item] | None:
+        """What should run now; None when idle.
 
-        What a batch pays once (`shared_s`) counts once.
+        `running` is what waits on the device, innermost last. It goes on (None) unless other work has more claim to the
+        device, needs less than half of the time that is left, and fits the memory beside it.
         """
         if not self._waiting:
-            return []
-        first = max(self._waiting.values(), key=lambda item: response_ratio(item, now_s))
-        batch, filled_s = [first], first.predicted_s
-        same_key = [item for item in self._waiting.values() if item.key == first.key and item is not first]
-        for item in sorted(same_key, key=lambda item: response_ratio(item, now_s), reverse=True):
+            return None
+        if not running:
+            for leaf in self._root.leaves():
+                if (first := self._first(leaf, now_s)) is not None:
+                    return self._batch(first, leaf, self._max_bytes)
+            return None
+        top = running[-1]
+        longest_s = 0.5 * top.remaining_s
+        if sum(one.is_long for one in running) >= MAX_LONG:
+            longest_s = min(longest_s, self._target_slice_s)
+        bytes_left = self._max_bytes - sum(one.peak_bytes for one in running)
+        for leaf in self._root.leaves():
+            is_own = leaf is top.leaf
+            if not top.is_long and leaf.parent is top.leaf.parent:
+                return None  # short work of its class waits until it ends
+            first = self._first(leaf, now_s, longest_s, bytes_left)
+            if first is not None and is_own:
+                owner = self._urgency(top.items[0], now_s, top.used_s)
+                first = first if self._urgency(first, now_s) > owner else None
+            if first is not None:
+                return self._batch(first, leaf, bytes_left)
+            if is_own:
+                return None
+        return None
+
+    def served(self, batch: Batch[Item], used_s: float) -> None:
+        """`batch` has used `used_s` of the device so far; long work pays as it goes."""
+        if batch.is_long:
+            batch.leaf.charge(used_s - batch.used_s)
+        batch.used_s = used_s
+
+    def finished(self, batch: Batch[Item], used_s: float) -> None:
+        """`batch` is off the device: shares were charged by prediction, now by measurement."""
+        self.served(batch, used_s)
+        total_s = sum(charged_s for _, charged_s in batch.charges)
+        for leaf, charged_s in batch.charges:
+            if not batch.is_long and total_s > 0:
+                leaf.charge(charged_s * (used_s / total_s - 1))
+            leaf.leave()
+
+    # -- small rules --------------------------------------------------------------------------------------------
+
+    def _leaf(self, item: Item) -> Flow[Item]:
+        return self._flow(item.priority, self.is_long(item.predicted_s), item.tenant)
+
+    def _flow(self, priority: Priority, is_long: bool, tenant: str) -> Flow[Item]:
+        of_class = self._root.child(priority, CLASS_SHARES[priority])
+        of_size = of_class.child(is_long, LONG_SHARE if is_long else SHORT_SHARE)
+        return of_size.child(tenant, self._tenant_weights.get(tenant, 1.0))
+
+    def _urgency(self, item: Item, now_s: float, used_s: float = 0.0) -> tuple[bool, float]:
+        wait_s = now_s - item.arrived_s
+        is_old = wait_s > self._max_wait_s
+        return is_old, wait_s if is_old else response_ratio(item, now_s, used_s)
+
+    def _first(
+        self, leaf: Flow[Item], now_s: float, longest_s: float = math.inf, most_bytes: float = math.inf
+    ) -> Item | None:
+        """The most urgent of a share: of each size the one that came first."""
+        heads = (next(iter(line.values())) for line in leaf.lines.values())
+        fitting = (item for item in heads if item.predicted_s <= longest_s and item.peak_bytes <= most_bytes)
+        return max(fitting, key=lambda item: self._urgency(item, now_s), default=None)
+
+    def _batch(self, first: Item, leaf: Flow[Item], bytes_left: float) -> Batch[Item]:
+        """`first`, then the oldest of its key, by turns of the tenants, until the slice or the memory is full."""
+        self._take(first)
+        is_long = self.is_long(first.predicted_s)
+        batch = Batch([first], leaf, is_long, first.predicted_s, first.peak_bytes, [(leaf, first.predicted_s)])
+        if is_long:
+            return batch
+        leaf.charge(first.predicted_s)
+        group = self._groups.get((first.priority, first.key))
+        most = self._max_batch_requests + MAX_MISFITS
+        of_tenants = group.tenants if group else {}
+        tenants = {tenant: iter(list(islice(line.values(), most))) for tenant, line in of_tenants.items()}
+        misfits = 0
+        while tenants and len(batch.items) < self._max_batch_requests and misfits <= MAX_MISFITS:
+            tenant = min(tenants, key=lambda name: self._flow(first.priority, False, name).virtual_s)
+            item = next(tenants[tenant], None)
+            if item is None:
+                del tenants[tenant]
+                continue
             more_s = item.predicted_s - item.shared_s
-            if len(batch) >= self._max_batch_requests or filled_s + more_s > self._target_slice_s:
-                break
-            batch.append(item)
-            filled_s += more_s
-        for item in batch:
-            self.discard(item)
+            fits_time = batch.predicted_s + more_s <= self._target_slice_s
+            if not fits_time or batch.peak_bytes + item.peak_bytes > bytes_left:
+                misfits += 1  # stays where it was, at the front
+                continue
+            self._take(item)
+            own = self._leaf(item)
+            own.charge(more_s)
+            batch.items.append(item)
+            batch.charges.append((own, more_s))
+            batch.predicted_s += more_s
+            batch.peak_bytes += item.peak_bytes
         return batch
+
+    def _take(self, item: Item) -> None:
+        leaf = self._waiting.pop(id(item))
+        step = _step(item.predicted_s)
+        line = leaf.lines[step]
+        del line[id(item)]
+        if not line:
+            del leaf.lines[step]
+        if self.is_long(item.predicted_s):
+            self._long_s -= item.predicted_s
+            return
+        name = item.priority, item.key
+        group = self._groups[name]
+        before_s = group.seconds(self._target_slice_s)
+        of_tenant = group.tenants[item.tenant]
+        del of_tenant[id(item)]
+        if not of_tenant:
+            del group.tenants[item.tenant]
+        group.own_s -= item.predicted_s - item.shared_s
+        self._short_s += group.seconds(self._target_slice_s) - before_s
+        if not group.tenants:
+            del self._groups[name]
+
+
+def beneath(item: Item) -> Batch[Item]:
+    """A run with no claim to the device at all: whatever comes runs first, within the memory beside it."""
+    return Batch([item], Flow(1.0, None), True, math.inf, item.peak_bytes, [])
+
+
+def _step(predicted_s: float) -> int:
+    return math.floor(STEPS_PER_OCTAVE * math.log2(max(predicted_s, 1e-9)))

@@ -27,7 +27,6 @@ from service.core import (
 )
 from service.engine.batch import BatchRunner, Job, Outcome
 from service.engine.engine import Engine
-from service.engine.executor import Executor
 from service.errors import FarsightError, Kind
 
 
@@ -102,7 +101,7 @@ def test_diffuse_inputs_go_exact_by_themselves(engine: Engine) -> None:
     request = AttentionRequest("d", query, key, value, AttentionOptions(is_causal=True))
     seconds = {key: (0.0 if key[0] is PlanKind.SPARSE else 1.0,) * 5 for key in engine.profile.attention_s_per}
     profile = replace(engine.profile, attention_s_per=seconds)
-    other = Engine(Config(sparse_min_tokens=4096), engine.metrics, profile, {}, torch.device("cpu"), engine._executor)
+    other = Engine(Config(sparse_min_tokens=4096), engine.metrics, profile, {}, torch.device("cpu"), 1)
     answer: Answer = run(other.submit(request))
     assert answer.plan.kind in (PlanKind.DENSE, PlanKind.CHUNKED)
     assert "predicted density" in answer.plan.reason
@@ -316,7 +315,7 @@ def test_batch_priority_is_carried(engine: Engine) -> None:
 
 @pytest.fixture
 def closed(engine: Engine) -> Engine:
-    other = Engine(engine.config, engine.metrics, engine.profile, {}, torch.device("cpu"), Executor(1))
+    other = Engine(engine.config, engine.metrics, engine.profile, {}, torch.device("cpu"), 1)
     other.close()
     return other
 

@@ -1,0 +1,159 @@
+"""The real scheduler and admission on devices that only count: a fake clock, seconds from the cost model.
+
+Replicas get requests as HAProxy gives them: to the one with the fewest that are not answered yet.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+
+from service.config import Config
+from service.core import Priority
+from service.engine.admission import Admission
+from service.engine.scheduler import SLICE_S, Batch, Scheduler
+from service.errors import FarsightError, Kind
+
+STEP_S = 0.8 * SLICE_S  # between checkpoints of a run
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """One request of a trace, and what became of it."""
+
+    arrived_s: float
+    predicted_s: float
+    key: Hashable = "attention"
+    shared_s: float = 0.0
+    priority: Priority = Priority.INTERACTIVE
+    tenant: str = "default"
+    peak_bytes: int = 0
+    actual_s: float | None = None  # of the device; None: as predicted
+    started_s: float | None = None
+    finished_s: float | None = None
+    refused: Kind | None = None
+
+    @property
+    def latency_s(self) -> float:
+        assert self.finished_s is not None, "bug: not finished"
+        return self.finished_s - self.arrived_s
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One device: its queue, what runs on it, and how long it has worked."""
+
+    config: Config
+    number: int = 0
+    on_event: Callable[[], None] = lambda: None
+    scheduler: Scheduler[Arrival] = field(init=False)
+    admission: Admission = field(init=False)
+    stack: list[Batch[Arrival]] = field(default_factory=list)
+    left_s: list[float] = field(default_factory=list)  # really left of each run of the stack
+    now_s: float = 0.0
+    busy_s: float = 0.0
+    unfinished: int = 0
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.config.target_slice_s, max_wait_s=self.config.max_queue_s)
+        self.admission = Admission(self.config)
+
+    def arrive(self, one: Arrival) -> None:
+        """Queue it or refuse it, at its own time; the device is there already."""
+        ahead_s = self.scheduler.ahead_s(one.predicted_s, self.stack)
+        try:
+            self.admission.admit(one.predicted_s, ahead_s, self.config.default_timeout_s)
+        except FarsightError as error:
+            one.refused = error.kind
+            return
+        self.unfinished += 1
+        self.scheduler.add(one)
+
+    def next_event_s(self) -> float:
+        """When the device must next be looked at, if nothing arrives."""
+        if self.stack:
+            return self.now_s + (min(self.left_s[-1], STEP_S) if len(self.scheduler) else self.left_s[-1])
+        return self.now_s if len(self.scheduler) else float("inf")
+
+    def advance(self, until_s: float) -> list[Arrival]:
+        """Run the device until then; who finished."""
+        finished = []
+        while True:
+            if not self.stack:
+                batch = self.scheduler.next_batch(self.now_s)
+                if batch is None:
+                    self.now_s = max(self.now_s, until_s)
+                    return finished
+                self._push(batch)
+            top = self.stack[-1]
+            step_s = min(self.left_s[-1], STEP_S) if len(self.scheduler) else self.left_s[-1]
+            if self.now_s + step_s > until_s:
+                step_s = max(0.0, until_s - self.now_s)
+                self._work(step_s)
+                return finished
+            self._work(step_s)
+            if self.left_s[-1] <= 1e-12:
+                self.stack.pop()
+                self.left_s.pop()
+                self.scheduler.finished(top, top.used_s)
+                for one in top.items:
+                    one.finished_s = self.now_s
+                self.unfinished -= len(top.items)
+                finished += top.items
+            if self.stack and (batch := self.scheduler.next_batch(self.now_s, self.stack)) is not None:
+                self._push(batch)
+
+    def _push(self, batch: Batch[Arrival]) -> None:
+        for one in batch.items:
+            one.started_s = self.now_s
+        own_s = sum((one.predicted_s if one.actual_s is None else one.actual_s) - one.shared_s for one in batch.items)
+        self.stack.append(batch)
+        self.left_s.append(own_s + batch.items[0].shared_s)
+
+    def _work(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.busy_s += seconds
+        self.left_s[-1] -= seconds
+        self.scheduler.served(self.stack[-1], self.stack[-1].used_s + seconds)
+
+
+def simulate(trace: Iterable[Arrival], replicas: int, config: Config) -> list[Replica]:
+    """Run a whole trace, in order of arrival; the arrivals are filled in."""
+    cluster = [Replica(config, number) for number in range(replicas)]
+    events: list[tuple[float, int]] = []  # when a replica must be looked at; old ones do no harm
+    loads: list[dict[int, None]] = [dict.fromkeys(range(replicas))]  # by requests not answered yet
+
+    def moved(replica: Replica, before: int) -> None:
+        if replica.unfinished == before:
+            return
+        del loads[before][replica.number]
+        while len(loads) <= replica.unfinished:
+            loads.append({})
+        loads[replica.unfinished][replica.number] = None
+
+    def catch_up(until_s: float) -> None:
+        while events and events[0][0] <= until_s:
+            at_s, number = heapq.heappop(events)
+            replica = cluster[number]
+            if replica.next_event_s() > at_s + 1e-9:  # it was looked at since
+                continue
+            before = replica.unfinished
+            replica.advance(at_s)
+            moved(replica, before)
+            plan(replica)
+
+    def plan(replica: Replica) -> None:
+        if (at_s := replica.next_event_s()) < float("inf"):
+            heapq.heappush(events, (at_s, replica.number))
+
+    for one in trace:
+        catch_up(one.arrived_s)
+        replica = cluster[next(iter(next(level for level in loads if level)))]
+        before = replica.unfinished
+        replica.advance(one.arrived_s)
+        replica.arrive(one)
+        moved(replica, before)
+        plan(replica)
+    catch_up(float("inf"))
+    return cluster
