@@ -97,6 +97,10 @@ class Config(BaseSettings):
         description="Predicted device time that a batch is filled to. With 32 clients of a small transformer on 2 "
         "cores 0.05 gave 60 % of the throughput of larger ones: other threads disturb small products more.",
     )
+    order: Literal["fair", "arrival"] = Field(
+        "fair",
+        description="`arrival`: first in, first out, nothing is interrupted; to compare with, as other servers do.",
+    )
     max_batch_tokens: int = Field(16384, ge=1, description="Tokens of one packed forward pass.")
     max_queue_s: float = Field(
         30.0,

@@ -303,11 +303,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the time went, in seconds."""
+    """Where the time went, in seconds. `paused_s`: after it had begun, others had the device."""
 
     queue_s: float
     device_s: float
     total_s: float
+    paused_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,7 @@ def document(answer: Answer) -> dict[str, Any]:
         "timing": {
             "queue_s": answer.timing.queue_s,
             "device_s": answer.timing.device_s,
+            "paused_s": answer.timing.paused_s,
             "total_s": answer.timing.total_s,
         },
     }

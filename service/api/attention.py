@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from service.api import codec, text
+from service.api import codec, safetensors_io, text
 from service.api.answer import document, headers
 from service.api.door import INLINE_BYTES
 from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http, json_response
@@ -26,7 +27,7 @@ SAFETENSORS = "application/x-safetensors"
 def parse_attention(call: Call, config: Config) -> tuple[AttentionRequest, bool]:
     """The request, and whether its tensors came base64-encoded (the answer's will too)."""
     if call.content_type == SAFETENSORS:
-        tensors, options = codec.tensors_from_safetensors(call.body)
+        tensors, options = safetensors_io.tensors_from_safetensors(call.body)
         tensors, unknown = codec.split_tensors(tensors)
         if unknown:
             name = next(iter(unknown))
@@ -58,12 +59,14 @@ def build_attention(
     return AttentionRequest(call.id, query, key, value, options, attn_mask=mask, rank=rank)
 
 
-def answer_body(answer: Answer, request: AttentionRequest, accept: str, *, encoded: bool) -> tuple[bytes, str]:
+def answer_body(
+    answer: Answer, request: AttentionRequest, accept: str, *, encoded: bool
+) -> tuple[bytes | Sequence[memoryview], str]:
     """The answer's tensors in the caller's rank and form, with plan, error, usage, cost and timing."""
     squeeze = request.rank == 3
     if SAFETENSORS in accept:
         tensors = {name: tensor[0] if squeeze else tensor for name, tensor in answer.tensors.items()}
-        return codec.dump_safetensors(tensors, document(answer)), SAFETENSORS
+        return safetensors_io.dump_safetensors(tensors, document(answer)), SAFETENSORS
     named: dict[str, Any] = {
         name: codec.tensor_to_json(tensor, encoded=encoded, squeeze=squeeze) for name, tensor in answer.tensors.items()
     }

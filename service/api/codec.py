@@ -12,9 +12,6 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from service.errors import FarsightError, invalid, malformed
 
@@ -24,13 +21,15 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bool": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_RANK = 4
 FLOAT32_MAX = 3.4028234663852886e38
 ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
 
-def parse_json(body: bytes | bytearray) -> dict[str, Any]:
+Body = bytes | bytearray | memoryview
+
+
+def parse_json(body: Body) -> dict[str, Any]:
     """A JSON object; NaN and Infinity are not JSON, yet common: they are named as what they are."""
     try:
         document = orjson.loads(body)
@@ -43,7 +42,7 @@ def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     return document
 
 
-def _has_non_finite(body: bytes | bytearray) -> bool:
+def _has_non_finite(body: Body) -> bool:
     """Would it be JSON if NaN and Infinity were numbers? (Python's own encoder writes them.)"""
     found = False
 
@@ -53,7 +52,7 @@ def _has_non_finite(body: bytes | bytearray) -> bool:
         return math.nan
 
     try:
-        json.loads(body, parse_constant=constant)
+        json.loads(bytes(body), parse_constant=constant)
     except (ValueError, RecursionError):
         return False
     return found
@@ -105,22 +104,6 @@ def _from_base64(name: str, value: Mapping[str, Any]) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
 
 
-def tensors_from_safetensors(body: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Named tensors, and the options from `__metadata__["options"]`."""
-    try:
-        tensors = load_safetensors(body)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise malformed(f"the body is not a valid safetensors file: {error}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise invalid(f"{name}: dtype {dtype} is not one of {', '.join(DTYPES)}", param=name)
-    # the library has checked the header; it gives no way to its metadata from bytes
-    header = parse_json(body[8 : 8 + int.from_bytes(body[:8], "little")])
-    text = (header.get("__metadata__") or {}).get("options", "{}")
-    return tensors, parse_json(text.encode())
-
-
 def split_tensors(named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the four tensors, everything else); refuses an attention body without its tensors."""
     tensors = {name: named[name] for name in ATTENTION_TENSORS if named.get(name) is not None}
@@ -155,12 +138,6 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 def dump_json(document: Mapping[str, Any] | list[Any]) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def dump_safetensors(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> bytes:
-    """The answer's tensors, everything else as JSON text in `__metadata__["answer"]`."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save_safetensors(contiguous, metadata={"answer": dump_json(document).decode()})
 
 
 def error_document(error: FarsightError) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -18,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.api.codec import dump_json, error_document, parse_json
+from service.api.codec import Body, dump_json, error_document, parse_json
 from service.api.door import REQUEST_ID
 from service.engine.engine import Engine
 from service.errors import CODES, FarsightError, Kind, malformed, retry_after, too_large
@@ -27,6 +28,7 @@ from service.telemetry import exporter
 logger = logging.getLogger("farsight")
 
 JSON = "application/json"
+BLOCK_BYTES = 1024 * 1024  # of an answer that is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Call:
 
     id: str
     headers: dict[str, str]
-    body: bytes
+    body: Body
     path_params: dict[str, Any]
     received_s: float  # time.perf_counter() when the request's headers were here
 
@@ -67,13 +69,33 @@ class Call:
 
 
 class Answered(Response):
-    """A response whose headers are all ours: encoded once, without Starlette's look at each of them."""
+    """A response whose headers are all ours: encoded once, without Starlette's look at each of them.
 
-    def __init__(self, body: bytes, headers: Mapping[str, str], media_type: str, status: int = 200) -> None:
-        self.status_code, self.body, self.background = status, body, None
+    A body in parts is sent block by block, as fast as the caller reads: it never lies in memory a second time.
+    """
+
+    def __init__(
+        self, body: bytes | Sequence[memoryview], headers: Mapping[str, str], media_type: str, status: int = 200
+    ) -> None:
+        self.parts = [memoryview(body)] if isinstance(body, bytes) else body
+        self.status_code, self.background = status, None
+        self.size = sum(part.nbytes for part in self.parts)
+        self.held = ExitStack()  # until it is sent
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        raw += [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode())]
+        raw += [(b"content-type", media_type.encode()), (b"content-length", str(self.size).encode())]
         self.raw_headers = raw
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.held:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            left = self.size
+            for part in self.parts:
+                for start in range(0, part.nbytes, BLOCK_BYTES):
+                    block = part[start : start + BLOCK_BYTES]
+                    left -= block.nbytes
+                    await send({"type": "http.response.body", "body": block, "more_body": left > 0})
+            if not self.size:
+                await send({"type": "http.response.body", "body": b""})
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -115,7 +137,13 @@ class Http:
                 with ExitStack() as held:
                     body = await self._read(request, held)
                     call = Call(request_id, dict(request.headers), body, request.path_params, received_s)
-                    return await handle(call)
+                    response = await handle(call)
+                    if isinstance(response, Answered) and response.size > BLOCK_BYTES:
+                        # sent after this block: what waits in memory for a slow reader is in flight, too
+                        self.engine.admission.add(response.size)
+                        held.callback(self.engine.admission.give_back, response.size)
+                        response.held = held.pop_all()
+                    return response
             except FarsightError as error:
                 if not error.counted:
                     self.engine.metrics.refused(name, error.kind)
@@ -131,25 +159,34 @@ class Http:
 
         return route
 
-    async def _read(self, request: Request, held: ExitStack) -> bytes:
+    async def _read(self, request: Request, held: ExitStack) -> Body:
         """The whole body; its bytes count as in flight until `held` is closed."""
         limit = self.engine.config.max_request_bytes
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
             raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-encoding {encoding[:32]!r} is not accepted")
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > limit:
-            raise too_large("request body", int(declared[:20]), limit, "bytes")
-        # counted as they arrive: a sender who only promises bytes takes nobody's room
+        text = request.headers.get("content-length", "")
+        declared = int(text[:20]) if text.isdecimal() else None
+        if declared is not None and declared > limit:
+            raise too_large("request body", declared, limit, "bytes")
+        admission, size = self.engine.admission, 0
+        held.callback(lambda: admission.give_back(size))
         body = bytearray()
-        admission = self.engine.admission
-        held.callback(lambda: admission.give_back(len(body)))
+        # of a known size: memory that is not touched before its bytes come, so that nothing grows and moves
+        whole = None if declared is None else np.empty(declared, np.uint8).data
         async for chunk in request.stream():
-            if len(body) + len(chunk) > limit:
-                raise too_large("request body", len(body) + len(chunk), limit, "bytes")
+            if size + len(chunk) > limit:
+                raise too_large("request body", size + len(chunk), limit, "bytes")
+            # counted as they arrive: a sender who only promises bytes takes nobody's room
             admission.take(len(chunk), self.engine.ahead_s)
-            body += chunk
-        return bytes(body)
+            size += len(chunk)
+            if len(chunk) == declared:
+                return chunk
+            if whole is None:
+                body += chunk
+            else:
+                whole[size - len(chunk) : size] = chunk
+        return body if whole is None else whole
 
 
 def error_response(error: FarsightError, *, v2: bool = False) -> Response:

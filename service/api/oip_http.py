@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from service.api import answer as answers
 from service.api import oip, tensors
+from service.api.codec import Body
 from service.core import Answer, Request
 from service.errors import invalid, malformed, too_large
 
@@ -41,7 +42,7 @@ class _RequestJson(BaseModel):
 
 
 def parse_http(
-    body: bytes | bytearray,
+    body: Body,
     header_length: int | None,
     *,
     model: str,
@@ -127,11 +128,11 @@ def _no_more(name: str, parameters: Mapping[str, Any]) -> None:
         raise invalid(f"{name[:96]}: parameter {unknown[:96]!r} is unknown", param=name[:96])
 
 
-def render_http(answer: Answer, request: Request, infer: oip.Infer) -> tuple[bytes, int | None]:
+def render_http(answer: Answer, request: Request, infer: oip.Infer) -> tuple[bytes | Sequence[memoryview], int | None]:
     """Body of the answer, and its Inference-Header-Content-Length: None when all of it is JSON.
 
-    As JSON numbers a 16-bit float tensor is FP32, exactly, and -inf (the lse of a row without keys, the score of a
-    hidden key) is null.
+    Binary tensors are parts of it, not copied. As JSON numbers a 16-bit float tensor is FP32, exactly, and -inf (the lse
+    of a row without keys, the score of a hidden key) is null.
     """
     entries: list[dict[str, Any]] = []
     raw: list[memoryview] = []
@@ -149,4 +150,4 @@ def render_http(answer: Answer, request: Request, infer: oip.Infer) -> tuple[byt
         document["id"] = infer.id
     document |= {"parameters": answers.headers(answer), "outputs": entries}
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    return (b"".join([head, *raw]), len(head)) if raw else (head, None)
+    return ([memoryview(head), *raw], len(head)) if raw else (head, None)

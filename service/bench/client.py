@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,3 +107,45 @@ async def exchanged(
     finally:
         for connection in connections:
             connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request of an open-loop run: its latency counts from when it should have been sent."""
+
+    at_s: float
+    latency_s: float
+    status: int
+    body: bytes
+
+
+async def open_loop(host: str, port: int, requests: Sequence[tuple[float, bytes]]) -> list[Sample]:
+    """Send each request at its second, whatever has become of the others, over as many connections as that takes."""
+    idle: list[Connection] = []
+    start_s = time.perf_counter() + 0.1
+
+    async def one(at_s: float, request: bytes) -> Sample:
+        await asyncio.sleep(start_s + at_s - time.perf_counter())
+        connection = idle.pop() if idle else await Connection.open(host, port)
+        try:
+            status, body = await connection.send(request)
+        except ConnectionError as error:
+            return Sample(at_s, time.perf_counter() - start_s - at_s, 0, repr(error).encode())
+        latency_s = time.perf_counter() - start_s - at_s
+        idle.append(connection)
+        return Sample(at_s, latency_s, status, body)
+
+    samples = await asyncio.gather(*(one(*each) for each in requests))
+    for connection in idle:
+        connection.close()
+    return samples
+
+
+def poisson(rate: float, duration_s: float, seed: int) -> list[float]:
+    """Seconds of arrivals."""
+    draw = random.Random(seed)  # noqa: S311 (a load, not a secret)
+    at_s, found = draw.expovariate(rate), []
+    while at_s < duration_s:
+        found.append(at_s)
+        at_s += draw.expovariate(rate)
+    return found

@@ -33,6 +33,10 @@ class Admission:
             )
         self._inflight_bytes += size
 
+    def add(self, size: int) -> None:
+        """Count an answer that waits to be sent; it is too late to refuse it."""
+        self._inflight_bytes += size
+
     def give_back(self, size: int) -> None:
         self._inflight_bytes -= size
         assert self._inflight_bytes >= 0, "bug: more bytes given back than taken"

@@ -114,12 +114,13 @@ class Engine:
             max_wait_s=config.max_queue_s,
             max_bytes=planner.max_peak_bytes(profile, config),
             tenant_weights=config.tenant_weights,
+            order=config.order,
         )
         self._runner = BatchRunner(config, device, clock, self._between)
         self._stack: list[Batch[Job]] = []  # on the device: each waits for the next one
-        self._workers = ThreadPoolExecutor(2, thread_name_prefix="parse")
-        self._decoders = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        # one thread of its own: a model that loads takes neither the parsers' time nor all the device's cores
+        self._workers = ThreadPoolExecutor(2, "parse", initializer=torch.set_num_threads, initargs=(1,))
+        self._decoders = ThreadPoolExecutor(1, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        # one thread of its own: a model that loads does not take the parsers' time, nor any of these the device's cores
         self._loader = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
         # fastest pass seen of each model: no pass can have a fixed part that is longer, whatever was measured at load
         self._fastest_s: dict[ModelInfo, float] = {}  # by what was measured: a reloaded model begins anew
@@ -496,6 +497,7 @@ class Engine:
                 queue_s=max(0.0, result.started_s - job.queued_s),
                 device_s=result.device_s,
                 total_s=finished_s - job.arrived_s,
+                paused_s=result.paused_s,
             ),
             density=outcome.density,
             model=request.model if isinstance(request, ForwardRequest) else "attention",

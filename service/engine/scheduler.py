@@ -16,7 +16,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from service.core import Priority
 
@@ -150,14 +150,16 @@ class Scheduler(Generic[Item]):
         max_bytes: float = math.inf,
         max_batch_requests: int = 256,
         tenant_weights: Mapping[str, float] | None = None,
+        order: Literal["fair", "arrival"] = "fair",
     ) -> None:
         self._target_slice_s = target_slice_s
         self._max_wait_s = max_wait_s
         self._max_bytes = max_bytes
         self._max_batch_requests = max_batch_requests
         self._tenant_weights = tenant_weights or {}
+        self._by_arrival = order == "arrival"
         self._root: Flow[Item] = Flow(1.0, None)
-        self._waiting: dict[int, Flow[Item]] = {}  # id(item) -> its leaf
+        self._waiting: dict[int, tuple[Flow[Item], Item]] = {}  # by id(item), in order of arrival: its leaf, itself
         self._groups: dict[tuple[Priority, Hashable], _Group[Item]] = {}
         self._short_s = self._long_s = 0.0
 
@@ -171,7 +173,7 @@ class Scheduler(Generic[Item]):
 
     def ahead_s(self, predicted_s: float, running: Sequence[Batch[Item]]) -> float:
         """Predicted device seconds before a request of `predicted_s` could start: long work lets short work pass."""
-        if self.is_long(predicted_s):
+        if self._by_arrival or self.is_long(predicted_s):
             return self.queued_s + sum(batch.remaining_s for batch in running)
         running_s = sum(batch.remaining_s for batch in running if not batch.is_long)
         queued_s = max(0.0, self._short_s) if self._waiting else 0.0
@@ -184,7 +186,7 @@ class Scheduler(Generic[Item]):
         leaf = self._leaf(item)
         leaf.enter()
         leaf.lines.setdefault(_step(item.predicted_s), {})[id(item)] = item
-        self._waiting[id(item)] = leaf
+        self._waiting[id(item)] = leaf, item
         if self.is_long(item.predicted_s):
             self._long_s += item.predicted_s
             return
@@ -197,11 +199,9 @@ class Scheduler(Generic[Item]):
 
     def discard(self, item: Item) -> bool:
         """Take a cancelled or late request out; False where it is no longer queued."""
-        leaf = self._waiting.get(id(item))
-        if leaf is None:
+        if id(item) not in self._waiting:
             return False
-        self._take(item)
-        leaf.leave()
+        self._take(item).leave()
         return True
 
     def next_batch(self, now_s: float, running: Sequence[Batch[Item]] = ()) -> Batch[Item] | None:
@@ -212,6 +212,9 @@ class Scheduler(Generic[Item]):
         """
         if not self._waiting:
             return None
+        if self._by_arrival:
+            leaf, oldest = next(iter(self._waiting.values()))
+            return None if running else self._batch(oldest, leaf, self._max_bytes)
         if not running:
             for leaf in self._root.leaves():
                 if (first := self._first(leaf, now_s)) is not None:
@@ -307,8 +310,8 @@ class Scheduler(Generic[Item]):
             batch.peak_bytes += item.peak_bytes
         return batch
 
-    def _take(self, item: Item) -> None:
-        leaf = self._waiting.pop(id(item))
+    def _take(self, item: Item) -> Flow[Item]:
+        leaf, _ = self._waiting.pop(id(item))
         step = _step(item.predicted_s)
         line = leaf.lines[step]
         del line[id(item)]
@@ -316,7 +319,7 @@ class Scheduler(Generic[Item]):
             del leaf.lines[step]
         if self.is_long(item.predicted_s):
             self._long_s -= item.predicted_s
-            return
+            return leaf
         name = item.priority, item.key
         group = self._groups[name]
         before_s = group.seconds(self._target_slice_s)
@@ -328,6 +331,7 @@ class Scheduler(Generic[Item]):
         self._short_s += group.seconds(self._target_slice_s) - before_s
         if not group.tenants:
             del self._groups[name]
+        return leaf
 
 
 def beneath(item: Item) -> Batch[Item]:

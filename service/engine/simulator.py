@@ -78,7 +78,7 @@ class Replica:
 
     def advance(self, until_s: float) -> list[Arrival]:
         """Run the device until then; who finished."""
-        finished = []
+        finished: list[Arrival] = []
         while True:
             if not self.stack:
                 batch = self.scheduler.next_batch(self.now_s)

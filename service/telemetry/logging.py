@@ -53,5 +53,6 @@ def fields(endpoint: str, answer: Answer) -> dict[str, object]:
         "cost_usd": answer.usage.cost_usd,
         "queue_s": round(answer.timing.queue_s, 6),
         "device_s": round(answer.timing.device_s, 6),
+        "paused_s": round(answer.timing.paused_s, 6),
         "total_s": round(answer.timing.total_s, 6),
     }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from service.engine.batch import Result
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+SLICES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -81,6 +82,8 @@ class Metrics:
             multiprocess_mode="livemax",
         )
         self.batch_requests = histogram("batch_requests", "Requests of one batch.", COUNTS)
+        self.slice = histogram("slice_seconds", "Longest time that a run kept the device from others.", SLICES)
+        self.paused = counter("paused_seconds", "Time that runs which had begun waited for shorter ones.")
         self.batch_tokens = histogram("batch_tokens", "Tokens of one batch.", TOKENS)
         self.density = histogram("sparse_density_ratio", "Share of pairs that sparse attention scored.", RATIOS)
         self.error = histogram("sparse_error_ratio", "Upper limit of the measured relative L2 error.", ERRORS)
@@ -168,5 +171,7 @@ class Metrics:
         for result in alone or results[:1]:
             self.batch_requests.observe(result.batch_requests)
             self.batch_tokens.observe(result.batch_tokens)
+            self.slice.observe(result.slice_s)
+            self.paused.inc(result.paused_s)
         # ru_maxrss is in KiB on Linux
         self.peak_memory.set(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 import struct
 
 import orjson
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save
 
 from service.api import codec
 from service.errors import FarsightError, Kind
@@ -83,42 +79,6 @@ def test_nan_literals_are_named(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[1]", "nul", '{"a": 1} x'])
 def test_what_is_not_a_json_object_is_malformed(text: str) -> None:
     assert refusal(codec.parse_json, text.encode()).kind is Kind.MALFORMED
-
-
-def test_safetensors_carry_options_in_their_metadata() -> None:
-    body = save({"query": torch.ones(1, 2)}, metadata={"options": json.dumps({"is_causal": True})})
-    tensors, options = codec.tensors_from_safetensors(body)
-    assert torch.equal(tensors["query"], torch.ones(1, 2))
-    assert options == {"is_causal": True}
-
-
-def test_safetensors_answers_carry_the_rest_in_their_metadata() -> None:
-    body = codec.dump_safetensors({"output": torch.ones(2, 2).T}, {"plan": {"kind": "dense"}})
-    header = orjson.loads(body[8 : 8 + struct.unpack("<Q", body[:8])[0]])
-    assert orjson.loads(header["__metadata__"]["answer"]) == {"plan": {"kind": "dense"}}
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(cut=st.integers(0, 200), flip=st.integers(0, 199), value=st.integers(0, 255))
-def test_broken_safetensors_are_refused_whatever_is_broken(cut: int, flip: int, value: int) -> None:
-    body = bytearray(save({"query": torch.ones(2, 2), "key": torch.ones(2, 2)}, metadata={"options": "{}"}))
-    body[flip % len(body)] = value
-    refused: FarsightError | None = None
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        tensors, _ = codec.tensors_from_safetensors(bytes(body[: len(body) - cut]))
-    except FarsightError as error:
-        refused = error
-    if refused is not None:
-        assert refused.kind in (Kind.MALFORMED, Kind.INVALID)
-    else:
-        assert cut == 0
-        assert all(tensor.numel() <= 8 for tensor in tensors.values())
-
-
-def test_safetensors_with_a_strange_dtype_are_refused() -> None:
-    error = refusal(codec.tensors_from_safetensors, save({"query": torch.ones(2, dtype=torch.int32)}))
-    assert (error.kind, error.param) == (Kind.INVALID, "query")
 
 
 def test_lse_of_an_empty_row_is_null_in_lists_and_infinite_in_base64() -> None:

@@ -386,11 +386,11 @@ def test_sixteen_bit_floats(datatype: str) -> None:
     request = parse(infer)
     assert isinstance(request, AttentionRequest)
     assert torch.equal(request.query, half)
-    body, length = oip_http.render_http(answer({"output": half}), request, infer)
+    body, length = rendered(answer({"output": half}), request, infer)
     assert length is not None
     assert json.loads(body[:length])["outputs"][0]["datatype"] == datatype
     assert body[length:] == raw
-    as_json, _ = oip_http.render_http(
+    as_json, _ = rendered(
         answer({"output": half}), request, http(MIXED.replace('y_data":true', 'y_data":false'), RAW * 2)
     )
     assert json.loads(as_json)["outputs"][0] == {
@@ -407,6 +407,12 @@ def test_texts_over_http() -> None:
         request = parse(infer)
         assert isinstance(request, ForwardRequest)
         assert request.texts == ("hello", "wörld")
+
+
+def rendered(*arguments: Any) -> tuple[bytes, int | None]:
+    """The whole body."""
+    body, length = oip_http.render_http(*arguments)
+    return body if isinstance(body, bytes) else b"".join(body), length
 
 
 def read_as_tritonclient(body: bytes, length: int | None) -> dict[str, np.ndarray[Any, Any]]:
@@ -433,7 +439,7 @@ def test_an_answer_reads_the_same_in_every_form(flags: tuple[bool, bool]) -> Non
     request = parse(infer)
     tensors = {"output": torch.randn(1, 1, 2, 4), "top_weights": torch.rand(1, 1, 2, 3)}
     tensors["top_indices"] = torch.tensor([[[[0, 1, 2], [2, 1, 0]]]])
-    body, length = oip_http.render_http(answer(tensors), request, infer)
+    body, length = rendered(answer(tensors), request, infer)
     assert (length is None) == (flags == (False, False))
     found = read_as_tritonclient(body, length)
     assert list(found) == list(tensors)
@@ -446,13 +452,13 @@ def test_an_answer_reads_the_same_in_every_form(flags: tuple[bool, bool]) -> Non
 
 def test_the_id_is_echoed() -> None:
     infer = http(BINARY.replace('{"inputs"', '{"id":"r1","inputs"'), RAW * 3)
-    body, length = oip_http.render_http(answer({"output": SAMPLE}), parse(infer), infer)
+    body, length = rendered(answer({"output": SAMPLE}), parse(infer), infer)
     assert json.loads(body[:length])["id"] == "r1"
 
 
 def test_an_infinite_value_is_null_in_json() -> None:
     infer = attention(outputs={"lse": None})
-    body, _ = oip_http.render_http(answer({"lse": torch.tensor([[[0.5, -torch.inf]]])}), parse(infer), infer)
+    body, _ = rendered(answer({"lse": torch.tensor([[[0.5, -torch.inf]]])}), parse(infer), infer)
     assert json.loads(body)["outputs"][0]["data"] == [0.5, None]
 
 

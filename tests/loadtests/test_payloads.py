@@ -10,7 +10,7 @@ import torch
 
 from loadtests import payloads
 from loadtests.payloads import HEAD_DIM, HEADS, KV_HEADS, MAX_TOKENS, MIN_TOKENS, Pools, build, log_uniform
-from service.api import codec
+from service.api import codec, safetensors_io
 from service.api.grpc import parse_message
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.api.schema import EmbeddingsBody
@@ -43,7 +43,7 @@ def test_equal_arguments_give_equal_bytes(pools: Pools, monkeypatch: pytest.Monk
 
 def test_attention_bodies_are_what_the_service_parses(pools: Pools) -> None:
     for payload in pools.attention:
-        tensors, options = codec.tensors_from_safetensors(payload.body)
+        tensors, options = safetensors_io.tensors_from_safetensors(payload.body)
         named, unknown = codec.split_tensors(tensors)
         assert unknown == {}
         assert options == {"is_causal": True}
@@ -53,7 +53,7 @@ def test_attention_bodies_are_what_the_service_parses(pools: Pools) -> None:
 
 def test_grpc_bodies_carry_the_same_tensors(pools: Pools) -> None:
     for over_http, over_grpc in zip(pools.attention, pools.infer, strict=True):
-        tensors, options = codec.tensors_from_safetensors(over_http.body)
+        tensors, options = safetensors_io.tensors_from_safetensors(over_http.body)
         infer = parse_message(pb.ModelInferRequest.FromString(over_grpc.body))
         assert infer.model == "attention"
         assert infer.parameters == options
