@@ -131,8 +131,8 @@ def _no_more(name: str, parameters: Mapping[str, Any]) -> None:
 def render_http(answer: Answer, request: Request, infer: oip.Infer) -> tuple[bytes | Sequence[memoryview], int | None]:
     """Body of the answer, and its Inference-Header-Content-Length: None when all of it is JSON.
 
-    Binary tensors are parts of it, not copied. As JSON numbers a 16-bit float tensor is FP32, exactly, and -inf (the lse
-    of a row without keys, the score of a hidden key) is null.
+    Binary tensors are parts of it, not copied. As JSON numbers a 16-bit float tensor is FP32, exactly, and -inf (the
+    lse of a row without keys, the score of a hidden key) is null.
     """
     entries: list[dict[str, Any]] = []
     raw: list[memoryview] = []

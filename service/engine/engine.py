@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -57,7 +56,7 @@ from service.engine.cost import (
     returned_weights,
     weights_bytes,
 )
-from service.engine.executor import Executor, Task, pick_device, synchronize
+from service.engine.executor import Executor, Task, pick_device, side_pool, synchronize
 from service.engine.output_audit import Audit, OutputAudits, output_error
 from service.engine.profiles import load_or_measure
 from service.engine.scheduler import Batch, Scheduler, beneath
@@ -118,10 +117,9 @@ class Engine:
         )
         self._runner = BatchRunner(config, device, clock, self._between)
         self._stack: list[Batch[Job]] = []  # on the device: each waits for the next one
-        self._workers = ThreadPoolExecutor(2, "parse", initializer=torch.set_num_threads, initargs=(1,))
-        self._decoders = ThreadPoolExecutor(1, "decode", initializer=torch.set_num_threads, initargs=(1,))
-        # one thread of its own: a model that loads does not take the parsers' time, nor any of these the device's cores
-        self._loader = ThreadPoolExecutor(1, "load", initializer=torch.set_num_threads, initargs=(1,))
+        self._workers = side_pool(2, "parse")
+        self._decoders = side_pool(1, "decode")
+        self._loader = side_pool(1, "load")  # of its own: a model that loads does not take the parsers' time
         # fastest pass seen of each model: no pass can have a fixed part that is longer, whatever was measured at load
         self._fastest_s: dict[ModelInfo, float] = {}  # by what was measured: a reloaded model begins anew
         self._audits = OutputAudits(config.output_audit_share)

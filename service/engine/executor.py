@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,25 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device 'cuda' was asked for, but torch sees no CUDA device")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def side_pool(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads beside the device's, each on one core.
+
+    All are started here, before the device thread sets its own number: MKL has one number of threads for the process,
+    the last that any thread has set.
+    """
+    meeting = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        meeting.wait()
+
+    pool = ThreadPoolExecutor(count, name, initializer=begin)
+    for _ in range(count):
+        pool.submit(int)
+    meeting.wait()
+    return pool
 
 
 Task = Callable[[], None]

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from service.attention import attend
 from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
+from service.attention.output import Checkpoint
 from service.attention.pieces import split
 from service.core import ErrorReport, LayerReport, Plan, PlanKind
 
@@ -77,7 +78,7 @@ class ForwardContext:
 
     plan: Plan
     cu_seqlens: tuple[int, ...] | None = None  # None: each row of the batch is one sequence, without padding
-    checkpoint: Callable[[], None] | None = None  # called at every layer and block; raises to stop the pass
+    checkpoint: Checkpoint | None = None  # called at every layer and block; raises to stop the pass
     checked: Mapping[str, Any] = field(default_factory=dict)  # of `attend_checked`, where the plan is sparse
     history: SparseHistory | None = None  # None: every call of a sparse plan is tried sparse
     observe: Callable[[Call], None] | None = None
@@ -97,6 +98,12 @@ def running(context: ForwardContext) -> Iterator[None]:
         yield
     finally:
         _running.reset(token)
+
+
+def checkpoint() -> Checkpoint | None:
+    """Of the pass that runs on this thread."""
+    context = _running.get()
+    return None if context is None else context.checkpoint
 
 
 def attention(

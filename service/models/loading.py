@@ -32,7 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from service.config import ModelConfig
 from service.core import LayerKind, ModelInfo, ModelTask, Plan, PlanKind, Work
-from service.models import heads, hook
+from service.models import heads, hook, slices
 from service.models.files import directory_of, read_json, takes_images, task_of
 from service.models.model import Model, by_row
 from service.models.tasks import embed
@@ -63,6 +63,7 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
     hf = _configuration(config, directory)
     task = config.task or task_of(directory)
     module: Any = _module(config, directory, hf, task).to(settings.device).eval()
+    slices.install(module)
     base = module.get_encoder() if hf.is_encoder_decoder else module.base_model
     positions, first_position = _positions(hf, base)
     inputs = _inputs(config, directory, hf, task, settings, positions)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from service.attention.output import no_checkpoint, slice_flops
+from service.attention.output import no_checkpoint
 from service.core import (
     ClassifyOptions,
     EmbedOptions,
@@ -22,7 +22,6 @@ from service.core import (
 from service.errors import invalid
 from service.models import heads, hook
 from service.models.packing import pack, split_by_shape, split_by_tokens
-from service.models.slices import Sliced
 from service.models.tasks import embed, explain, score
 from service.models.tokens import Inputs, Row, Tokenized
 
@@ -213,13 +212,9 @@ class Model:
             reset()
         if self.info.task == "score" or hasattr(module.config, "use_cache"):
             arguments["use_cache"] = False
-        positions = self._positions(arguments)
-        context.positions.append(positions)
+        context.positions.append(self._positions(arguments))
         with hook.running(replace(context, cu_seqlens=cu_seqlens)):
-            if context.checkpoint is None or 2.0 * positions * self.info.linear_parameters < slice_flops(self.device):
-                return module(**arguments)
-            with Sliced(context.checkpoint):
-                return module(**arguments)
+            return module(**arguments)
 
     def _positions(self, arguments: dict[str, Any]) -> int:
         if "pixel_values" in arguments:
