@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from service.config import Config
 from service.errors import FarsightError, Kind, too_large
 
@@ -17,10 +19,10 @@ class Admission:
     def inflight_bytes(self) -> int:
         return self._inflight_bytes
 
-    def take(self, size: int, ahead_s: float) -> None:
+    def take(self, size: int, ahead_s: Callable[[], float]) -> None:
         """Reserve `size` body bytes, or refuse: 413 where it can never fit, 429 where it could later.
 
-        Bytes are given back as requests finish, so `ahead_s` of work is how long the caller should stay away.
+        Bytes are given back as requests finish, so `ahead_s()` of work is how long the caller should stay away.
         """
         if size > self._config.max_request_bytes:
             raise too_large("request body", size, self._config.max_request_bytes, "bytes")
@@ -29,7 +31,7 @@ class Admission:
                 Kind.OVERLOADED,
                 f"{self._inflight_bytes} bytes of requests are in flight; {size} more are over the limit of "
                 f"{self._config.max_inflight_bytes} bytes",
-                retry_after_s=ahead_s,
+                retry_after_s=ahead_s(),
             )
         self._inflight_bytes += size
 

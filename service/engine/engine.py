@@ -157,7 +157,6 @@ class Engine:
         missing = "; ".join(f"model {name!r}: {reason}" for name, reason in self.models.missing.items())
         return missing if self.alive else "the device of this replica does not answer"
 
-    @property
     def ahead_s(self) -> float:
         """Predicted device seconds of all that waits or runs."""
         return self._ahead_s(math.inf)
@@ -258,7 +257,7 @@ class Engine:
         try:
             plan = self._plan(shape, options)
         except FarsightError as error:
-            return Estimate(priced, None, error.message, self.ahead_s, would_admit=False)
+            return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         return self._estimated(priced, plan, options.timeout_s)
 
     async def estimate_forward(self, request: ForwardRequest) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -12,6 +13,8 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger("farsight")
 
 MARKS_AHEAD = 2  # checkpoints that a GPU may be behind
 
@@ -80,6 +83,8 @@ class Executor:
         try:
             while (task := self._wait()) is not None:
                 task()
+        except Exception as error:
+            logger.critical("the device thread ends", exc_info=error)
         finally:
             self._on_death()
 

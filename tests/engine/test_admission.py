@@ -17,18 +17,18 @@ def refused(call: object, *arguments: object) -> FarsightError:
 
 def test_bytes_in_flight_are_taken_and_given_back() -> None:
     admission = Admission(Config(max_request_bytes=2048, max_json_bytes=1024, max_inflight_bytes=3000))
-    admission.take(2000, 0.0)
-    error = refused(admission.take, 1500, 2.5)
+    admission.take(2000, lambda: 0.0)
+    error = refused(admission.take, 1500, lambda: 2.5)
     assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, 2.5)
     assert "2000" in error.message
     assert "3000" in error.message
     admission.give_back(2000)
-    admission.take(1500, 0.0)
+    admission.take(1500, lambda: 0.0)
     assert admission.inflight_bytes == 1500
 
 
 def test_a_body_over_the_limit_can_never_come_back() -> None:
-    error = refused(Admission(Config()).take, 3 * 10**9, 0.0)
+    error = refused(Admission(Config()).take, 3 * 10**9, lambda: 0.0)
     assert error.kind is Kind.TOO_LARGE
     assert "3000000000" in error.message
     assert str(Config().max_request_bytes) in error.message

@@ -10,7 +10,7 @@ import pytest
 from service.config import Config
 from service.core import Priority
 from service.engine.scheduler import LONG_SHARE, SLICE_S, Batch, Scheduler, beneath, response_ratio
-from service.engine.simulator import Arrival, simulate
+from service.simulate.cluster import Arrival, simulate
 
 
 @dataclass(frozen=True, eq=False)
