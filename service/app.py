@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from service.api.grpc import GrpcMethods
 from service.config import Config
@@ -20,6 +21,7 @@ GRPC_SERVICERS = [
     "service.api.proto.open_inference_grpc_pb2_grpc.add_GRPCInferenceServiceServicer_to_server",
     "service.api.grpc_health.add_health_to_server",
 ]
+POLICY = "service.autoscaling:policy"
 
 
 class Farsight(GrpcMethods):
@@ -58,6 +60,12 @@ class Farsight(GrpcMethods):
 
         await self.engine.set_models([ModelConfig(**one) for one in user_config["models"]])
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `autoscaling.policy` decides by."""
+        from service.autoscaling import AHEAD_S, BUSY
+
+        return {AHEAD_S: self.engine.ahead_s(), BUSY: self.engine.busy_share()}
+
     async def check_health(self) -> None:
         """Raises where the device thread has died, so that Serve replaces this replica."""
         if not self.engine.alive:
@@ -77,15 +85,29 @@ def build(config: Config) -> Application:
     cuda = uses_cuda(config)
     if config.cpu_threads is None and not cuda:
         # replicas of one node share its cores
-        threads = max(1, (os.cpu_count() or 1) // config.replicas)
+        threads = max(1, (os.cpu_count() or 1) // (config.max_replicas or config.replicas))
         config = config.model_copy(update={"cpu_threads": threads})
     actor: dict[str, Any] = {
         "num_cpus": 0 if cuda else 1,
         "num_gpus": 1 if cuda else 0,
     }
+    size: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.max_replicas is not None:
+        size = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=config.replicas,
+                max_replicas=config.max_replicas,
+                initial_replicas=config.replicas,
+                metrics_interval_s=1.0,
+                look_back_period_s=5.0,
+                upscale_delay_s=config.upscale_delay_s,
+                downscale_delay_s=config.downscale_delay_s,
+                policy=AutoscalingPolicy(policy_function=POLICY),  # type: ignore[no-untyped-call]
+            )
+        }
     decorate = serve.deployment(
         name="Farsight",
-        num_replicas=config.replicas,
+        **size,
         # the engine admits by predicted seconds; Serve's own limits are far backstops
         max_ongoing_requests=4096,
         ray_actor_options=actor,

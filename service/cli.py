@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.request import Request, urlopen
@@ -36,6 +36,7 @@ console = Console(highlight=False)
 
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
 
+APPLICATION = "farsight"
 STOP_TIMEOUT_S = 15.0
 HAPROXY_QUIET_S, HAPROXY_TIMEOUT_S = 1.5, 15.0  # without a reload: the service is ready
 
@@ -218,7 +219,7 @@ def _run(config: Config) -> None:
             grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=GRPC_SERVICERS),
             logging_config={"log_level": "WARNING"},
         )
-        ray_serve.run(build(config), name="farsight", route_prefix="/", blocking=False)
+        ray_serve.run(build(config), name=APPLICATION, route_prefix="/", blocking=False)
         _wait_for_haproxy(config)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
         for name, reason in not_served(config).items():
@@ -260,6 +261,8 @@ def _stop(config: Config) -> None:
     # Ray reports its own actors' ends as errors here
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         if ray.is_initialized():
+            with suppress(TimeoutError):  # what is in flight is answered first, if that takes less than a minute
+                ray_serve.delete(APPLICATION)
             ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
     _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)

@@ -74,7 +74,12 @@ class Config(BaseSettings):
     model_repository: Path | None = Field(
         None, description="Folder whose folders may be loaded by name while the service runs."
     )
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, description="With max_replicas: the least.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="As many as the work asks for, up to this number; default: always `replicas`."
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="More work must be there for so long.")
+    downscale_delay_s: float = Field(300.0, ge=0, description="Less work must be there for so long.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: int | None = Field(None, ge=1, description="Threads of the device thread; default: all cores.")
 
@@ -150,6 +155,8 @@ class Config(BaseSettings):
             raise ValueError(f"ports must differ: {ports}")
         if self.max_json_bytes > self.max_request_bytes:
             raise ValueError(f"max_json_bytes {self.max_json_bytes} is over max_request_bytes {self.max_request_bytes}")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is under replicas {self.replicas}")
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
             raise ValueError(f"model names must differ: {names}")

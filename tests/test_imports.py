@@ -21,6 +21,7 @@ LAYERS = (
     ("simulate",),
     ("api",),
     ("bench",),
+    ("autoscaling",),
     ("app",),
     ("cli", "__main__"),
 )

@@ -71,7 +71,7 @@ class Call:
 class Answered(Response):
     """A response whose headers are all ours: encoded once, without Starlette's look at each of them.
 
-    A body in parts is sent block by block, as fast as the caller reads: it never lies in memory a second time.
+    A body in parts is sent block by block, as fast as the caller reads: only a block of it lies in memory twice.
     """
 
     def __init__(
@@ -91,8 +91,9 @@ class Answered(Response):
             left = self.size
             for part in self.parts:
                 for start in range(0, part.nbytes, BLOCK_BYTES):
-                    block = part[start : start + BLOCK_BYTES]
-                    left -= block.nbytes
+                    # bytes: Serve's own proxy, which stands in while replicas change, pickles them
+                    block = bytes(part[start : start + BLOCK_BYTES])
+                    left -= len(block)
                     await send({"type": "http.response.body", "body": block, "more_body": left > 0})
             if not self.size:
                 await send({"type": "http.response.body", "body": b""})

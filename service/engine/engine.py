@@ -124,6 +124,8 @@ class Engine:
         self._fastest_s: dict[ModelInfo, float] = {}  # by what was measured: a reloaded model begins anew
         self._audits = OutputAudits(config.output_audit_share)
         self._auditing: Batch[Job] | None = None
+        self._worked_s = self._told_s = 0.0  # of the device; and when `busy_share` was told
+        self._asked_s = clock()
         self._lost = ""  # why the device answers no more
         self._waiting: set[Job] = set()  # for their one result
         # last: its thread takes work at once. Its condition guards the scheduler, the stack and the audits
@@ -170,6 +172,13 @@ class Engine:
     def auditing(self) -> bool:
         """An answer is being audited, or waits for it."""
         return self._auditing is not None or len(self._audits) > 0
+
+    def busy_share(self) -> float:
+        """Share of the time since the last call that the device worked for requests."""
+        now_s = self._clock()
+        since_s, self._asked_s = now_s - self._asked_s, now_s
+        worked_s, self._told_s = self._worked_s - self._told_s, self._worked_s
+        return min(1.0, worked_s / since_s) if since_s > 0 else 0.0
 
     def hold(self, size: int, held: ExitStack) -> None:
         """Count `size` body bytes as in flight until `held` is closed; refuses over the limits."""
@@ -362,7 +371,9 @@ class Engine:
             raise
         with self._executor.condition:
             self._stack.remove(batch)
-            self._scheduler.finished(batch, sum(result.device_s for result in results))
+            used_s = sum(result.device_s for result in results)
+            self._worked_s += used_s
+            self._scheduler.finished(batch, used_s)
         self._hand_over(batch.items[0], self._finished, batch.items, results)
 
     def _between(self, used_s: float) -> bool:

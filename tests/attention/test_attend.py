@@ -31,7 +31,7 @@ def test_every_variant_is_the_reference(kind, case: Case, time_sliced):
 def small_blocks(monkeypatch):
     """Limits so small that every input is cut into many blocks."""
     monkeypatch.setattr(dense, "SCRATCH_BYTES", 4096)
-    monkeypatch.setattr(dense, "BLOCK_FLOPS", 2e4)
+    monkeypatch.setattr(dense, "slice_flops", lambda device: 2e4)
     monkeypatch.setattr(chunked, "SCRATCH_BYTES", 2048)
     monkeypatch.setattr(chunked, "KEY_BLOCK", 7)
     monkeypatch.setattr(sparse, "TILE_BYTES", 30_000)

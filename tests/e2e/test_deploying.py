@@ -70,7 +70,7 @@ class Load:
     """Clients that ask one after another until they are told to stop; counts their answers by status."""
 
     def __init__(self, url: str, body: dict[str, Any], clients: int = 4) -> None:
-        self.answers: Counter[int | str] = Counter()
+        self.answers: Counter[str] = Counter()
         self._url, self._body, self._stop = url, body, threading.Event()
         self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
 
@@ -78,7 +78,9 @@ class Load:
         with httpx.Client(timeout=60) as client:
             while not self._stop.is_set():
                 try:
-                    self.answers[client.post(self._url, json=self._body).status_code] += 1
+                    answer = client.post(self._url, json=self._body)
+                    told = "" if answer.status_code == 200 else f" {answer.text[:300]}"
+                    self.answers[f"{answer.status_code}{told}"] += 1
                 except httpx.HTTPError as error:
                     self.answers[repr(error)] += 1
 
@@ -93,6 +95,17 @@ class Load:
             thread.join()
 
 
+def test_a_rolling_update_of_two_replicas_fails_no_request(deployer: Deployer) -> None:
+    url = f"http://127.0.0.1:{BASE}"
+    arguments = {"device": "cpu", "cpu_threads": 1, "replicas": 2, "models": [MINILM]}
+    deployer.deploy(arguments, {})
+    body = {"model": MINILM["name"], "input": "How much does this cost?"}
+    with Load(f"{url}/v1/embeddings", body) as load:
+        deployer.deploy({**arguments, "request_log": True}, {})
+    assert set(load.answers) == {"200"}, load.answers
+    assert load.answers["200"] > 10
+
+
 def test_user_config_changes_models_without_dropping_a_request(deployer: Deployer) -> None:
     url = f"http://127.0.0.1:{BASE}"
     second = {**MINILM, "name": "second"}
@@ -103,8 +116,8 @@ def test_user_config_changes_models_without_dropping_a_request(deployer: Deploye
         deployer.deploy(arguments, {"user_config": {"models": [MINILM, second]}})
         both = {one["id"] for one in httpx.get(f"{url}/v1/models").json()["data"]}
     assert both == {MINILM["name"], "second"}
-    assert set(load.answers) == {200}
-    assert load.answers[200] > 10
+    assert set(load.answers) == {"200"}
+    assert load.answers["200"] > 10
     deployer.deploy(arguments, {"user_config": {"models": [second]}})
     assert httpx.post(f"{url}/v1/embeddings", json=body).status_code == 404
     assert httpx.post(f"{url}/v1/embeddings", json={**body, "model": "second"}).status_code == 200
