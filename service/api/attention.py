@@ -89,7 +89,10 @@ def estimate_document(estimate: Estimate, config: Config) -> dict[str, Any]:
         for kind, candidate in estimate.candidates.items()
     }
     chosen = {"kind": estimate.chosen.value if estimate.chosen else None, "reason": estimate.reason}
-    return {**plans, "chosen": chosen, "queue_s": estimate.queue_s, "would_admit": estimate.would_admit}
+    admits: dict[str, bool | float] = {"would_admit": estimate.would_admit}
+    if estimate.retry_after_s is not None:
+        admits["retry_after_s"] = estimate.retry_after_s
+    return {**plans, "chosen": chosen, "queue_s": estimate.queue_s, **admits}
 
 
 def _within_json(count: int) -> int | float:

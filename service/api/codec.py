@@ -142,6 +142,7 @@ def dump_json(document: Mapping[str, Any] | list[Any]) -> bytes:
 
 def error_document(error: FarsightError) -> dict[str, Any]:
     """The body of a `/v1` error."""
-    return {
-        "error": {"message": error.message, "type": error.kind.value, "code": error.code, "param": error.param},
-    }
+    told = {"message": error.message, "type": error.kind.value, "code": error.code, "param": error.param}
+    # exact, beside the header's whole seconds
+    after_s = error.retry_after_s
+    return {"error": told if after_s is None else {**told, "retry_after_s": after_s}}

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.codec import Body, dump_json, error_document, parse_json
-from service.api.door import REQUEST_ID
+from service.api.door import INLINE_BYTES, REQUEST_ID
 from service.engine.engine import Engine
 from service.errors import CODES, FarsightError, Kind, malformed, retry_after, too_large
 from service.telemetry import exporter
@@ -170,6 +170,8 @@ class Http:
         declared = int(text[:20]) if text.isdecimal() else None
         if declared is not None and declared > limit:
             raise too_large("request body", declared, limit, "bytes")
+        if declared is None or declared > INLINE_BYTES:
+            self.engine.check_open()  # before it is sent for nothing
         admission, size = self.engine.admission, 0
         held.callback(lambda: admission.give_back(size))
         body = bytearray()

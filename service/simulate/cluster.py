@@ -33,6 +33,7 @@ class Arrival:
     started_s: float | None = None
     finished_s: float | None = None
     refused: Kind | None = None
+    retry_after_s: float | None = None
 
     @property
     def latency_s(self) -> float:
@@ -63,9 +64,10 @@ class Replica:
         """Queue it or refuse it, at its own time; the device is there already."""
         ahead_s = self.scheduler.ahead_s(one.predicted_s, self.stack)
         try:
-            self.admission.admit(one.predicted_s, ahead_s, self.config.default_timeout_s)
+            is_long = self.scheduler.is_long(one.predicted_s)
+            self.admission.admit(one.predicted_s, ahead_s, self.config.default_timeout_s, is_long=is_long)
         except FarsightError as error:
-            one.refused = error.kind
+            one.refused, one.retry_after_s = error.kind, error.retry_after_s
             return
         self.unfinished += 1
         self.scheduler.add(one)

@@ -38,7 +38,26 @@ def test_a_full_queue_says_when_it_can_take_the_request() -> None:
     admission = Admission(Config(max_queue_s=10))
     admission.admit(2.0, 8.0, 100.0)
     error = refused(admission.admit, 2.0, 9.5, 100.0)
-    assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, pytest.approx(1.5))
+    # by a fifth, to 8 s, with the two of this request
+    assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, pytest.approx(3.5))
+
+
+def test_a_full_queue_is_closed_until_it_has_drained_by_a_fifth() -> None:
+    admission = Admission(Config(max_queue_s=10))
+    refused(admission.admit, 1.0, 9.5, 100.0)
+    assert refused(admission.admit, 0.1, 8.0, 100.0).retry_after_s == pytest.approx(0.1)
+    admission.admit(0.1, 8.0, 100.0, is_long=True)  # long work has a queue of its own
+    with pytest.raises(FarsightError):
+        admission.admit(0.1, 8.0, 100.0, asks_only=True)
+    admission.admit(0.1, 7.9, 100.0)
+    admission.admit(0.1, 9.0, 100.0)  # and is open until it is full again
+
+
+def test_an_estimate_closes_nothing() -> None:
+    admission = Admission(Config(max_queue_s=10))
+    with pytest.raises(FarsightError):
+        admission.admit(1.0, 9.5, 100.0, asks_only=True)
+    admission.admit(1.0, 8.5, 100.0)
 
 
 def test_a_request_over_the_queue_limit_runs_when_it_is_alone() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,26 @@ def test_two_replicas_do_twice_the_work() -> None:
         refused.append(report.row(trace, simulate(trace, replicas, config), config).refused)
     assert refused[0] == pytest.approx(0.5, abs=0.03)
     assert refused[1:] == [pytest.approx(0.0, abs=0.01), 0.0]
+
+
+def test_retry_after_is_right_under_steady_overload() -> None:
+    """Twice what the device can do, for five minutes, of lengths that differ by twenty times."""
+    generator = random.Random(2)
+    config, now_s, trace = Config(max_queue_s=10.0), 0.0, []
+    while now_s < 300:
+        now_s += generator.expovariate(2 / 0.05)
+        trace.append(Arrival(now_s, min(0.19, max(0.01, generator.expovariate(1 / 0.05))), key=len(trace)))
+    cluster = simulate(trace, 1, config)
+    right, told, taken_s = 0, 0, math.inf
+    for one in reversed(trace):
+        if one.refused is None:
+            taken_s = one.arrived_s  # the queue was open again
+        elif one.retry_after_s is not None and taken_s < math.inf:
+            told += 1
+            right += 0.5 <= one.retry_after_s / (taken_s - one.arrived_s) <= 2
+    assert told > 1000
+    assert right / told >= 0.8
+    assert cluster[0].busy_s / now_s > 0.95  # the device never ran out of work for that
 
 
 def test_members_of_a_batch_pay_its_fixed_part_once() -> None:
