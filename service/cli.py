@@ -201,12 +201,12 @@ def _run(config: Config) -> None:
 
     _end_on_signals()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    started_s = time.monotonic()
+    started_s, answers = time.monotonic(), False
     console.print("starting Farsight ...")
     try:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, config.replicas),
+            num_cpus=max(os.cpu_count() or 1, config.max_replicas or config.replicas),
             include_dashboard=False,
             object_store_memory=128 * 1024 * 1024,  # tensors never pass through it
             log_to_driver=True,
@@ -220,6 +220,7 @@ def _run(config: Config) -> None:
             logging_config={"log_level": "WARNING"},
         )
         ray_serve.run(build(config), name=APPLICATION, route_prefix="/", blocking=False)
+        answers = True
         _wait_for_haproxy(config)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
         for name, reason in not_served(config).items():
@@ -230,7 +231,7 @@ def _run(config: Config) -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
-        _stop(config)
+        _stop(config, answers=answers)
 
 
 def _wait_for_haproxy(config: Config) -> None:
@@ -252,8 +253,8 @@ def _end_on_signals() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def _stop(config: Config) -> None:
-    """End everything that was started; a next start must find the ports free."""
+def _stop(config: Config, *, answers: bool) -> None:
+    """End everything that was started; a next start must find the ports free. `answers`: there may be requests."""
     import ray
     from ray import serve as ray_serve
 
@@ -261,8 +262,10 @@ def _stop(config: Config) -> None:
     # Ray reports its own actors' ends as errors here
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         if ray.is_initialized():
-            with suppress(TimeoutError):  # what is in flight is answered first, if that takes less than a minute
-                ray_serve.delete(APPLICATION)
+            if answers:
+                # what is in flight is answered first, within a minute; whatever fails here, the rest must end
+                with suppress(Exception):
+                    ray_serve.delete(APPLICATION)
             ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
     _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)

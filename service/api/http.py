@@ -28,6 +28,7 @@ from service.telemetry import exporter
 logger = logging.getLogger("farsight")
 
 JSON = "application/json"
+MAX_DIGITS = 19  # of a content-length
 BLOCK_BYTES = 1024 * 1024  # of an answer that is sent
 
 
@@ -167,7 +168,8 @@ class Http:
         if encoding != "identity":
             raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-encoding {encoding[:32]!r} is not accepted")
         text = request.headers.get("content-length", "")
-        declared = int(text[:20]) if text.isdecimal() else None
+        is_sized = text.isdecimal() and len(text) <= MAX_DIGITS and "transfer-encoding" not in request.headers
+        declared = int(text) if is_sized else None
         if declared is not None and declared > limit:
             raise too_large("request body", declared, limit, "bytes")
         if declared is None or declared > INLINE_BYTES:
@@ -187,8 +189,10 @@ class Http:
                 return chunk
             if whole is None:
                 body += chunk
-            else:
+            elif size <= whole.nbytes:
                 whole[size - len(chunk) : size] = chunk
+        if declared is not None and size != declared:  # what was not written to is somebody else's memory
+            raise malformed(f"the body has {size} bytes, its content-length says {declared}")
         return body if whole is None else whole
 
 

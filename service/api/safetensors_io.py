@@ -51,7 +51,8 @@ def _check_offsets(header: Mapping[str, Any], size: int) -> None:
     end = 0
     for name, entry in sorted(header.items(), key=_start):
         fits = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
-        if not fits or not _whole(entry["shape"]) or not _whole(entry["data_offsets"]):
+        fits = fits and isinstance(entry["dtype"], str) and _whole(entry["shape"]) and _whole(entry["data_offsets"])
+        if not fits:
             raise malformed(f"the body is not a valid safetensors file: {name[:96]!r} is not described as it demands")
         offsets = entry["data_offsets"]
         if len(offsets) != 2 or offsets[0] != end or offsets[1] < end:

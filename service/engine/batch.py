@@ -36,7 +36,7 @@ from service.models.tokens import Tokenized
 
 SHORTEST_SLICE_S = 0.005  # small layers come to a checkpoint every few microseconds
 
-Between = Callable[[float], bool]
+Between = Callable[[float], float]
 
 
 class Stopped(Exception):
@@ -134,16 +134,17 @@ class _Run:
             return
         self._has_begun = True
         self._ahead.mark()
+        now_s = self._clock()  # on a GPU a mark may wait
         self._ends_slice(now_s)
         if all(job.cancelled or now_s > job.deadline_s for job in self._jobs):
             raise Stopped
         try:
-            ran = self._between(now_s - self.started_s - self.paused_s)
+            others_s = self._between(now_s - self.started_s - self.paused_s)
         except Exception as error:  # not this run's failure
             raise DeviceLost(repr(error)) from error
-        if ran:
+        if others_s:
             self._resumed_s = self._clock()
-            self.paused_s += self._resumed_s - now_s
+            self.paused_s += others_s
 
     def end(self) -> None:
         synchronize(self._device)
@@ -157,7 +158,7 @@ class _Run:
 class BatchRunner:
     """Knows how to compute jobs; lives on the device thread.
 
-    `between` is called at checkpoints with the seconds that the run has used; it may run other work, and says whether.
+    `between` is called at checkpoints with the seconds that the run has used; it may run other work, and says how long.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class BatchRunner:
         config: Config,
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
-        between: Between = lambda _: False,
+        between: Between = lambda _: 0.0,
     ) -> None:
         self._config = config
         self._device = device
@@ -185,20 +186,27 @@ class BatchRunner:
         except Exception as error:
             if isinstance(error, DeviceLost) or is_device_lost(error):
                 raise DeviceLost(str(error)) from error
-            used_s = run.used_s
-            if is_out_of_memory(error):
-                clear_memory(self._device)
-            if len(jobs) > 1 and not isinstance(error, Stopped):
-                return _with_time(used_s, [self.run([job])[0] for job in jobs])
-            if is_out_of_memory(error):
-                if (smaller := _with_less_memory(jobs[0])) is not None:
-                    return _with_time(used_s, self.run([smaller], jobs))
-                error = FarsightError(
-                    Kind.OUT_OF_MEMORY,
-                    f"the device ran out of memory; predicted peak was {jobs[0].peak_bytes} bytes",
-                )
-            parts = shares(used_s, [job.plan.work.flops for job in jobs])
-            return [Result(error, run.started_s, part, len(jobs), 0, run.paused_s, run.slice_s) for part in parts]
+            failure = error
+        else:
+            return self._answered(jobs, run, outcomes)
+        # after the block: within it the traceback would keep every tensor of the failed attempt
+        return self._failed(jobs, run, failure)
+
+    def _failed(self, jobs: Sequence[Job], run: _Run, error: Exception) -> list[Result]:
+        used_s, is_memory = run.used_s, is_out_of_memory(error)
+        if is_memory:
+            error = FarsightError(
+                Kind.OUT_OF_MEMORY, f"the device ran out of memory; predicted peak was {jobs[0].peak_bytes} bytes"
+            )
+            clear_memory(self._device)
+        if len(jobs) > 1 and not isinstance(error, Stopped):
+            return _with_time(used_s, [self.run([job])[0] for job in jobs])
+        if is_memory and (smaller := _with_less_memory(jobs[0])) is not None:
+            return _with_time(used_s, self.run([smaller], jobs))
+        parts = shares(used_s, [job.plan.work.flops for job in jobs])
+        return [Result(error, run.started_s, part, len(jobs), 0, run.paused_s, run.slice_s) for part in parts]
+
+    def _answered(self, jobs: Sequence[Job], run: _Run, outcomes: Sequence[Outcome]) -> list[Result]:
         parts = shares(run.used_s, [job.plan.work.flops for job in jobs])
         tokens = sum(tokens_of(job) for job in jobs)
         told = len(jobs), tokens, run.paused_s, run.slice_s

@@ -382,28 +382,33 @@ class Engine:
         with self._executor.condition:
             self._stack.remove(batch)
             used_s = sum(result.device_s for result in results)
-            self._worked_s += used_s
-            self._pace.learn(batch.predicted_s, used_s)
+            self._worked_s += max(0.0, used_s - batch.used_s)
+            if all(isinstance(result.outcome, Outcome) for result in results):  # what was stopped took less
+                self._pace.learn(batch.predicted_s, used_s)
             self._scheduler.finished(batch, used_s)
         self._hand_over(batch.items[0], self._finished, batch.items, results)
 
-    def _between(self, used_s: float) -> bool:
-        """At a checkpoint of the innermost run, which has used `used_s`: run what has more claim to the device."""
-        ran = False
+    def _between(self, used_s: float) -> float:
+        """At a checkpoint of the innermost run, which has used `used_s`: run what has more claim to the device.
+
+        The seconds that others had it.
+        """
+        start_s: float | None = None
         while True:
             with self._executor.condition:
                 below = [] if self._auditing is None else [self._auditing]
                 if self._stack:
+                    self._worked_s += max(0.0, used_s - self._stack[-1].used_s)
                     self._scheduler.served(self._stack[-1], used_s)
                 batch = self._scheduler.next_batch(self._clock(), below + self._stack)
                 if batch is None and not self._stack and len(self._scheduler):
                     below[0].items[0].cancelled = True  # no room beside an audit: it is let go
                 task = None if batch is None else self._enter(batch)
             if task is None:
-                return ran
-            if not ran:
+                return 0.0 if start_s is None else self._clock() - start_s
+            if start_s is None:
                 synchronize(self._device)  # what was enqueued is the interrupted run's time
-            ran = True
+                start_s = self._clock()
             task()
 
     def _audit(self, audit: Audit) -> None:
@@ -420,6 +425,7 @@ class Engine:
     def _died(self) -> None:
         """The device thread ends: nobody waits for what will not come. Ray replaces the replica."""
         with self._executor.condition:
+            self._lost = self._lost or "its thread has ended"
             left = tuple(self._waiting)
         for job in left:
             self._hand_over(job, _give_up, job)

@@ -265,7 +265,7 @@ class Scheduler(Generic[Item]):
         return of_size.child(tenant, self._tenant_weights.get(tenant, 1.0))
 
     def _urgency(self, item: Item, now_s: float, used_s: float = 0.0) -> tuple[bool, float]:
-        wait_s = now_s - item.arrived_s
+        wait_s = now_s - item.arrived_s - used_s
         is_old = wait_s > self._max_wait_s
         return is_old, wait_s if is_old else response_ratio(item, now_s, used_s)
 

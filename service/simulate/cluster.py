@@ -6,7 +6,8 @@ Replicas get requests as HAProxy gives them: to the one with the fewest that are
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable
+import math
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from service.config import Config
@@ -47,7 +48,7 @@ class Replica:
 
     config: Config
     number: int = 0
-    on_event: Callable[[], None] = lambda: None
+    max_bytes: float = math.inf
     scheduler: Scheduler[Arrival] = field(init=False)
     admission: Admission = field(init=False)
     stack: list[Batch[Arrival]] = field(default_factory=list)
@@ -57,11 +58,19 @@ class Replica:
     unfinished: int = 0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config.target_slice_s, max_wait_s=self.config.max_queue_s)
+        self.scheduler = Scheduler(
+            self.config.target_slice_s,
+            max_wait_s=self.config.max_queue_s,
+            max_bytes=self.max_bytes,
+            tenant_weights=self.config.tenant_weights,
+            order=self.config.order,
+        )
         self.admission = Admission(self.config)
 
     def arrive(self, one: Arrival) -> None:
         """Queue it or refuse it, at its own time; the device is there already."""
+        if one.refused is not None:  # it can never fit
+            return
         ahead_s = self.scheduler.ahead_s(one.predicted_s, self.stack)
         try:
             is_long = self.scheduler.is_long(one.predicted_s)
@@ -120,9 +129,9 @@ class Replica:
         self.scheduler.served(self.stack[-1], self.stack[-1].used_s + seconds)
 
 
-def simulate(trace: Iterable[Arrival], replicas: int, config: Config) -> list[Replica]:
+def simulate(trace: Iterable[Arrival], replicas: int, config: Config, max_bytes: float = math.inf) -> list[Replica]:
     """Run a whole trace, in order of arrival; the arrivals are filled in."""
-    cluster = [Replica(config, number) for number in range(replicas)]
+    cluster = [Replica(config, number, max_bytes) for number in range(replicas)]
     events: list[tuple[float, int]] = []  # when a replica must be looked at; old ones do no harm
     loads: list[dict[int, None]] = [dict.fromkeys(range(replicas))]  # by requests not answered yet
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from rich.table import Table
 from service.config import Config
 from service.core import ModelInfo
 from service.engine.calibration import DeviceProfile
+from service.engine.planner import max_peak_bytes
 from service.simulate import traces
 from service.simulate.cluster import simulate
 from service.simulate.pricing import arrivals
@@ -23,7 +25,10 @@ from service.simulate.traces import KINDS, Entry
 def entries(path: Path | None, kind: str, rate: float, count: int, model: str, seed: int) -> list[Entry]:
     """Raises ValueError or OSError that say what is wrong."""
     if path is not None:
-        return list(traces.read(path))
+        try:
+            return list(traces.read(path))
+        except csv.Error as error:
+            raise ValueError(f"{path}: {error}") from error
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     return list(traces.draw(kind, rate, count, model, seed))
@@ -36,7 +41,7 @@ def run(trace: Sequence[Entry], replicas: int, config: Config) -> Row:
         raise ValueError("the trace has no requests")
     profile, models = _device(config, needs_models=any(one.model for one in trace))
     arrived = list(arrivals(trace, profile, models, config))
-    return row(arrived, simulate(arrived, replicas, config), config)
+    return row(arrived, simulate(arrived, replicas, config, max_peak_bytes(profile, config)), config)
 
 
 @lru_cache(1)

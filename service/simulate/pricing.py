@@ -9,6 +9,7 @@ from service.config import Config
 from service.core import AttentionOptions, AttentionShape, EmbedOptions, ForwardRequest, ModelInfo, Plan
 from service.engine import planner
 from service.engine.calibration import DeviceProfile
+from service.errors import FarsightError
 from service.simulate.cluster import Arrival
 from service.simulate.traces import Entry
 
@@ -33,7 +34,11 @@ def arrivals(
         return planner.plan_forward(models[model], (tokens,), request, profile, config)
 
     for number, one in enumerate(trace):
-        chosen = plan(one.model, one.tokens)
+        try:
+            chosen = plan(one.model, one.tokens)
+        except FarsightError as error:
+            yield Arrival(one.at_s, 0.0, priority=one.priority, tenant=one.tenant, refused=error.kind)
+            continue
         yield Arrival(
             one.at_s,
             chosen.predicted_s,

@@ -35,7 +35,7 @@ def read(path: Path) -> Iterator[Entry]:
     """CSV with a header: at_s, tokens, and optionally model, priority, tenant; in order of at_s. Raises ValueError."""
     with path.open(newline="") as lines:
         last_s = 0.0
-        for number, row in enumerate(csv.DictReader(lines), 2):
+        for number, row in enumerate(csv.DictReader(lines, strict=True), 2):
             try:
                 known = {one.name: row[one.name] for one in fields(Entry) if row.get(one.name)}
                 at_s, tokens = float(known.pop("at_s")), int(known.pop("tokens"))

@@ -528,3 +528,21 @@ def test_a_client_that_leaves_its_upload_is_no_bug(engine: Engine, registry: Col
 
     asyncio.run(create_app(engine)(scope, receive, send))
     assert registry.get_sample_value("farsight_requests_total", {**labels, "code": "499"}) == before + 1
+
+
+@pytest.mark.parametrize(("said", "sent"), [(b"1000", 3), (b"2", 3), (b"00000000000000000000003", 3)])
+def test_a_body_is_as_long_as_it_says(engine: Engine, said: bytes, sent: int) -> None:
+    scope = {"type": "http", "method": "POST", "path": "/v1/attention", "headers": [(b"content-length", said)]}
+    messages: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}  "[:sent], "more_body": False}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    asyncio.run(create_app(engine)(scope, receive, send))
+    is_counted = len(said) < 20  # a number that nobody means is not one
+    assert messages[0]["status"] == (400 if is_counted else 422)
+    assert (b"content-length says" in messages[1]["body"]) == is_counted
+    assert engine.admission.inflight_bytes == 0

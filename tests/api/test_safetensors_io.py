@@ -83,6 +83,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (written({"__metadata__": {"options": 3}}), "must map names to text"),
         (written({"query": 3}), "'query' is not described"),
         (written({"query": {**ENTRY, "more": 1}}, b"\0" * 8), "'query' is not described"),
+        (written({"query": {**ENTRY, "dtype": []}}, b"\0" * 8), "'query' is not described"),
         (written({"query": {**ENTRY, "shape": [-2]}}, b"\0" * 8), "'query' is not described"),
         (written({"query": ENTRY}, b"\0" * 9), "its tensors take 8 bytes, it has 9"),
         (written({"query": ENTRY}, b"\0" * 7), "its tensors take 8 bytes, it has 7"),

@@ -124,6 +124,15 @@ def test_the_command_prints_one_row_for_each_size(tmp_path: Path) -> None:
     assert [row["replicas"] for row in json.loads(output.read_text())] == [1, 3]
 
 
+def test_what_can_never_fit_is_refused_and_the_rest_runs(tmp_path: Path) -> None:
+    path, output = tmp_path / "trace.csv", tmp_path / "out.json"
+    traces.write(path, [Entry(0.0, 500_000_000), Entry(1.0, 256)])
+    arguments = ["simulate", "--trace", str(path), "--replicas", "1", "--output", str(output)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(output.read_text())[0]["refused"] == 0.5
+
+
 def test_the_command_refuses_what_makes_no_sense(tmp_path: Path) -> None:
     for arguments, says in (
         (["--kind", "sometimes"], "not one of poisson"),
