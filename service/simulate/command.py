@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from service.config import Config
@@ -66,19 +67,19 @@ def _device(config: Config, *, needs_models: bool) -> tuple[DeviceProfile, dict[
 
 def table(rows: Sequence[Row], requests: int) -> Table:
     latencies = "short p50", "p99", "long p50", "p99"
-    columns = "replicas", *latencies, "refused", "of the work", "used", "fairness", "USD", "USD used"
-    shown = Table(*columns, title=f"{requests:,} requests, by this device's measured speed")
+    columns = "replicas", *latencies, "refused", "work", "used", "fair", "USD"
+    title = f"{requests:,} requests, by this device's measured speed: seconds, shares, allocated USD"
+    shown = Table(*columns, title=title, box=SIMPLE_HEAD)
     for one in rows:
         seconds = (one.short_p50_s, one.short_p99_s, one.long_p50_s, one.long_p99_s)
         shown.add_row(
             f"{one.replicas}",
-            *(f"{value:.3g} s" for value in seconds),
+            *(f"{value:.3g}" for value in seconds),
             f"{one.refused:.1%}",
             f"{one.refused_work:.1%}",
             f"{one.used:.0%}",
             f"{one.fairness:.3f}",
-            f"{one.allocated_usd:.4g}",
-            f"{one.used_usd:.4g}",
+            f"{one.allocated_usd:.3g}",
         )
     return shown
 
