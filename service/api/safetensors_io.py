@@ -9,10 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
 import torch
 
-from service.api.codec import Body, parse_json, raw_bytes
+from service.api.codec import Body, dump_json, parse_json, raw_bytes
 from service.api.tensors import from_raw
 from service.errors import invalid, malformed
 
@@ -75,7 +74,7 @@ def _whole(sizes: Any) -> bool:
 
 def dump_safetensors(tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> Sequence[memoryview]:
     """The answer's tensors as they lie in memory, after a header with everything else in `__metadata__["answer"]`."""
-    answer = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    answer = dump_json(document).decode()
     header: dict[str, Any] = {"__metadata__": {"answer": answer}}
     parts, end = [], 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):  # aligned, as they are read

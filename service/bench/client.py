@@ -64,10 +64,10 @@ class Connection(asyncio.Protocol):
             self._waiting.set_exception(error or ConnectionResetError("the service closed the connection"))
 
 
-def post(host: str, port: int, path: str, body: bytes) -> bytes:
-    """A JSON POST as bytes."""
+def post(host: str, port: int, path: str, body: bytes, media_type: str = "application/json") -> bytes:
+    """A POST as bytes; the answer is asked for in the same form."""
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: {media_type}\r\naccept: {media_type}\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -64,8 +65,6 @@ def run(settings: Settings, model: Path) -> Figures:
     environment = {"FARSIGHT_MAX_QUEUE_S": f"{MAX_QUEUE_S}"}
     contender = replace(ours, environment=lambda place: {**ours.environment(place), **environment})
     with TemporaryDirectory(prefix="farsight-bench-") as folder:
-        import sys
-
         place = Place(sys.executable, model, settings.first_port, Path(folder) / "server")
         pool = requests(settings.first_port)
         with running(contender, place, pool[0]):
@@ -135,11 +134,7 @@ def requests(port: int) -> list[bytes]:
         query, key, value = structured(1, 8, 8, length, 64)
         options = json.dumps({"mode": "chunked", "timeout_s": 60})
         body = save({"query": query, "key": key, "value": value}, metadata={"options": options})
-        head = (
-            f"POST /v1/attention HTTP/1.1\r\nhost: {HOST}:{port}\r\ncontent-type: application/x-safetensors\r\n"
-            f"accept: application/x-safetensors\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        found.append(head.encode() + body)
+        found.append(post(HOST, port, "/v1/attention", body, "application/x-safetensors"))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def measure(settings: Settings, order: str, model: Path, step: Callable[[str], N
     ours = LINEUP[0]
     contender = replace(ours, environment=lambda place: {**ours.environment(place), "FARSIGHT_ORDER": order})
     with TemporaryDirectory(prefix="farsight-bench-") as folder:
-        place = Place(_python(), model, settings.first_port, Path(folder) / "server")
+        place = Place(sys.executable, model, settings.first_port, Path(folder) / "server")
         sample = short_requests(settings.first_port, 200, seed=9)
         with running(contender, place, sample[0]):
             return _measured(settings, order, place, sample, step)
@@ -185,9 +186,3 @@ def slices(port: int) -> dict[str, float]:
     text = uvloop.run(exchanged(HOST, port, [request], 1)).bodies[0].decode()
     lines = (line for line in text.splitlines() if line.startswith(SLICE_METRIC))
     return {line.split('le="')[1].split('"')[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
-
-
-def _python() -> str:
-    import sys
-
-    return sys.executable

@@ -38,7 +38,6 @@ from service.engine.accounting import cost_usd
 from service.engine.admission import Admission
 from service.engine.batch import (
     BatchRunner,
-    DeviceLost,
     Job,
     Outcome,
     Result,
@@ -129,7 +128,7 @@ class Engine:
         self._pace = Pace()
         self._worked_s = self._told_s = 0.0  # of the device; and when `busy_share` was told
         self._asked_s = clock()
-        self._lost = ""  # why the device answers no more
+        self._lost = False  # the device answers no more
         self._waiting: set[Job] = set()  # for their one result
         # last: its thread takes work at once. Its condition guards the scheduler, the stack and the audits
         self._executor = Executor(cpu_threads, self._next, self._died)
@@ -374,11 +373,7 @@ class Engine:
         return partial(self._run_batch, batch)
 
     def _run_batch(self, batch: Batch[Job]) -> None:
-        try:
-            results = self._runner.run(batch.items)
-        except DeviceLost as error:
-            self._lost = str(error)
-            raise
+        results = self._runner.run(batch.items)
         with self._executor.condition:
             self._stack.remove(batch)
             used_s = sum(result.device_s for result in results)
@@ -413,11 +408,7 @@ class Engine:
 
     def _audit(self, audit: Audit) -> None:
         """Run an answered request again, exactly. Whoever comes meanwhile runs first."""
-        try:
-            result = self._runner.run([audit.job])[0]
-        except DeviceLost as error:
-            self._lost = str(error)
-            raise
+        result = self._runner.run([audit.job])[0]
         with self._executor.condition:
             self._auditing = None
         self._hand_over(audit.job, self._audited, audit, result)
@@ -425,7 +416,7 @@ class Engine:
     def _died(self) -> None:
         """The device thread ends: nobody waits for what will not come. Ray replaces the replica."""
         with self._executor.condition:
-            self._lost = self._lost or "its thread has ended"
+            self._lost = True
             left = tuple(self._waiting)
         for job in left:
             self._hand_over(job, _give_up, job)

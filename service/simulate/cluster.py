@@ -30,7 +30,6 @@ class Arrival:
     priority: Priority = Priority.INTERACTIVE
     tenant: str = "default"
     peak_bytes: int = 0
-    actual_s: float | None = None  # of the device; None: as predicted
     started_s: float | None = None
     finished_s: float | None = None
     refused: Kind | None = None
@@ -52,7 +51,7 @@ class Replica:
     scheduler: Scheduler[Arrival] = field(init=False)
     admission: Admission = field(init=False)
     stack: list[Batch[Arrival]] = field(default_factory=list)
-    left_s: list[float] = field(default_factory=list)  # really left of each run of the stack
+    left_s: list[float] = field(default_factory=list)  # of each run of the stack
     now_s: float = 0.0
     busy_s: float = 0.0
     unfinished: int = 0
@@ -84,25 +83,23 @@ class Replica:
     def next_event_s(self) -> float:
         """When the device must next be looked at, if nothing arrives."""
         if self.stack:
-            return self.now_s + (min(self.left_s[-1], STEP_S) if len(self.scheduler) else self.left_s[-1])
+            return self.now_s + self._step_s()
         return self.now_s if len(self.scheduler) else float("inf")
 
-    def advance(self, until_s: float) -> list[Arrival]:
-        """Run the device until then; who finished."""
-        finished: list[Arrival] = []
+    def advance(self, until_s: float) -> None:
+        """Run the device until then."""
         while True:
             if not self.stack:
                 batch = self.scheduler.next_batch(self.now_s)
                 if batch is None:
                     self.now_s = max(self.now_s, until_s)
-                    return finished
+                    return
                 self._push(batch)
             top = self.stack[-1]
-            step_s = min(self.left_s[-1], STEP_S) if len(self.scheduler) else self.left_s[-1]
+            step_s = self._step_s()
             if self.now_s + step_s > until_s:
-                step_s = max(0.0, until_s - self.now_s)
-                self._work(step_s)
-                return finished
+                self._work(max(0.0, until_s - self.now_s))
+                return
             self._work(step_s)
             if self.left_s[-1] <= 1e-12:
                 self.stack.pop()
@@ -111,16 +108,18 @@ class Replica:
                 for one in top.items:
                     one.finished_s = self.now_s
                 self.unfinished -= len(top.items)
-                finished += top.items
             if self.stack and (batch := self.scheduler.next_batch(self.now_s, self.stack)) is not None:
                 self._push(batch)
+
+    def _step_s(self) -> float:
+        """Until the innermost run ends, or comes to a checkpoint where others wait."""
+        return min(self.left_s[-1], STEP_S) if len(self.scheduler) else self.left_s[-1]
 
     def _push(self, batch: Batch[Arrival]) -> None:
         for one in batch.items:
             one.started_s = self.now_s
-        own_s = sum((one.predicted_s if one.actual_s is None else one.actual_s) - one.shared_s for one in batch.items)
         self.stack.append(batch)
-        self.left_s.append(own_s + batch.items[0].shared_s)
+        self.left_s.append(batch.predicted_s)
 
     def _work(self, seconds: float) -> None:
         self.now_s += seconds
