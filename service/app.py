@@ -14,6 +14,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from service.api.grpc import GrpcMethods
+from service.bank_actor import RemoteBank
 from service.config import Config
 from service.errors import Kind
 
@@ -36,7 +37,7 @@ class Farsight(GrpcMethods):
 
         logging.configure(config.log_level)
         share_files(config.metrics_dir)
-        self.engine = Engine.start(config, Metrics())
+        self.engine = Engine.start(config, Metrics(), RemoteBank(config))
         # a request leaves hundreds of short-lived objects: collect the young ones every few dozen requests, not at each
         gc.set_threshold(20_000, 50, 50)
         self.door = self.engine
@@ -65,6 +66,11 @@ class Farsight(GrpcMethods):
         from service.autoscaling import AHEAD_S, BUSY
 
         return {AHEAD_S: self.engine.ahead_s(), BUSY: self.engine.busy_share()}
+
+    def __del__(self) -> None:
+        """Called by Serve when a replica goes in peace: leases go back, the ledger has everything."""
+        if (engine := getattr(self, "engine", None)) is not None:  # absent: the start failed
+            engine.close()
 
     async def check_health(self) -> None:
         """Raises where the device thread has died, so that Serve replaces this replica."""

@@ -1,4 +1,4 @@
-"""The command line: `farsight serve | calibrate | simulate | bench ...`."""
+"""The command line: `farsight serve | calibrate | simulate | estimate | usage | key | bench ...`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service import bench
+from service import bench, cost_cli
 from service.config import Config, ModelConfig
 from service.models.files import directory_of, task_of
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench.app, name="bench")
+app.add_typer(cost_cli.app)
 console = Console(highlight=False)
 
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
@@ -298,6 +299,8 @@ def banner(config: Config, took_s: float) -> str:
 def not_served(config: Config) -> dict[str, str]:
     """Models that could not be loaded, and why, as one replica tells it."""
     url = f"http://{config.host}:{config.http_port}/v2/repository/index"
+    if config.tenants or config.tenants_file:  # who starts it has no key
+        return {}
     with urlopen(Request(url, method="POST"), timeout=10) as answer:
         rows = json.load(answer)
     return {row["name"]: row["reason"] for row in rows if row["state"] == "UNAVAILABLE"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # USD for an hour of a device
 
 GIB = 1024**3
 MIB = 1024**2
@@ -40,6 +42,64 @@ class ModelConfig(BaseModel):
             raise ValueError(f"model {self.name!r}: give exactly one of path and package")
         if self.name == "attention":
             raise ValueError("model name 'attention' is taken by the attention endpoint itself")
+        return self
+
+
+class Budget(BaseModel):
+    """What a tenant may spend: `usd` or `device_s`, refilled evenly over a period, at most `burst` at one time."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    usd: float | None = Field(None, gt=0, allow_inf_nan=False)
+    device_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Seconds of device time.")
+    per: Literal["minute", "hour", "day"]
+    burst: float | None = Field(None, gt=0, allow_inf_nan=False, description="Default: the whole amount.")
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Budget:
+        if (self.usd is None) == (self.device_s is None):
+            raise ValueError("budget: give exactly one of usd and device_s")
+        return self
+
+    @property
+    def unit(self) -> Literal["usd", "device_s"]:
+        return "usd" if self.device_s is None else "device_s"
+
+    @property
+    def amount(self) -> float:
+        return self.usd or self.device_s or 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.unit}/{self.per}"
+
+    @property
+    def period_s(self) -> float:
+        return {"minute": 60.0, "hour": 3600.0, "day": 86400.0}[self.per]
+
+    @property
+    def capacity(self) -> float:
+        return self.burst or self.amount
+
+
+class TenantConfig(BaseModel):
+    """Who may use the service, with what share of it, and for how much."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    key_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
+        (), description="SHA-256 of each of its API keys, in hex; `farsight key` makes a pair. The key is kept nowhere."
+    )
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the device where others want it too.")
+    budgets: tuple[Budget, ...] = ()
+    is_admin: bool = Field(False, description="Sees everybody's usage, reads /metrics, loads models.")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TenantConfig:
+        names = [budget.name for budget in self.budgets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"tenant {self.name!r}: budgets must differ in unit or period: {names}")
         return self
 
 
@@ -112,9 +172,6 @@ class Config(BaseSettings):
         gt=0,
         description="Predicted device seconds that may wait; what has waited longer than this goes first.",
     )
-    tenant_weights: dict[str, float] = Field(
-        {}, description="Shares of the device between tenants that have work at the same time; default 1 each."
-    )
     default_timeout_s: float = Field(300.0, gt=0)
 
     # attention
@@ -135,7 +192,28 @@ class Config(BaseSettings):
     max_density: float = Field(0.5, gt=0, le=1, description="Share of pairs selected, above which auto goes exact.")
 
     # money
-    price_per_device_hour_usd: float = Field(0.10, ge=0)
+    price_per_device_hour_usd: Price | dict[str, Price] = Field(
+        0.10,
+        description='One price, or by kind of device: {"cpu": 0.1, "NVIDIA H100": 3.0}; the longest name that the '
+        "device's begins with counts, then cpu or cuda.",
+    )
+    ledger_url: str | None = Field(
+        None,
+        description="SQLAlchemy URL of the ledger and the budgets; default: SQLite in `state_dir`. Several nodes or "
+        "services need PostgreSQL: postgresql+psycopg://...",
+    )
+    ledger_keep_days: float = Field(
+        30.0, ge=2, description="Requests are kept one by one for so long, then as sums of hours."
+    )
+    lease_share: float = Field(
+        0.02, gt=0, le=1, description="Of a budget: what a replica holds to spend without asking."
+    )
+
+    # who may use it; without tenants everybody may, and pays as `default`
+    tenants: tuple[TenantConfig, ...] = ()
+    tenants_file: Path | None = Field(
+        None, description="A JSON list of more tenants (a mounted secret); read again when it changes."
+    )
 
     request_log: bool = Field(
         False, description="One JSON line on stderr for each answer; metrics say the same in sum."
@@ -160,7 +238,38 @@ class Config(BaseSettings):
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
             raise ValueError(f"model names must differ: {names}")
+        tenants = [tenant.name for tenant in self.tenants]
+        if len(set(tenants)) != len(tenants):
+            raise ValueError(f"tenant names must differ: {tenants}")
         return self
+
+    @property
+    def tenant_weights(self) -> dict[str, float]:
+        return {tenant.name: tenant.weight for tenant in self.tenants}
+
+    def hour_usd(self, *names: str) -> float:
+        """Price of an hour of a device that goes by these names, the most telling one first. ValueError: there is none.
+
+        The longest configured name that one of them begins with counts.
+        """
+        if not isinstance(self.price_per_device_hour_usd, dict):
+            return self.price_per_device_hour_usd
+        for name in names:
+            matching = [known for known in self.price_per_device_hour_usd if name.startswith(known)]
+            if matching:
+                return self.price_per_device_hour_usd[max(matching, key=len)]
+        known = ", ".join(self.price_per_device_hour_usd) or "none"
+        raise ValueError(f"price_per_device_hour_usd has no price for {' or '.join(names)}; it names {known}")
+
+    @property
+    def ledger(self) -> str:
+        """The URL of the ledger, given or not."""
+        return self.ledger_url or f"sqlite:///{self.state_dir.resolve()}/ledger-{self.metrics_port}.sqlite"
+
+    @property
+    def journal_dir(self) -> Path:
+        """Where the replicas of one node write down what the ledger does not have yet."""
+        return self.state_dir / f"journal-{self.metrics_port}"
 
     @property
     def metrics_dir(self) -> Path:

@@ -331,6 +331,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Capacity:
+    """Seconds of one device since its replica started: for requests, and for nobody."""
+
+    used_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerKind:
     """Attention layers of one kind: how many there are, and who sees whom in them."""
 

@@ -19,7 +19,10 @@ class Kind(StrEnum):
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     UNSUPPORTED_MEDIA = "unsupported_media"
+    UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
     OVERLOADED = "overloaded"
+    OVER_BUDGET = "over_budget"
     DEADLINE = "deadline"
     CANCELLED = "cancelled"
     UNAVAILABLE = "unavailable"
@@ -42,10 +45,13 @@ CODES: dict[Kind, Code] = {
     Kind.INVALID: Code(422, "INVALID_ARGUMENT", False, "Wrong shape, type, value or combination; non-finite numbers."),
     # not RESOURCE_EXHAUSTED: that would invite a retry of what can never fit
     Kind.TOO_LARGE: Code(413, "INVALID_ARGUMENT", False, "Can never fit; the message names the limit and the size."),
+    Kind.UNAUTHENTICATED: Code(401, "UNAUTHENTICATED", False, "No API key, or one that is not known."),
+    Kind.FORBIDDEN: Code(403, "PERMISSION_DENIED", False, "The key is known, and does not allow this."),
     Kind.NOT_FOUND: Code(404, "NOT_FOUND", False, "Unknown model or route."),
     Kind.METHOD_NOT_ALLOWED: Code(405, "UNIMPLEMENTED", False, "The route does not take this method."),
     Kind.UNSUPPORTED_MEDIA: Code(415, "INVALID_ARGUMENT", False, "A content type or encoding that is not accepted."),
     Kind.OVERLOADED: Code(429, "RESOURCE_EXHAUSTED", True, "The queue is full; Retry-After is computed from it."),
+    Kind.OVER_BUDGET: Code(429, "RESOURCE_EXHAUSTED", True, "The tenant's budget is spent; Retry-After is its refill."),
     Kind.DEADLINE: Code(504, "DEADLINE_EXCEEDED", True, "Would not, or did not, finish within timeout_s."),
     Kind.CANCELLED: Code(499, "CANCELLED", False, "The client left (seen in metrics and logs only)."),
     Kind.UNAVAILABLE: Code(503, "UNAVAILABLE", True, "Starting, or the device does not answer."),

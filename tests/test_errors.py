@@ -21,7 +21,7 @@ def test_what_can_never_fit_does_not_invite_a_retry() -> None:
     assert not CODES[Kind.TOO_LARGE].retryable
     assert CODES[Kind.TOO_LARGE].grpc != "RESOURCE_EXHAUSTED"
     retryable = {kind for kind, code in CODES.items() if code.retryable}
-    assert retryable == {Kind.OVERLOADED, Kind.DEADLINE, Kind.UNAVAILABLE, Kind.OUT_OF_MEMORY}
+    assert retryable == {Kind.OVERLOADED, Kind.OVER_BUDGET, Kind.DEADLINE, Kind.UNAVAILABLE, Kind.OUT_OF_MEMORY}
 
 
 @pytest.mark.parametrize("kind", Kind)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from service.core import Answer, Plan
+from service.engine.accounting import cost_usd
+from service.engine.engine import Estimate
 
 
 def headers(answer: Answer) -> dict[str, str]:
@@ -101,3 +103,29 @@ def document(answer: Answer) -> dict[str, Any]:
             "total_s": answer.timing.total_s,
         },
     }
+
+
+def estimate_document(estimate: Estimate, hour_usd: float) -> dict[str, Any]:
+    """Every plan with its price, which one is chosen, and whether it would be admitted now."""
+    plans = {
+        kind.value: {
+            "flops": _within_json(candidate.work.flops),
+            "bytes": _within_json(candidate.work.bytes),
+            "peak_bytes": _within_json(candidate.work.peak_bytes),
+            "predicted_s": candidate.predicted_s,
+            "cost_usd": cost_usd(candidate.predicted_s, hour_usd),
+            "fits": candidate.fits,
+            "reason": candidate.reason,
+        }
+        for kind, candidate in estimate.candidates.items()
+    }
+    chosen = {"kind": estimate.chosen.value if estimate.chosen else None, "reason": estimate.reason}
+    admits: dict[str, bool | float] = {"would_admit": estimate.would_admit}
+    if estimate.retry_after_s is not None:
+        admits["retry_after_s"] = estimate.retry_after_s
+    return {**plans, "chosen": chosen, "queue_s": estimate.queue_s, **admits}
+
+
+def _within_json(count: int) -> int | float:
+    """JSON encoders stop at 64 bits; what is beyond is an estimate of the absurd, and a float will do."""
+    return count if count < 2**63 else float(count)

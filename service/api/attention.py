@@ -10,15 +10,13 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from service.api import codec, safetensors_io, text
-from service.api.answer import document, headers
+from service.api.answer import document, estimate_document, headers
 from service.api.door import INLINE_BYTES
 from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http, json_response
 from service.api.schema import AttentionBody, EstimateBody, ShapeBody, validated
 from service.attention.validate import check_attention
 from service.config import Config
 from service.core import Answer, AttentionOptions, AttentionRequest, AttentionShape
-from service.engine.accounting import cost_usd
-from service.engine.engine import Estimate
 from service.errors import invalid
 
 SAFETENSORS = "application/x-safetensors"
@@ -56,7 +54,7 @@ def build_attention(
     query, key, value = check_attention(
         tensors["query"], tensors["key"], tensors["value"], mask, options, known_finite=known_finite
     )
-    return AttentionRequest(call.id, query, key, value, options, attn_mask=mask, rank=rank)
+    return AttentionRequest(call.id, query, key, value, options, mask, rank, call.tenant.name)
 
 
 def answer_body(
@@ -73,31 +71,6 @@ def answer_body(
     if "top_weights" in named:
         named["top_weights"] = {"indices": named.pop("top_indices"), "weights": named["top_weights"]}
     return codec.dump_json({**named, **document(answer)}), JSON
-
-
-def estimate_document(estimate: Estimate, config: Config) -> dict[str, Any]:
-    plans = {
-        kind.value: {
-            "flops": _within_json(candidate.work.flops),
-            "bytes": _within_json(candidate.work.bytes),
-            "peak_bytes": _within_json(candidate.work.peak_bytes),
-            "predicted_s": candidate.predicted_s,
-            "cost_usd": cost_usd(candidate.predicted_s, config.price_per_device_hour_usd),
-            "fits": candidate.fits,
-            "reason": candidate.reason,
-        }
-        for kind, candidate in estimate.candidates.items()
-    }
-    chosen = {"kind": estimate.chosen.value if estimate.chosen else None, "reason": estimate.reason}
-    admits: dict[str, bool | float] = {"would_admit": estimate.would_admit}
-    if estimate.retry_after_s is not None:
-        admits["retry_after_s"] = estimate.retry_after_s
-    return {**plans, "chosen": chosen, "queue_s": estimate.queue_s, **admits}
-
-
-def _within_json(count: int) -> int | float:
-    """JSON encoders stop at 64 bits; what is beyond is an estimate of the absurd, and a float will do."""
-    return count if count < 2**63 else float(count)
 
 
 def shape_of(body: ShapeBody) -> tuple[AttentionShape, AttentionOptions]:
@@ -128,6 +101,8 @@ def add_routes(app: FastAPI, http: Http) -> None:
         request, encoded = (
             await engine.off_loop(parse_attention, call, config) if large else parse_attention(call, config)
         )
+        if call.is_dry_run:
+            return json_response(estimate_document(await engine.priced(request), engine.hour_usd))
         answer = await engine.submit(request, call.received_s)
         accept = call.headers.get("accept", "")
         size = sum(tensor.nbytes for tensor in answer.tensors.values())
@@ -150,12 +125,12 @@ def add_routes(app: FastAPI, http: Http) -> None:
             result = engine.estimate(*shape_of(body.attention))
         elif body.endpoint == "/v1/attention":
             request, _ = await engine.off_loop(attention_from_json, call, body.request)
-            result = engine.estimate(request.shape, request.options)
+            result = await engine.priced(request)
         else:
             assert body.request is not None, "bug: an estimate without a request"
             forward = await engine.off_loop(text.ROUTES[body.endpoint or ""].build, call, body.request)
-            result = await engine.estimate_forward(forward)
-        return json_response(estimate_document(result, config))
+            result = await engine.priced(forward)
+        return json_response(estimate_document(result, engine.hour_usd))
 
     attention_content = {
         JSON: http.body(AttentionBody),

@@ -20,9 +20,12 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from service.api import oip, tensors
-from service.api.answer import headers
+from service.api.answer import estimate_document, headers
+from service.api.codec import dump_json
 from service.api.door import INLINE_BYTES, REQUEST_ID, Door
 from service.api.proto import open_inference_grpc_pb2 as pb
+from service.billing.tenants import key_of
+from service.config import TenantConfig
 from service.core import Answer, Request
 from service.errors import CODES, FarsightError, Kind, invalid, retry_after, too_large
 
@@ -81,6 +84,7 @@ class GrpcMethods:
 
     async def ModelReady(self, request: pb.ModelReadyRequest, grpc_context: Context) -> pb.ModelReadyResponse:
         async def ready(_: str) -> pb.ModelReadyResponse:
+            self._caller(grpc_context)
             oip.find_model(request.name, request.version, self.door.model_infos())
             return pb.ModelReadyResponse(ready=self.door.alive)
 
@@ -88,6 +92,7 @@ class GrpcMethods:
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, grpc_context: Context) -> pb.ModelMetadataResponse:
         async def metadata(_: str) -> pb.ModelMetadataResponse:
+            self._caller(grpc_context)
             document = oip.model_metadata(request.name, request.version, self.door.model_infos())
             return pb.ModelMetadataResponse(**document)
 
@@ -97,17 +102,24 @@ class GrpcMethods:
         received_s = time.perf_counter()
 
         async def infer(request_id: str) -> pb.ModelInferResponse:
+            tenant, is_dry_run = self._caller(grpc_context), dry_run(grpc_context)
             timeout_s = transport_timeout_s(grpc_context)
             size = self._size(request)
 
             def parse() -> tuple[oip.Infer, Request]:
                 neutral = parse_message(request)
                 infos = self.door.model_infos()
-                return neutral, oip.parse_infer(neutral, infos, request_id=request_id, timeout_s=timeout_s)
+                parsed = oip.parse_infer(neutral, infos, request_id=request_id, timeout_s=timeout_s, tenant=tenant.name)
+                return neutral, parsed
 
             with ExitStack() as held:
                 self.hold(size, held)
                 neutral, parsed = await asyncio.to_thread(parse) if size > INLINE_BYTES else parse()
+                if is_dry_run:
+                    estimate = estimate_document(await self.door.priced(parsed), self.door.hour_usd)
+                    response = pb.ModelInferResponse(model_name=neutral.model, id=neutral.id)
+                    response.parameters["estimate"].string_param = dump_json(estimate).decode()
+                    return response
                 answer = await self.door.submit(parsed, received_s)
                 if sum(tensor.nbytes for tensor in answer.tensors.values()) > INLINE_BYTES:
                     return await asyncio.to_thread(render_message, answer, parsed, neutral)
@@ -125,6 +137,11 @@ class GrpcMethods:
             return status(status=status.SERVING if self.door.ready else status.NOT_SERVING)
 
         return await self._answered("health", grpc_context, check, health_pb2.HealthCheckResponse())
+
+    def _caller(self, context: Context) -> TenantConfig:
+        """Whose key is in the metadata; 401 where it is nobody's. Health and server metadata take none."""
+        given = {key: value for key, value in context.invocation_metadata() if isinstance(value, str)}
+        return self.door.tenants.of(key_of(given))
 
     def _size(self, request: pb.ModelInferRequest) -> int:
         """Bytes of the inputs, by their shapes and by what is really there, whichever is more.
@@ -195,6 +212,14 @@ def transport_timeout_s(context: Context) -> float | None:
     if not 0 < seconds < math.inf:
         raise invalid(f"x-request-timeout-seconds: {text[:32]!r} is not a positive number", param="timeout_s")
     return seconds
+
+
+def dry_run(context: Context) -> bool:
+    """Metadata x-dry-run: the parameter `estimate` of the answer is the price as JSON, and nothing runs."""
+    text = (_value(context.invocation_metadata(), "x-dry-run") or "false").lower()
+    if text not in ("true", "false"):
+        raise invalid(f"x-dry-run: expected true or false, got {text[:32]!r}")
+    return text == "true"
 
 
 def _value(metadata: Sequence[tuple[str, str | bytes]], name: str) -> str | None:

@@ -8,8 +8,10 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 from fastapi import FastAPI, Request
@@ -21,6 +23,8 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.codec import Body, dump_json, error_document, parse_json
 from service.api.door import INLINE_BYTES, REQUEST_ID
+from service.billing.tenants import EVERYBODY, key_of
+from service.config import TenantConfig
 from service.engine.engine import Engine
 from service.errors import CODES, FarsightError, Kind, malformed, retry_after, too_large
 from service.telemetry import exporter
@@ -41,6 +45,8 @@ class Call:
     body: Body
     path_params: dict[str, Any]
     received_s: float  # time.perf_counter() when the request's headers were here
+    tenant: TenantConfig
+    query_string: bytes = b""
 
     @property
     def timeout_s(self) -> float | None:
@@ -55,6 +61,18 @@ class Call:
         if not 0 < seconds < float("inf"):
             raise malformed(f"x-request-timeout-seconds: {text[:32]!r} is not a positive number")
         return seconds
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self.query_string.decode("latin-1"), keep_blank_values=True))
+
+    @property
+    def is_dry_run(self) -> bool:
+        """The caller wants the price of the request instead of its answer."""
+        text = self.headers.get("x-dry-run", "false").lower()
+        if text not in ("true", "false"):
+            raise malformed(f"x-dry-run: expected true or false, got {text[:32]!r}")
+        return text == "true"
 
     @property
     def content_type(self) -> str:
@@ -100,6 +118,14 @@ class Answered(Response):
                 await send({"type": "http.response.body", "body": b""})
 
 
+class Access(StrEnum):
+    """Whom a route answers, where the service has tenants."""
+
+    EVERYBODY = "everybody"
+    TENANTS = "tenants"
+    ADMINS = "admins"
+
+
 Handler = Callable[[Call], Awaitable[Response]]
 Route = Callable[[Request], Awaitable[Response]]
 
@@ -120,8 +146,8 @@ class Http:
         self.schemas[schema["title"]] = schema
         return {"schema": {"$ref": f"#/components/schemas/{schema['title']}"}}
 
-    def endpoint(self, name: str, handle: Handler, *, v2: bool = False) -> Route:
-        """A route that reads its body within the limits and turns every error into its one answer."""
+    def endpoint(self, name: str, handle: Handler, *, v2: bool = False, access: Access = Access.TENANTS) -> Route:
+        """A route that asks who calls, reads the body within the limits, and turns every error into its one answer."""
 
         async def route(request: Request) -> Response:
             received_s = time.perf_counter()
@@ -136,9 +162,12 @@ class Http:
 
         async def answered(request: Request, request_id: str, received_s: float) -> Response:
             try:
+                headers = dict(request.headers)
+                tenant = self._caller(headers, access)
                 with ExitStack() as held:
                     body = await self._read(request, held)
-                    call = Call(request_id, dict(request.headers), body, request.path_params, received_s)
+                    query = request.scope.get("query_string", b"")
+                    call = Call(request_id, headers, body, request.path_params, received_s, tenant, query)
                     response = await handle(call)
                     if isinstance(response, Answered) and response.size > BLOCK_BYTES:
                         # sent after this block: what waits in memory for a slow reader is in flight, too
@@ -160,6 +189,15 @@ class Http:
                 return error_response(bug, v2=v2)
 
         return route
+
+    def _caller(self, headers: Mapping[str, str], access: Access) -> TenantConfig:
+        """Who calls, before anything of theirs is read: 401 where nobody knows, 403 where it takes an administrator."""
+        if access is Access.EVERYBODY:
+            return EVERYBODY
+        tenant = self.engine.tenants.of(key_of(headers))
+        if access is Access.ADMINS and not tenant.is_admin:
+            raise FarsightError(Kind.FORBIDDEN, f"tenant {tenant.name!r} is no administrator")
+        return tenant
 
     async def _read(self, request: Request, held: ExitStack) -> Body:
         """The whole body; its bytes count as in flight until `held` is closed."""
@@ -199,6 +237,8 @@ class Http:
 def error_response(error: FarsightError, *, v2: bool = False) -> Response:
     after_s = error.retry_after_s
     headers = {} if after_s is None else {"retry-after": retry_after(after_s)}
+    if error.kind is Kind.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
     body = {"error": error.message} if v2 else error_document(error)
     return Response(dump_json(body), CODES[error.kind].http, headers, JSON)
 
@@ -228,7 +268,7 @@ class App:
 
 def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
     """All routes of one replica."""
-    from service.api import attention, models, text, v2
+    from service.api import attention, models, text, usage, v2
 
     app = FastAPI(
         title="Farsight",
@@ -241,7 +281,8 @@ def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
     text.add_routes(app, http)
     models.add_routes(app, http)
     v2.add_routes(app, http)
-    _add_operations(app, engine)
+    usage.add_routes(app, http)
+    _add_operations(app, http)
 
     @app.exception_handler(HTTPException)
     async def _unrouted(request: Request, error: HTTPException) -> Response:
@@ -266,7 +307,9 @@ def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
     return App(app, http.direct)
 
 
-def _add_operations(app: FastAPI, engine: Engine) -> None:
+def _add_operations(app: FastAPI, http: Http) -> None:
+    engine = http.engine
+
     @app.get("/healthz", tags=["operations"])
     async def healthz() -> dict[str, str]:
         """The process answers."""
@@ -279,11 +322,18 @@ def _add_operations(app: FastAPI, engine: Engine) -> None:
             return error_response(FarsightError(Kind.UNAVAILABLE, f"not ready: {engine.not_ready}"))
         return json_response({"status": "ready", "models": [info.name for info in engine.model_infos()]})
 
-    @app.get("/metrics", tags=["operations"])
-    async def metrics() -> Response:
-        """Prometheus text, merged over the replicas of this node."""
+    async def metrics(_: Call) -> Response:
         text = await engine.off_loop(exporter.text, engine.config.metrics_dir)
         return Response(text, media_type=exporter.CONTENT_TYPE)
+
+    app.add_api_route(
+        "/metrics",
+        http.endpoint("metrics", metrics, access=Access.ADMINS),  # it names tenants and what they spend
+        methods=["GET"],
+        tags=["operations"],
+        summary="Prometheus text, merged over the replicas of this node",
+        responses=error_responses(Kind.UNAUTHENTICATED, Kind.FORBIDDEN),
+    )
 
 
 def errors_table() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from service.api.http import Call, Handler, Http, error_responses, json_response
+from service.api.http import Access, Call, Handler, Http, error_responses, json_response
 from service.core import ModelInfo
 from service.errors import FarsightError, Kind, invalid
 
@@ -22,9 +22,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
     engine = http.engine
     created = int(time.time())
 
-    @app.get("/v1/models", tags=["models"])
-    async def models() -> Response:
-        """The transformers that are loaded, with their lengths and sizes."""
+    async def models(_: Call) -> Response:
         data = [model_document(info, created) for info in engine.model_infos()]
         return json_response({"object": "list", "data": data})
 
@@ -36,12 +34,20 @@ def add_routes(app: FastAPI, http: Http) -> None:
         raise FarsightError(Kind.NOT_FOUND, f"model {name[:96]!r} is not served", code="model_not_found", param="model")
 
     app.add_api_route(
+        "/v1/models",
+        http.endpoint("models", models),
+        methods=["GET"],
+        tags=["models"],
+        summary="The transformers that are loaded, with their lengths and sizes",
+        responses=error_responses(Kind.UNAUTHENTICATED),
+    )
+    app.add_api_route(
         "/v1/models/{name}",
         http.endpoint("models", model),
         methods=["GET"],
         tags=["models"],
         summary="One model",
-        responses=error_responses(Kind.NOT_FOUND),
+        responses=error_responses(Kind.UNAUTHENTICATED, Kind.NOT_FOUND),
     )
 
     async def index(call: Call) -> Response:
@@ -62,16 +68,16 @@ def add_routes(app: FastAPI, http: Http) -> None:
         await engine.unload_model(call.path_params["name"])
         return json_response({})
 
-    def route(path: str, handler: Handler, summary: str) -> None:
+    def route(path: str, handler: Handler, summary: str, access: Access = Access.ADMINS) -> None:
         app.add_api_route(
             path,
-            http.endpoint("repository", handler, v2=True),
+            http.endpoint("repository", handler, v2=True, access=access),
             methods=["POST"],
             tags=["models"],
             summary=summary,
-            responses=error_responses(Kind.NOT_FOUND, Kind.INVALID),
+            responses=error_responses(Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.INVALID),
         )
 
-    route("/v2/repository/index", index, "State of every model, and why one is not ready")
+    route("/v2/repository/index", index, "State of every model, and why one is not ready", Access.TENANTS)
     route("/v2/repository/models/{name}/load", load, "Load or reload a model; the one before serves until it is proven")
     route("/v2/repository/models/{name}/unload", unload, "Stop serving a model; what has begun ends")

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from service.api import codec
-from service.api.answer import document, headers
+from service.api.answer import document, estimate_document, headers
 from service.api.door import INLINE_BYTES
-from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http
+from service.api.http import JSON, WORK_ERRORS, Answered, Call, Http, json_response
 from service.api.schema import (
     ClassifyBody,
     Document,
@@ -105,39 +105,43 @@ def _inputs(body: EmbeddingsBody | ClassifyBody) -> dict[str, Any]:
     return texts_or_ids(body.input) if body.images is None else {"images": image_bytes(body.images)}
 
 
+def _request(call: Call, model: str, task: Task, options: ForwardOptions, **inputs: Any) -> ForwardRequest:
+    return ForwardRequest(call.id, model, task, options, tenant=call.tenant.name, **inputs)
+
+
 def build_embeddings(call: Call, values: dict[str, Any]) -> ForwardRequest:
     body = _parsed(call, values, EmbeddingsBody)
-    return ForwardRequest(call.id, body.model, "embed", _options(body, EmbedOptions), **_inputs(body))
+    return _request(call, body.model, "embed", _options(body, EmbedOptions), **_inputs(body))
 
 
 def build_classify(call: Call, values: dict[str, Any]) -> ForwardRequest:
     body = _parsed(call, values, ClassifyBody)
-    return ForwardRequest(call.id, body.model, "classify", _options(body, ClassifyOptions), **_inputs(body))
+    return _request(call, body.model, "classify", _options(body, ClassifyOptions), **_inputs(body))
 
 
 def build_rerank(call: Call, values: dict[str, Any]) -> ForwardRequest:
     body = _parsed(call, values, RerankBody)
     pairs = tuple((body.query, text) for text in _documents(body.documents))
-    return ForwardRequest(call.id, body.model, "rerank", _options(body, ClassifyOptions), pairs=pairs)
+    return _request(call, body.model, "rerank", _options(body, ClassifyOptions), pairs=pairs)
 
 
 def build_score(call: Call, values: dict[str, Any]) -> ForwardRequest:
     body = _parsed(call, values, ScoreBody)
     options = _options(body, ScoreOptions)
     if body.source is None and body.target is None:
-        return ForwardRequest(call.id, body.model, "score", options, **texts_or_ids(body.input))
+        return _request(call, body.model, "score", options, **texts_or_ids(body.input))
     if body.source is None or body.target is None or body.input is not None:
         raise invalid("give either input, or source and target", param="source")
     source, target = ([one] if isinstance(one, str) else one for one in (body.source, body.target))
     if len(source) != len(target) or not source:
         raise invalid(f"source and target: expected equally many, got {len(source)} and {len(target)}", param="target")
-    return ForwardRequest(call.id, body.model, "score", options, pairs=tuple(zip(source, target, strict=True)))
+    return _request(call, body.model, "score", options, pairs=tuple(zip(source, target, strict=True)))
 
 
 def build_explain(call: Call, values: dict[str, Any]) -> ForwardRequest:
     body = _parsed(call, values, ExplainBody)
     options = _options(body, ExplainOptions)
-    return ForwardRequest(call.id, body.model, "explain", options, texts=(body.text,), query=body.query)
+    return _request(call, body.model, "explain", options, texts=(body.text,), query=body.query)
 
 
 def _documents(given: list[str | Document]) -> list[str]:
@@ -212,6 +216,8 @@ def add_routes(app: FastAPI, http: Http) -> None:
             return route.build(call, values), values
 
         request, values = await engine.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
+        if call.is_dry_run:
+            return json_response(estimate_document(await engine.priced(request), engine.hour_usd))
         answer = await engine.submit(request, call.received_s)
         size = sum(tensor.nbytes for tensor in answer.tensors.values())
         if size > INLINE_BYTES or route.task in ("score", "explain"):  # whose details may be long

@@ -6,9 +6,9 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from service.api import oip, oip_http
-from service.api.answer import headers
+from service.api.answer import estimate_document, headers
 from service.api.door import INLINE_BYTES
-from service.api.http import JSON, WORK_ERRORS, Answered, Call, Handler, Http, error_responses, json_response
+from service.api.http import JSON, WORK_ERRORS, Access, Answered, Call, Handler, Http, error_responses, json_response
 from service.core import Request
 from service.errors import FarsightError, Kind, malformed
 
@@ -28,14 +28,14 @@ def header_length(call: Call) -> int | None:
 def add_routes(app: FastAPI, http: Http) -> None:
     engine = http.engine
 
-    def route(path: str, handler: Handler, summary: str, method: str = "GET") -> None:
+    def route(path: str, handler: Handler, summary: str, method: str = "GET", access: Access = Access.TENANTS) -> None:
         app.add_api_route(
             path,
-            http.endpoint("infer" if method == "POST" else "v2", handler, v2=True),
+            http.endpoint("infer" if method == "POST" else "v2", handler, v2=True, access=access),
             methods=[method],
             tags=["open inference protocol"],
             summary=summary,
-            responses=WORK_ERRORS if method == "POST" else error_responses(Kind.NOT_FOUND),
+            responses=WORK_ERRORS if method == "POST" else error_responses(Kind.UNAUTHENTICATED, Kind.NOT_FOUND),
         )
 
     async def server(_: Call) -> Response:
@@ -70,9 +70,13 @@ def add_routes(app: FastAPI, http: Http) -> None:
                 max_json_bytes=engine.config.max_json_bytes,
             )
             infos = engine.model_infos()
-            return neutral, oip.parse_infer(neutral, infos, request_id=call.id, timeout_s=call.timeout_s)
+            return neutral, oip.parse_infer(
+                neutral, infos, request_id=call.id, timeout_s=call.timeout_s, tenant=call.tenant.name
+            )
 
         neutral, request = await engine.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
+        if call.is_dry_run:
+            return json_response(estimate_document(await engine.priced(request), engine.hour_usd))
         answer = await engine.submit(request, call.received_s)
         if sum(tensor.nbytes for tensor in answer.tensors.values()) > INLINE_BYTES:
             body, length = await engine.off_loop(oip_http.render_http, answer, request, neutral)
@@ -82,8 +86,8 @@ def add_routes(app: FastAPI, http: Http) -> None:
         return Answered(body, extra, JSON if length is None else BINARY)
 
     route("/v2", server, "Server metadata")
-    route("/v2/health/live", live, "The process answers")
-    route("/v2/health/ready", ready, "Models are loaded and the device answers")
+    route("/v2/health/live", live, "The process answers", access=Access.EVERYBODY)
+    route("/v2/health/ready", ready, "Models are loaded and the device answers", access=Access.EVERYBODY)
     for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
         route(prefix, model, "Inputs and outputs of a model")
         route(f"{prefix}/ready", model_ready, "The model answers")

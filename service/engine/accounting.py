@@ -12,5 +12,5 @@ def shares(total_s: float, flops: Sequence[int]) -> list[float]:
     return [*parts, max(0.0, total_s - sum(parts))]
 
 
-def cost_usd(device_s: float, price_per_device_hour_usd: float) -> float:
-    return device_s * price_per_device_hour_usd / 3600
+def cost_usd(device_s: float, hour_usd: float) -> float:
+    return device_s * hour_usd / 3600

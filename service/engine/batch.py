@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +17,7 @@ from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
 from service.config import Config
 from service.core import (
+    Answer,
     AttentionRequest,
     ErrorReport,
     ForwardRequest,
@@ -34,6 +35,9 @@ from service.models.hook import ForwardContext
 from service.models.model import Model
 from service.models.tokens import Tokenized
 
+if TYPE_CHECKING:
+    from service.billing.books import Accepted
+
 SHORTEST_SLICE_S = 0.005  # small layers come to a checkpoint every few microseconds
 
 Between = Callable[[float], float]
@@ -45,7 +49,7 @@ class Stopped(Exception):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request in the queue. Only `cancelled` changes: the event loop sets it, the device thread reads it."""
+    """A request in the queue. The device thread reads `cancelled` and sets `has_begun`; the rest is the loop's."""
 
     request: Request
     plan: Plan
@@ -53,11 +57,15 @@ class Job:
     arrived_s: float  # when its first byte was here
     queued_s: float  # when it was parsed, planned and ready to wait
     deadline_s: float
-    future: asyncio.Future[Result]
+    future: asyncio.Future[Answer]
     exact_kind: PlanKind = PlanKind.CHUNKED
     model: Model | None = None
     tokenized: Tokenized | None = None
     cancelled: bool = False
+    has_begun: bool = False  # so that its end will be told, whoever still waits for it
+    accepted: Accepted | None = None  # where there are books
+    failed_as: Kind | None = None  # why nobody waits for it any more
+    is_settled: bool = False
 
     @property
     def predicted_s(self) -> float:

@@ -11,17 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
 
+from service.billing.tenants import EVERYBODY, Tenants
 from service.config import Config, ModelConfig
 from service.core import (
     Answer,
     AttentionOptions,
     AttentionRequest,
     AttentionShape,
+    Capacity,
     EmbedOptions,
     ExplainOptions,
     ForwardRequest,
@@ -55,7 +57,7 @@ from service.engine.cost import (
     returned_weights,
     weights_bytes,
 )
-from service.engine.executor import Executor, Task, pick_device, side_pool, synchronize
+from service.engine.executor import Executor, Task, device_names, pick_device, side_pool, synchronize
 from service.engine.output_audit import Audit, OutputAudits, output_error
 from service.engine.pace import Pace
 from service.engine.profiles import load_or_measure
@@ -67,6 +69,10 @@ from service.models.registry import Registry
 from service.models.tokens import Tokenized
 from service.telemetry.logging import fields
 from service.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from service.billing.bank import Bank
+    from service.billing.books import Books
 
 logger = logging.getLogger("farsight")
 
@@ -99,8 +105,12 @@ class Engine:
         device: torch.device,
         cpu_threads: int,
         clock: Callable[[], float] = time.perf_counter,
+        bank: Bank | None = None,
     ) -> None:
+        """`bank`: where there is one, requests are paid for and written down. ValueError: a setting cannot be used."""
         self.config = config
+        self.tenants = Tenants(config)
+        self.hour_usd = config.hour_usd(*device_names(device))
         self.metrics = metrics
         self.profile = profile
         self.admission = Admission(config)
@@ -126,15 +136,23 @@ class Engine:
         self._audits = OutputAudits(config.output_audit_share)
         self._auditing: Batch[Job] | None = None
         self._pace = Pace()
+        self._started_s = clock()
+        self._used_s = self._idle_s = 0.0  # of the device: by runs that have ended; by nobody, at the last look
         self._worked_s = self._told_s = 0.0  # of the device; and when `busy_share` was told
         self._asked_s = clock()
         self._lost = False  # the device answers no more
         self._waiting: set[Job] = set()  # for their one result
         # last: its thread takes work at once. Its condition guards the scheduler, the stack and the audits
         self._executor = Executor(cpu_threads, self._next, self._died)
+        self.books: Books | None = None
+        if bank is not None:
+            from service.billing.books import Books  # needs a database, which not every engine has
+
+            self.books = Books(config, self.tenants, bank, hour_usd=self.hour_usd)
+            self.books.open(self.capacity)
 
     @classmethod
-    def start(cls, config: Config, metrics: Metrics) -> Engine:
+    def start(cls, config: Config, metrics: Metrics, bank: Bank | None = None) -> Engine:
         """Load the models, measure the device, start its thread. Takes seconds; raises where a model is unusable."""
         device = pick_device(config.device)
         threads = config.cpu_threads or os.cpu_count() or 1
@@ -142,7 +160,7 @@ class Engine:
         models = Registry(LoadSettings(device, config.max_text_bytes, config.max_batch_tokens))
         models.set(config.models)
         profile = load_or_measure(device, config.cache_dir)
-        return cls(config, metrics, profile, models, device, threads)
+        return cls(config, metrics, profile, models, device, threads, bank=bank)
 
     # -- what is asked of it ------------------------------------------------------------------------------------
 
@@ -185,6 +203,13 @@ class Engine:
         since_s, self._asked_s = now_s - self._asked_s, now_s
         worked_s, self._told_s = self._worked_s - self._told_s, self._worked_s
         return min(1.0, worked_s / since_s) if since_s > 0 else 0.0
+
+    def capacity(self) -> Capacity:
+        """Device seconds used and idle since the start; what runs right now is in neither yet."""
+        with self._executor.condition:
+            if not self._stack and self._auditing is None:
+                self._idle_s = self._clock() - self._started_s - self._used_s
+            return Capacity(self._used_s, self._idle_s)
 
     def hold(self, size: int, held: ExitStack) -> None:
         """Count `size` body bytes as in flight until `held` is closed; refuses over the limits."""
@@ -275,6 +300,12 @@ class Engine:
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         return self._estimated(priced, plan, options.timeout_s)
 
+    async def priced(self, request: Request) -> Estimate:
+        """What this request would cost; it does not run."""
+        if isinstance(request, AttentionRequest):
+            return self.estimate(request.shape, request.options)
+        return await self.estimate_forward(request)
+
     async def estimate_forward(self, request: ForwardRequest) -> Estimate:
         """Price a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
         model = self.models.model(request.model)
@@ -295,6 +326,8 @@ class Engine:
     def close(self) -> None:
         """End the threads once what is queued on them has run; later requests are refused as unavailable."""
         self._executor.stop()
+        if self.books is not None:
+            self.books.close()
         self._workers.shutdown()
         self._decoders.shutdown()
         self._loader.shutdown()
@@ -309,10 +342,30 @@ class Engine:
         ahead_s, own_s = self._ahead_s(job.predicted_s), self._pace.factor * job.predicted_s
         is_long = self._scheduler.is_long(job.predicted_s)
         self.admission.admit(own_s, ahead_s, timeout_s, job.queued_s - arrived_s, is_long=is_long)
-        return self._account(job, await self._run(job))
+        if self.books is not None:
+            tenant = self.tenants.by_name.get(request.tenant, EVERYBODY)
+            label = self._label(request)
+            job.accepted = await self.books.accept(tenant, request.id, _endpoint(request), label, job.plan)
+        try:
+            return await self._run(job)
+        except FarsightError as error:
+            self._left(job, error.kind)
+            raise
+        except asyncio.CancelledError:
+            self._left(job, Kind.CANCELLED)
+            raise
+
+    def _left(self, job: Job, kind: Kind) -> None:
+        """A request ends without an answer. One that runs is settled when it has stopped: it used the device."""
+        if job.accepted is None:
+            return
+        if not job.has_begun:
+            self._settle(job, kind)
+        elif not job.is_settled:
+            job.failed_as = kind
 
     async def _job(self, request: Request, arrived_s: float, deadline_s: float) -> Job:
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         if isinstance(request, AttentionRequest):
             shape = request.shape
             plan = self._plan(shape, request.options)
@@ -327,8 +380,8 @@ class Engine:
         key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
 
-    async def _run(self, job: Job) -> Result:
-        """Queue the job and wait for its result, its deadline, or its caller's leaving."""
+    async def _run(self, job: Job) -> Answer:
+        """Queue the job and wait for its answer, its deadline, or its caller's leaving."""
         timer = asyncio.get_running_loop().call_later(max(0.0, job.deadline_s - self._clock()), self._expire, job)
         with self._executor.condition:
             if not self.alive:
@@ -351,6 +404,7 @@ class Engine:
         with self._executor.condition:
             was_queued = self._scheduler.discard(job)
         if not job.future.done():
+            job.failed_as = Kind.DEADLINE
             job.future.set_exception(self._late(job, "waiting in the queue" if was_queued else "running"))
 
     def _late(self, job: Job, state: str) -> FarsightError:
@@ -369,6 +423,8 @@ class Engine:
         return None
 
     def _enter(self, batch: Batch[Job]) -> Task:
+        for job in batch.items:
+            job.has_begun = True
         self._stack.append(batch)
         return partial(self._run_batch, batch)
 
@@ -377,6 +433,7 @@ class Engine:
         with self._executor.condition:
             self._stack.remove(batch)
             used_s = sum(result.device_s for result in results)
+            self._used_s += used_s
             self._worked_s += max(0.0, used_s - batch.used_s)
             if all(isinstance(result.outcome, Outcome) for result in results):  # what was stopped took less
                 self._pace.learn(batch.predicted_s, used_s)
@@ -410,6 +467,7 @@ class Engine:
         """Run an answered request again, exactly. Whoever comes meanwhile runs first."""
         result = self._runner.run([audit.job])[0]
         with self._executor.condition:
+            self._used_s += result.device_s
             self._auditing = None
         self._hand_over(audit.job, self._audited, audit, result)
 
@@ -419,30 +477,75 @@ class Engine:
             self._lost = True
             left = tuple(self._waiting)
         for job in left:
-            self._hand_over(job, _give_up, job)
+            self._hand_over(job, self._give_up, job)
 
     def _hand_over(self, job: Job, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function` on the event loop of `job`; a loop that has ended has nobody waiting on it."""
         with suppress(RuntimeError):
             job.future.get_loop().call_soon_threadsafe(function, *arguments)
 
+    def _give_up(self, job: Job) -> None:
+        job.has_begun = False  # nobody will tell its end
+        if not job.future.done():
+            job.future.set_exception(_unavailable())
+
     # -- back on the event loop ---------------------------------------------------------------------------------
 
     def _finished(self, jobs: list[Job], results: list[Result]) -> None:
         for job, result in zip(jobs, results, strict=True):
-            if job.future.done():  # late or gone: already answered
-                continue
-            if isinstance(result.outcome, Exception):
-                job.future.set_exception(self._failure(job, result.outcome))
-            else:
-                job.future.set_result(result)
-                if isinstance(job.request, ForwardRequest):
-                    self.metrics.padding.set(result.outcome.padding)
-                self._consider(job, result.outcome)
+            try:
+                self._end(job, result)
+            except Exception as error:  # a bug, and not of its neighbours
+                logger.error("request %s cannot be accounted", job.request.id, exc_info=error)
+                if not job.future.done():
+                    job.future.set_exception(self._failure(job, error))
         if (model := jobs[0].model) is not None and isinstance(results[0].outcome, Outcome):
             took_s = sum(result.device_s for result in results)
             self._fastest_s[model.info] = min(took_s, self._fastest_s.get(model.info, took_s))
         self.metrics.batch(results, self._scheduler.queued_s)
+
+    def _end(self, job: Job, result: Result) -> None:
+        if job.future.done():  # late or gone: already answered
+            self._settle(job, job.failed_as or Kind.CANCELLED, result)
+        elif isinstance(result.outcome, Exception):
+            failure = self._failure(job, result.outcome)
+            self._settle(job, failure.kind, result)
+            job.future.set_exception(failure)
+        else:
+            answer = self._account(job, result)
+            self._settle(job, None, result, answer)  # written down before the caller knows
+            job.future.set_result(answer)
+            if isinstance(job.request, ForwardRequest):
+                self.metrics.padding.set(result.outcome.padding)
+            self._consider(job, result.outcome)
+
+    def _settle(
+        self, job: Job, failure: Kind | None, result: Result | None = None, answer: Answer | None = None
+    ) -> None:
+        """What the request used, into the metrics and the ledger; it may have failed, or its caller left."""
+        device_s = result.device_s if result else 0.0
+        usd = cost_usd(device_s, self.hour_usd)
+        plan = answer.plan if answer else job.plan
+        if result is not None:
+            self.metrics.spent(self._label(job.request), plan.kind.value, job.tenant, device_s, usd)
+        if job.accepted is None or self.books is None or job.is_settled:
+            return
+        job.is_settled = True
+        used: dict[str, Any] = {"plan": plan.kind.value, "device_s": device_s, "cost_usd": usd}
+        if answer is not None:
+            usage, error = answer.usage, answer.error
+            used |= {
+                "tokens": usage.tokens,
+                "flops": float(usage.flops),
+                "flops_dense": float(usage.flops_dense),
+                "saved_usd": usage.saved_usd,
+                "queue_s": answer.timing.queue_s,
+                "total_s": answer.timing.total_s,
+                "error_upper": error.relative_l2_upper if math.isfinite(error.relative_l2_upper) else None,
+            }
+        else:
+            used["total_s"] = self._clock() - job.arrived_s
+        self.books.settle(job.accepted, failure, **used)
 
     def _consider(self, job: Job, outcome: Outcome) -> None:
         with self._executor.condition:
@@ -471,7 +574,7 @@ class Engine:
         """The measured result as the one record that every face shows."""
         outcome = result.outcome
         assert isinstance(outcome, Outcome), "bug: a failed result has no account"
-        price = self.config.price_per_device_hour_usd
+        price = self.hour_usd
         work, request = job.plan.work, job.request
         pairs_dense, flops, flops_dense, dense_s = work.pairs, work.flops, work.flops, result.device_s
         if isinstance(request, ForwardRequest) and job.plan.kind is PlanKind.SPARSE:
@@ -585,11 +688,6 @@ class Engine:
 
 def _unavailable() -> FarsightError:
     return FarsightError(Kind.UNAVAILABLE, "the device of this replica does not answer", retry_after_s=1.0)
-
-
-def _give_up(job: Job) -> None:
-    if not job.future.done():
-        job.future.set_exception(_unavailable())
 
 
 def _endpoint(request: Request) -> str:

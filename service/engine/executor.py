@@ -26,6 +26,12 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def device_names(device: torch.device) -> tuple[str, str]:
+    """What a price may be given for: the name of a GPU, and its kind."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return name, device.type
+
+
 def side_pool(count: int, name: str) -> ThreadPoolExecutor:
     """Threads beside the device's, each on one core.
 

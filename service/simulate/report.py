@@ -38,7 +38,7 @@ def row(trace: Sequence[Arrival], cluster: Sequence[Replica], config: Config) ->
     whole_s = duration_s * len(cluster)
     work_s = sum(one.predicted_s for one in trace)
     refused_s = work_s - sum(one.predicted_s for one in answered)
-    price = config.price_per_device_hour_usd
+    price = config.hour_usd("cpu")
     return Row(
         replicas=len(cluster),
         short_p50_s=percentile(short, 0.5),

@@ -47,12 +47,10 @@ class Series:
     requests: Counter
     duration: Histogram
     queue_duration: Histogram
-    device_seconds: Counter
     flops: Counter
     flops_dense: Counter
     pairs: Counter
     pairs_dense: Counter
-    cost: Counter
     prediction: Histogram
     planned: Counter
 
@@ -117,12 +115,10 @@ class Metrics:
         series.requests.inc()
         series.duration.observe(answer.timing.total_s)
         series.queue_duration.observe(answer.timing.queue_s)
-        series.device_seconds.inc(usage.device_s)
         series.flops.inc(usage.flops)
         series.flops_dense.inc(usage.flops_dense)
         series.pairs.inc(usage.pairs_scored)
         series.pairs_dense.inc(usage.pairs_dense)
-        series.cost.inc(usage.cost_usd)
         if usage.device_s > 0 and not error.fallback:  # a batch member without work has no share to compare with
             series.prediction.observe(answer.plan.predicted_s / usage.device_s)
         if not error.fallback:
@@ -143,15 +139,23 @@ class Metrics:
             requests=self.requests.labels(endpoint, model, plan, "200"),
             duration=self.duration.labels(endpoint, model),
             queue_duration=self.queue_duration.labels(endpoint),
-            device_seconds=self.device_seconds.labels(model, plan, tenant),
             flops=self.flops.labels(plan, "executed"),
             flops_dense=self.flops.labels(plan, "dense_equivalent"),
             pairs=self.pairs.labels("scored"),
             pairs_dense=self.pairs.labels("dense_equivalent"),
-            cost=self.cost.labels(tenant, model, plan),
             prediction=self.prediction.labels(plan),
             planned=self.plans.labels(plan, "planned"),
         )
+
+    def spent(self, model: str, plan: str, tenant: str, device_s: float, usd: float) -> None:
+        """Of a request that ran, however it ended."""
+        device_seconds, cost = self._spending(model, plan, tenant)
+        device_seconds.inc(device_s)
+        cost.inc(usd)
+
+    @lru_cache(1024)  # noqa: B019 (as above)
+    def _spending(self, model: str, plan: str, tenant: str) -> tuple[Counter, Counter]:
+        return self.device_seconds.labels(model, plan, tenant), self.cost.labels(tenant, model, plan)
 
     def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float | None) -> None:
         self.requests.labels(endpoint, model, "none", str(CODES[kind].http)).inc()

@@ -21,6 +21,8 @@ from service.api import grpc as methods
 from service.api import grpc_health, oip, oip_http
 from service.api import tensors as wire
 from service.api.proto import open_inference_grpc_pb2 as pb
+from service.billing.tenants import Tenants
+from service.config import Config
 from service.core import (
     Answer,
     AttentionRequest,
@@ -34,7 +36,7 @@ from service.core import (
     Usage,
     Work,
 )
-from service.engine.engine import Engine
+from service.engine.engine import Engine, Estimate
 from service.errors import CODES, FarsightError, Kind
 from tests.api.common import INFO
 
@@ -56,6 +58,7 @@ class Door:
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.ready = self.alive = True
+        self.tenants, self.hour_usd = Tenants(Config()), 0.1
         self.requests: list[Request] = []
 
     async def submit(self, request: Request, received_s: float | None = None) -> Answer:
@@ -65,6 +68,9 @@ class Door:
         if isinstance(request, ForwardRequest):
             return answer({"embedding": torch.zeros(len(request.texts), 3)})
         return answer({"output": request.value, "lse": torch.zeros(request.query.shape[:3])})
+
+    async def priced(self, request: Request) -> Estimate:
+        return Estimate({}, None, "not asked", 0.0, would_admit=False)
 
     def model_infos(self) -> tuple[ModelInfo, ...]:
         return (INFO,)

@@ -1,0 +1,173 @@
+"""A replica's side of the money: a request is reserved and written down when it is accepted, settled when it ends."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from service.billing.bank import Bank, BankError
+from service.billing.journal import LOST, Journal, adopt
+from service.billing.purse import Holding, Purse, Reserved
+from service.billing.tenants import Tenants
+from service.config import Config, TenantConfig
+from service.core import Capacity, Plan
+from service.errors import FarsightError, Kind
+
+logger = logging.getLogger("farsight")
+
+TICK_S = 1.0
+ADOPT_EVERY, CAPACITY_EVERY = 5, 30  # ticks
+# failures that the caller does not pay for
+OURS = frozenset({Kind.INTERNAL, Kind.OUT_OF_MEMORY, Kind.UNAVAILABLE})
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that the ledger will hear of."""
+
+    number: int
+    row: dict[str, Any]
+    reserved: Reserved
+
+
+class Books:
+    """Of one replica. `accept` and `settle` are called on the event loop; a thread talks to the bank."""
+
+    def __init__(
+        self,
+        config: Config,
+        tenants: Tenants,
+        bank: Bank,
+        *,
+        hour_usd: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._bank, self._tenants, self._hour_usd, self._clock = bank, tenants, hour_usd, clock
+        self._directory = config.journal_dir
+        self._journal = Journal(config.journal_dir)
+        self._purse = Purse(bank, config.lease_share)
+        self._told = Capacity(0.0, 0.0)
+        self._capacity: Callable[[], Capacity] = lambda: Capacity(0.0, 0.0)
+        self._on_error: Callable[[], None] = lambda: None
+        self._ticks = 0
+        self._shipping = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="books", daemon=True)
+
+    def open(self, capacity: Callable[[], Capacity], on_error: Callable[[], None] = lambda: None) -> None:
+        """Start the thread. `capacity` tells what the device has done so far."""
+        self._capacity, self._on_error = capacity, on_error
+        self._thread.start()
+
+    def holdings(self) -> list[Holding]:
+        return self._purse.holdings()
+
+    async def accept(self, tenant: TenantConfig, request_id: str, endpoint: str, model: str, plan: Plan) -> Accepted:
+        """Reserve what it is predicted to cost, and write it down. Raises FarsightError where it may not run."""
+        usd = plan.predicted_s * self._hour_usd / 3600
+        costs = {"usd": usd, "device_s": plan.predicted_s}
+        try:
+            reserved = await self._purse.reserve(tenant, costs)
+        except BankError as error:
+            self._failed("the bank does not answer", error)
+            message = f"the budget of tenant {tenant.name!r} cannot be asked for now"
+            raise FarsightError(Kind.UNAVAILABLE, message, retry_after_s=2.0) from error
+        row: dict[str, Any] = {
+            "at_s": self._clock(),
+            "request_id": request_id,
+            "tenant": tenant.name,
+            "endpoint": endpoint,
+            "model": model,
+            "plan": plan.kind.value,
+            "outcome": LOST,
+            "tokens": 0,
+            "flops": 0.0,
+            "flops_dense": 0.0,
+            "device_s": 0.0,
+            "joules": None,
+            "cost_usd": 0.0,
+            "charged_usd": 0.0,
+            "saved_usd": 0.0,
+            "predicted_s": plan.predicted_s,
+            "queue_s": 0.0,
+            "total_s": 0.0,
+            "error_upper": None,
+        }
+        try:
+            return Accepted(self._journal.accepted(row), row, reserved)
+        except OSError as error:
+            self._purse.settle(reserved, {"usd": 0.0, "device_s": 0.0})
+            self._failed("a request cannot be written down", error)
+            raise FarsightError(Kind.UNAVAILABLE, "the ledger cannot be written", retry_after_s=5.0) from error
+
+    def settle(self, accepted: Accepted, failure: Kind | None, **used: Any) -> None:
+        """Pay for `used` (columns of the ledger; left out: nothing), but for no failure of ours."""
+        row = {**accepted.row, **used, "outcome": "ok" if failure is None else failure.value}
+        paid = {"usd": 0.0, "device_s": 0.0}
+        if failure not in OURS:
+            paid = {"usd": row["cost_usd"], "device_s": row["device_s"]}
+        row["charged_usd"] = paid["usd"]
+        self._purse.settle(accepted.reserved, paid)
+        try:
+            self._journal.settled(accepted.number, row)
+        except OSError as error:  # it is done and will be answered; this line is all that is left of it
+            self._failed(f"a settled request cannot be written down: {row}", error)
+
+    def usage(self, from_s: float, to_s: float, group_by: tuple[str, ...], tenant: str | None) -> dict[str, Any]:
+        """What the ledger knows, of this replica to this moment and of others to a second or so before. Blocks.
+
+        Raises FarsightError (UNAVAILABLE).
+        """
+        try:
+            self._journal_to_bank()
+            return self._bank.usage(from_s, to_s, group_by, tenant)
+        except BankError as error:
+            raise FarsightError(Kind.UNAVAILABLE, "the ledger does not answer", retry_after_s=2.0) from error
+
+    def close(self) -> None:
+        """Give leases back and ship what is left; raises what the bank raises."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._tell_capacity()
+        self._purse.close()
+        self._journal.close(self._bank)
+
+    # -- on the books' thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopped.wait(TICK_S):
+            self.tick()
+
+    def tick(self) -> None:
+        """Every second; what fails is told and tried again."""
+        self._ticks += 1
+        self._tenants.refresh()
+        try:
+            if self._ticks % CAPACITY_EVERY == 0:
+                self._tell_capacity()
+            self._journal_to_bank()
+            self._purse.tend()
+            if self._ticks % ADOPT_EVERY == 1 and (lost := adopt(self._directory, self._bank)):
+                logger.warning("%d requests were lost with a replica that died; nobody pays for them", lost)
+        except (BankError, OSError) as error:
+            self._failed("the ledger is behind, and is tried again", error)
+
+    def _tell_capacity(self) -> None:
+        now = self._capacity()
+        used_s, idle_s = now.used_s - self._told.used_s, now.idle_s - self._told.idle_s
+        usd = (used_s + idle_s) * self._hour_usd / 3600
+        self._journal.capacity({"at_s": self._clock(), "used_s": used_s, "idle_s": idle_s, "usd": usd})
+        self._told = now
+
+    def _journal_to_bank(self) -> None:
+        with self._shipping:
+            self._journal.ship(self._bank)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._on_error()
+        logger.error("%s: %r", what, error)

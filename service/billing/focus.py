@@ -1,0 +1,47 @@
+"""The ledger as rows with the columns of the FinOps FOCUS specification 1.2, for cost tools; our own are `x_`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from service.billing.periods import time_of
+
+WIDTHS_S = {"hour": 3600, "day": 86400}
+
+
+def rows(groups: list[dict[str, Any]], period: str, hour_usd: float | None) -> Iterator[dict[str, Any]]:
+    """Of `store.usage` grouped by tenant, model, plan and `period` (hour or day): a charge each.
+
+    `BilledCost` is what the tenant's budget was charged: failures of the service cost nothing. `EffectiveCost` is all
+    device time that was used.
+    """
+    for group in groups:
+        begin_s = float(group[period])
+        yield {
+            "BilledCost": group["charged_usd"],
+            "BillingCurrency": "USD",
+            "ChargeCategory": "Usage",
+            "ChargeDescription": f"{group['model']} ({group['plan']} attention)",
+            "ChargePeriodEnd": time_of(begin_s + WIDTHS_S[period]),
+            "ChargePeriodStart": time_of(begin_s),
+            "ConsumedQuantity": group["device_s"],
+            "ConsumedUnit": "Seconds",
+            "EffectiveCost": group["cost_usd"],
+            "ListCost": group["cost_usd"],
+            "ListUnitPrice": None if hour_usd is None else hour_usd / 3600,
+            "PricingQuantity": group["device_s"],
+            "PricingUnit": "Seconds",
+            "ProviderName": "farsight",
+            "ResourceId": group["model"],
+            "ServiceCategory": "AI and Machine Learning",
+            "ServiceName": "Farsight",
+            "SubAccountId": group["tenant"],
+            "x_Flops": group["flops"],
+            "x_FlopsDense": group["flops_dense"],
+            "x_Joules": group["joules"],
+            "x_Plan": group["plan"],
+            "x_Requests": group["requests"],
+            "x_SavedCost": group["saved_usd"],
+            "x_Tokens": group["tokens"],
+        }

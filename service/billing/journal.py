@@ -1,0 +1,206 @@
+"""What a replica accepted and settled, written down before the caller knows: it outlives a `kill -9`.
+
+Each replica appends to files of its own and holds a lock as long as it lives. The books ship what is in them to the
+bank and delete them; files whose lock is free are a dead replica's, and whoever sees them first ships them. Rows carry
+(journal, number), so one that is shipped twice is in the ledger once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from service.billing.bank import Bank
+
+logger = logging.getLogger("farsight")
+
+BLOCK_ROWS = 2000  # of one call to the bank
+ACCEPTED, SETTLED, CAPACITY = "a", "s", "c"
+LOST = "lost"  # the outcome of a request whose replica died
+
+
+@dataclass(slots=True)
+class _Segment:
+    """One file: what is in it, once it has been read."""
+
+    path: Path
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    capacity: list[dict[str, Any]] = field(default_factory=list)
+    accepted: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class Journal:
+    """Of one replica. Lines are written by one thread; `ship` is called by another."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.id = uuid.uuid4().hex
+        self._directory = directory
+        self._lock = os.open(_lock_path(directory, self.id), os.O_WRONLY | os.O_CREAT, 0o600)  # held for life
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._number = self._segments = 0
+        self._guard = threading.Lock()
+        self._has_lines = False
+        self._file = self._open()
+        self._closed: list[Path] = []  # to be shipped
+        self._unsettled: dict[int, Path] = {}  # accepted in a shipped file that stays until they are settled
+
+    def accepted(self, row: Mapping[str, Any]) -> int:
+        """The number of a request that will be settled; OSError where it cannot be written down."""
+        number = self._next_number()
+        self._write(ACCEPTED, number, row)
+        return number
+
+    def settled(self, number: int, row: Mapping[str, Any]) -> None:
+        """What became of it."""
+        self._write(SETTLED, number, row)
+
+    def capacity(self, row: Mapping[str, Any]) -> None:
+        """What the device did in a stretch of time."""
+        self._write(CAPACITY, self._next_number(), row)
+
+    def ship(self, bank: Bank) -> None:
+        """Everything that was written so far into the ledger; what fails is tried again by the next call."""
+        self._rotate()
+        while self._closed:
+            segment = _read(self._closed[0], self.id)
+            _record(bank, segment)
+            self._unsettled |= dict.fromkeys(segment.accepted, segment.path)
+            touched = {segment.path}
+            for row in segment.requests:
+                if (path := self._unsettled.pop(row["number"], None)) is not None:
+                    touched.add(path)
+            for path in touched - set(self._unsettled.values()):
+                path.unlink()
+            del self._closed[0]
+
+    def close(self, bank: Bank) -> None:
+        """Ship, and leave nothing behind where everything is settled."""
+        self.ship(bank)
+        with self._guard:
+            os.close(self._file)
+        if not self._unsettled:
+            _current(self._directory, self.id, self._segments).unlink()
+            _lock_path(self._directory, self.id).unlink()
+        os.close(self._lock)
+
+    def _next_number(self) -> int:
+        with self._guard:
+            self._number += 1
+            return self._number
+
+    def _write(self, kind: str, number: int, row: Mapping[str, Any]) -> None:
+        line = orjson.dumps([kind, number, row]) + b"\n"
+        with self._guard:
+            # in the kernel's hands it outlives this process
+            written = os.write(self._file, line)
+            self._has_lines = True
+        if written < len(line):
+            raise OSError(f"the journal took {written} of {len(line)} bytes")
+
+    def _rotate(self) -> None:
+        with self._guard:
+            if not self._has_lines:
+                return
+            os.close(self._file)
+            self._closed.append(_current(self._directory, self.id, self._segments))
+            self._segments += 1
+            self._file, self._has_lines = self._open(), False
+
+    def _open(self) -> int:
+        path = _current(self._directory, self.id, self._segments)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def adopt(directory: Path, bank: Bank) -> int:
+    """Ship what dead replicas of this node left; the number of requests that were lost with them."""
+    lost = 0
+    for lock_path in sorted(directory.glob("*.lock")):
+        with _if_dead(lock_path) as is_dead:
+            if is_dead:
+                lost += _take_over(directory, lock_path.stem, bank)
+                lock_path.unlink(missing_ok=True)
+    return lost
+
+
+class _if_dead:
+    """True within, and nobody else's, where the lock is free."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, -1
+
+    def __enter__(self) -> bool:
+        try:
+            self._file = os.open(self._path, os.O_WRONLY)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:  # another replica was quicker
+            return False
+        except BlockingIOError:
+            return False
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+
+def _take_over(directory: Path, journal: str, bank: Bank) -> int:
+    segments = [_read(path, journal) for path in sorted(directory.glob(f"{journal}-*.jsonl"))]
+    settled = {row["number"] for segment in segments for row in segment.requests}
+    lost = 0
+    for segment in segments:
+        gone = [row for number, row in segment.accepted.items() if number not in settled]
+        segment.requests += gone
+        lost += len(gone)
+        _record(bank, segment)
+    for segment in segments:
+        segment.path.unlink()
+    return lost
+
+
+def _record(bank: Bank, segment: _Segment) -> None:
+    for start in range(0, max(len(segment.requests), len(segment.capacity)), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        bank.record(segment.requests[block], segment.capacity[block])
+
+
+def _read(path: Path, journal: str) -> _Segment:
+    segment = _Segment(path)
+    for kind, number, row in _lines(path):
+        row |= {"journal": journal, "number": number}
+        match kind:
+            case "a":
+                segment.accepted[number] = row
+            case "s":
+                segment.accepted.pop(number, None)
+                segment.requests.append(row)
+            case _:
+                segment.capacity.append(row)
+    return segment
+
+
+def _lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    for line in path.read_bytes().splitlines():
+        try:
+            kind, number, row = orjson.loads(line)
+        except ValueError:  # a full disk cut it short; whoever wrote it was told
+            logger.error("%s has a line that cannot be read: %d bytes", path, len(line))
+            continue
+        yield kind, number, row
+
+
+def _lock_path(directory: Path, journal: str) -> Path:
+    return directory / f"{journal}.lock"
+
+
+def _current(directory: Path, journal: str, index: int) -> Path:
+    return directory / f"{journal}-{index:08d}.jsonl"

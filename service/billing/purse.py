@@ -1,0 +1,155 @@
+"""What one replica may spend of its tenants' budgets without asking: leased slices, reserved, settled, given back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from service.billing.bank import Bank
+from service.config import Budget, TenantConfig
+from service.errors import FarsightError, Kind
+
+QUIET_S = 30.0  # without a request of the tenant: its lease goes back
+
+
+@dataclass(slots=True)
+class Holding:
+    """One budget of one tenant, as far as it is here. `balance` is leased and not reserved; negative after a request
+    that took more than it was predicted to."""
+
+    tenant: str
+    budget: Budget
+    balance: float = 0.0
+    level: float = 1.0  # of the whole budget, when the bank was last asked
+    used_at_s: float = 0.0
+    refused: float = float("inf")  # the bank had less than so much,
+    until_s: float = 0.0  # and has it then
+
+
+Reserved = tuple[tuple[Holding, float], ...]
+
+
+class Purse:
+    """On the event loop, but for what asks the bank: that has a thread of its own, one question at a time."""
+
+    def __init__(self, bank: Bank, lease_share: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bank, self._share, self._clock = bank, lease_share, clock
+        self._holdings: dict[tuple[str, Budget], Holding] = {}
+        self._guard = threading.Lock()
+        self._asker = ThreadPoolExecutor(1, "bank")
+
+    def holdings(self) -> list[Holding]:
+        with self._guard:
+            return list(self._holdings.values())
+
+    async def reserve(self, tenant: TenantConfig, costs: Mapping[str, float]) -> Reserved:
+        """Set `costs` (by unit: usd, device_s) aside in every budget of the tenant.
+
+        Raises OVER_BUDGET with the seconds until the budget has refilled, TOO_LARGE where it never can, UNAVAILABLE
+        where the bank does not answer. Asks the bank only where what is held does not do.
+        """
+        if not tenant.budgets:
+            return ()
+        while True:
+            with self._guard:
+                wanted = tuple((self._holding(tenant.name, budget), costs[budget.unit]) for budget in tenant.budgets)
+                short = [(holding, amount) for holding, amount in wanted if holding.balance < amount]
+                if not short:
+                    for holding, amount in wanted:
+                        holding.balance -= amount
+                    return wanted
+            for holding, amount in short:
+                self._check(holding, amount)
+                await asyncio.get_running_loop().run_in_executor(self._asker, self._ask, holding, amount)
+
+    def settle(self, reserved: Reserved, used: Mapping[str, float]) -> None:
+        """Pay what was used instead of what was set aside."""
+        with self._guard:
+            for holding, amount in reserved:
+                holding.balance += amount - used[holding.budget.unit]
+
+    def tend(self) -> None:
+        """Once a second or so, from any thread but the event loop's: have a lease where a tenant is busy, and none
+        where it is not. Raises what the bank raises."""
+        self._asker.submit(self._tend).result()
+
+    def close(self) -> None:
+        """Give everything back."""
+        try:
+            for holding in self.holdings():
+                self._give_back(holding)
+        finally:
+            self._asker.shutdown()
+
+    def _holding(self, tenant: str, budget: Budget) -> Holding:
+        holding = self._holdings.setdefault((tenant, budget), Holding(tenant, budget))
+        holding.used_at_s = self._clock()
+        return holding
+
+    def _check(self, holding: Holding, amount: float) -> None:
+        """Refuse without asking what cannot be granted yet, or ever."""
+        budget = holding.budget
+        if amount > budget.capacity:
+            raise FarsightError(
+                Kind.TOO_LARGE,
+                f"predicted cost: {amount:.3g} {budget.unit} is over the {budget.capacity:g} {budget.unit} that budget "
+                f"{budget.name} of tenant {holding.tenant!r} ever has at one time",
+                code="over_budget",
+            )
+        left_s = holding.until_s - self._clock()
+        if left_s > 0 and amount - holding.balance >= holding.refused:
+            raise self._refusal(holding, amount, left_s)
+
+    def _refusal(self, holding: Holding, amount: float, refill_s: float) -> FarsightError:
+        budget = holding.budget
+        return FarsightError(
+            Kind.OVER_BUDGET,
+            f"budget {budget.name} of tenant {holding.tenant!r} ({budget.amount:g} {budget.unit} per {budget.per}) has "
+            f"less left than the {amount:.3g} {budget.unit} that this request is predicted to cost",
+            retry_after_s=refill_s,
+        )
+
+    # -- on the asker's thread ----------------------------------------------------------------------------------
+
+    def _ask(self, holding: Holding, amount: float) -> None:
+        missing = amount - holding.balance
+        if missing <= 0:  # an answer to somebody else brought enough
+            return
+        lease = self._bank.lease(
+            holding.tenant, holding.budget, missing, missing + self._share * holding.budget.capacity
+        )
+        with self._guard:
+            holding.level = lease.level
+            if not lease.granted:
+                holding.refused, holding.until_s = missing, self._clock() + lease.refill_s
+                raise self._refusal(holding, amount, lease.refill_s)
+            holding.balance += lease.granted
+            holding.refused, holding.until_s = float("inf"), 0.0
+
+    def _tend(self) -> None:
+        for holding in self.holdings():
+            lease = self._share * holding.budget.capacity
+            if self._clock() - holding.used_at_s > QUIET_S:
+                self._give_back(holding)
+            elif holding.balance < lease / 2:
+                asked = lease - holding.balance
+                # of what there is, as much as there is
+                answer = self._bank.lease(holding.tenant, holding.budget, 0.0, asked)
+                with self._guard:
+                    holding.balance += answer.granted
+                    holding.level = answer.level
+
+    def _give_back(self, holding: Holding) -> None:
+        with self._guard:
+            amount, holding.balance = holding.balance, 0.0
+        if amount:
+            try:
+                self._bank.give_back(holding.tenant, holding.budget, amount)
+            except BaseException:
+                with self._guard:
+                    holding.balance += amount
+                raise

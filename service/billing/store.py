@@ -1,0 +1,187 @@
+"""The tables of the ledger and the budgets, and what is asked of them. SQLite or PostgreSQL, through SQLAlchemy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+HOUR_S = 3600
+
+tables = sa.MetaData()
+
+# one row for each accepted request; a replica numbers its own, so a row that comes twice is known
+requests = sa.Table(
+    "requests",
+    tables,
+    sa.Column("journal", sa.String(64), primary_key=True),
+    sa.Column("number", sa.BigInteger, primary_key=True),
+    sa.Column("at_s", sa.Float(53), nullable=False, index=True),  # seconds since 1970, when it was accepted
+    sa.Column("request_id", sa.String(128), nullable=False),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("endpoint", sa.String(32), nullable=False),
+    sa.Column("model", sa.String(96), nullable=False),
+    sa.Column("plan", sa.String(16), nullable=False),
+    sa.Column("outcome", sa.String(24), nullable=False),  # ok, a kind of error, or lost with its replica
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("flops", sa.Float(53), nullable=False),
+    sa.Column("flops_dense", sa.Float(53), nullable=False),
+    sa.Column("device_s", sa.Float(53), nullable=False),
+    sa.Column("joules", sa.Float(53)),
+    sa.Column("cost_usd", sa.Float(53), nullable=False),  # of the device time that it used
+    sa.Column("charged_usd", sa.Float(53), nullable=False),  # to the budget: nothing for a failure of ours
+    sa.Column("saved_usd", sa.Float(53), nullable=False),
+    sa.Column("predicted_s", sa.Float(53), nullable=False),
+    sa.Column("queue_s", sa.Float(53), nullable=False),
+    sa.Column("total_s", sa.Float(53), nullable=False),
+    sa.Column("error_upper", sa.Float(53)),
+)
+
+KEYS = ("tenant", "endpoint", "model", "plan", "outcome")
+SUMS = ("tokens", "flops", "flops_dense", "device_s", "joules", "cost_usd", "charged_usd", "saved_usd")
+
+# older requests, an hour of one kind in one row
+hours = sa.Table(
+    "hours",
+    tables,
+    sa.Column("at_s", sa.Float(53), primary_key=True),  # its beginning
+    *(sa.Column(name, sa.String(96), primary_key=True) for name in KEYS),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    *(sa.Column(name, sa.Float(53), nullable=name == "joules") for name in SUMS),
+)
+
+# what the devices were there for: used and idle add up to the time that was paid for
+capacity = sa.Table(
+    "capacity",
+    tables,
+    sa.Column("journal", sa.String(64), primary_key=True),
+    sa.Column("number", sa.BigInteger, primary_key=True),
+    sa.Column("at_s", sa.Float(53), nullable=False, index=True),  # the end of the stretch that it tells of
+    sa.Column("used_s", sa.Float(53), nullable=False),
+    sa.Column("idle_s", sa.Float(53), nullable=False),
+    sa.Column("usd", sa.Float(53), nullable=False),
+)
+
+# what is left of a tenant's budget at one time
+budgets = sa.Table(
+    "budgets",
+    tables,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("budget", sa.String(32), primary_key=True),
+    sa.Column("level", sa.Float(53), nullable=False),
+    sa.Column("at_s", sa.Float(53), nullable=False),
+)
+
+READING = "is_reading"  # execution option of a connection that only looks
+GROUPS = (*KEYS, "hour", "day")
+
+
+def connect(url: str) -> sa.Engine:
+    """The database of `url` with its tables."""
+    parsed = sa.make_url(url)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    if is_sqlite and parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(parsed, pool_pre_ping=not is_sqlite)
+    if is_sqlite:
+
+        @sa.event.listens_for(engine, "connect")
+        def _(connection: Any, _: Any) -> None:
+            connection.isolation_level = None  # the transactions are ours, below
+            # a commit survives the death of any process; the last ones may be lost when the machine itself dies
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute("PRAGMA busy_timeout=10000")
+
+        @sa.event.listens_for(engine, "begin")
+        def _(connection: sa.Connection) -> None:
+            # who will write says so first: a level that was read must not change before it is written
+            is_reading = connection.get_execution_options().get(READING, False)
+            connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")
+
+    tables.create_all(engine)
+    return engine
+
+
+def add_new(connection: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert those rows that are not there yet."""
+    if rows:
+        dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+        connection.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
+
+
+def fold(connection: sa.Connection, before_s: float) -> None:
+    """Requests and capacity of whole hours before that time become sums."""
+    until_s = before_s // HOUR_S * HOUR_S
+    old = requests.c.at_s < until_s
+    hour = _slot(requests.c.at_s, HOUR_S)
+    keys = [requests.c[name] for name in KEYS]
+    sums = sa.select(hour, *keys, sa.func.count(), *(sa.func.sum(requests.c[name]) for name in SUMS))
+    found = connection.execute(sums.where(old).group_by(hour, *keys)).all()
+    connection.execute(requests.delete().where(old))
+    for row in found:
+        _add_sums(connection, dict(zip(("at_s", *KEYS, "requests", *SUMS), row, strict=True)))
+    stretches = capacity.c.at_s < until_s
+    told = [sa.func.sum(capacity.c[name]) for name in ("used_s", "idle_s", "usd")]
+    slot = _slot(capacity.c.at_s, HOUR_S)
+    summed = connection.execute(sa.select(slot, *told).where(stretches, capacity.c.journal != "").group_by(slot)).all()
+    connection.execute(capacity.delete().where(stretches, capacity.c.journal != ""))
+    for at_s, used_s, idle_s, usd in summed:
+        _add_capacity(connection, {"at_s": at_s, "used_s": used_s, "idle_s": idle_s, "usd": usd})
+
+
+def _add_sums(connection: sa.Connection, row: dict[str, Any]) -> None:
+    """An hour that came in parts, because a node was away, is one row all the same."""
+    same = sa.and_(*(hours.c[name] == row[name] for name in ("at_s", *KEYS)))
+    more = {
+        name: sa.func.coalesce(hours.c[name], 0) + row[name] for name in ("requests", *SUMS) if row[name] is not None
+    }
+    if not connection.execute(hours.update().where(same).values(more)).rowcount:
+        connection.execute(hours.insert().values(row))
+
+
+def _add_capacity(connection: sa.Connection, row: dict[str, Any]) -> None:
+    """The sum of an hour has no journal; its number is the hour."""
+    key = {"journal": "", "number": int(row["at_s"]) // HOUR_S}
+    same = sa.and_(capacity.c.journal == "", capacity.c.number == key["number"])
+    more = {name: capacity.c[name] + row[name] for name in ("used_s", "idle_s", "usd")}
+    if not connection.execute(capacity.update().where(same).values(more)).rowcount:
+        connection.execute(capacity.insert().values({**row, **key}))
+
+
+def _slot(column: sa.ColumnElement[float], width_s: int) -> sa.ColumnElement[float]:
+    return sa.func.floor(column / width_s) * width_s
+
+
+def usage(
+    connection: sa.Connection, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None = None
+) -> list[dict[str, Any]]:
+    """Sums of [from_s, to_s) by any of `GROUPS` (hour and day as their beginning, in seconds since 1970)."""
+    parts = []
+    for table, count in ((requests, sa.literal(1)), (hours, hours.c.requests)):
+        where = [table.c.at_s >= from_s, table.c.at_s < to_s]
+        if tenant is not None:
+            where.append(table.c.tenant == tenant)
+        columns = [table.c[name] for name in ("at_s", *KEYS, *SUMS)]
+        parts.append(sa.select(*columns, count.label("requests")).where(*where))
+    both = sa.union_all(*parts).subquery()
+    widths = {"hour": HOUR_S, "day": 24 * HOUR_S}
+    by = [
+        _slot(both.c.at_s, widths[name]).label(name) if name in widths else both.c[name].label(name)
+        for name in group_by
+    ]
+    sums = [sa.func.sum(both.c[name]).label(name) for name in ("requests", *SUMS)]
+    query = sa.select(*by, *sums).group_by(*by).order_by(*by)
+    rows = [dict(row) for row in connection.execute(query).mappings()]
+    return [row for row in rows if row["requests"]]
+
+
+def capacity_of(connection: sa.Connection, from_s: float, to_s: float) -> dict[str, float]:
+    """Device seconds used and idle in [from_s, to_s), and what they cost, as far as replicas have told."""
+    names = ("used_s", "idle_s", "usd")
+    sums = [sa.func.coalesce(sa.func.sum(capacity.c[name]), 0.0) for name in names]
+    found = connection.execute(sa.select(*sums).where(capacity.c.at_s >= from_s, capacity.c.at_s < to_s)).one()
+    return dict(zip(names, map(float, found), strict=True))

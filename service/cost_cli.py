@@ -1,0 +1,130 @@
+"""`farsight estimate | usage | key`: what a request would cost, what was spent, and who may spend."""
+
+from __future__ import annotations
+
+import csv
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from service.billing.periods import moment, time_of
+from service.billing.tenants import key_hash
+from service.config import Config
+from service.core import AttentionOptions, AttentionShape
+
+app = typer.Typer()
+console = Console(highlight=False)
+
+COLUMNS = ("requests", "tokens", "device_s", "cost_usd", "charged_usd", "saved_usd")
+
+
+@app.command()
+def estimate(
+    query_length: Annotated[int, typer.Option(min=1, help="Tokens that look.")],
+    key_length: Annotated[int | None, typer.Option(min=1, help="Tokens that are looked at; default as many.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Default: heads.")] = None,
+    head_dim: Annotated[int, typer.Option(min=1, max=1024)] = 64,
+    dtype: str = "float32",
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = False,
+    max_error: Annotated[float | None, typer.Option(min=0, max=1, help="0: exact only.")] = None,
+) -> None:
+    """Price attention of these sizes on this device, by plan. Nothing runs, but a calibration where there is none."""
+    import torch
+
+    from service.engine import planner
+    from service.engine.cost import DTYPE_BYTES
+    from service.engine.executor import device_names, pick_device
+    from service.engine.profiles import load_or_measure
+
+    config, kv_heads = _config(), kv_heads or heads
+    if dtype not in DTYPE_BYTES or heads % kv_heads:
+        _fail(f"dtype is one of {', '.join(DTYPE_BYTES)}, and heads a multiple of kv_heads")
+    device = pick_device(config.device)
+    torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
+    profile = load_or_measure(device, config.cache_dir)
+    hour_usd = config.hour_usd(*device_names(device))
+    shape = AttentionShape(batch, heads, kv_heads, query_length, key_length or query_length, head_dim, head_dim, dtype)
+    options = AttentionOptions(is_causal=causal, max_error=max_error)
+    table = Table("plan", "FLOPs", "peak memory", "seconds", "USD", "", title=f"{device_names(device)[0]}")
+    for kind, one in planner.candidates(shape, options, profile, config).items():
+        usd = one.predicted_s * hour_usd / 3600
+        told = f"{one.work.flops:.3g}", f"{one.work.peak_bytes / 2**20:.0f} MiB", f"{one.predicted_s:.3g}", f"{usd:.3g}"
+        table.add_row(kind.value, *told, one.reason)
+    console.print(table)
+
+
+@app.command()
+def usage(
+    from_: Annotated[str | None, typer.Option("--from", help="Date or time (UTC); default a day before --to.")] = None,
+    to: Annotated[str | None, typer.Option(help="Not included; default now.")] = None,
+    group_by: Annotated[str, typer.Option(help="tenant, endpoint, model, plan, outcome, hour, day.")] = "tenant,model",
+    ledger: Annotated[str | None, typer.Option(help="SQLAlchemy URL; default FARSIGHT_LEDGER_URL's.")] = None,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="By day, tenant, model and plan, with the columns of FinOps FOCUS.")
+    ] = False,
+) -> None:
+    """What was used and what it cost, from the ledger. Running replicas write to it every second."""
+    from service.billing import focus, store
+    from service.billing.bank import BankError, LocalBank
+
+    config = _config()
+    url = ledger or config.ledger
+    path = url.removeprefix("sqlite:///")
+    if path != url and not Path(path).exists():
+        _fail(f"there is no ledger at {path}")
+    names = ("day", "tenant", "model", "plan") if as_csv else tuple(name for name in group_by.split(",") if name)
+    try:
+        to_s = time.time() + 1.0 if to is None else moment(to)
+        from_s = to_s - 86_400.0 if from_ is None else moment(from_)
+        for name in names:
+            if name not in store.GROUPS:
+                raise ValueError(f"group_by: {name!r} is none of {', '.join(store.GROUPS)}")
+        found = LocalBank(url).usage(from_s, to_s, names, None)
+    except (ValueError, BankError) as error:
+        _fail(str(error))
+    if as_csv:
+        price = config.price_per_device_hour_usd
+        rows = list(focus.rows(found["groups"], "day", price if isinstance(price, float) else None))
+        writer = csv.DictWriter(sys.stdout, list(rows[0]) if rows else ["BilledCost"])
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    table = Table(*names, *COLUMNS, title=f"{time_of(from_s)} to {time_of(to_s)}")
+    for row in found["groups"]:
+        keys = [time_of(row[name]) if name in ("hour", "day") else row[name] for name in names]
+        table.add_row(*keys, *(f"{row[name]:.6g}" for name in COLUMNS))
+    console.print(table)
+    capacity = found["capacity"]
+    console.print(
+        f"devices: {capacity['used_s']:.6g} s used, {capacity['idle_s']:.6g} s idle, {capacity['usd']:.6g} USD"
+    )
+
+
+@app.command()
+def key() -> None:
+    """A new API key, and the hash of it that a tenant is configured with."""
+    new = f"fs-{secrets.token_urlsafe(32)}"
+    console.print(f"key         {new}\nkey_sha256  {key_hash(new)}", soft_wrap=True)
+
+
+def _config() -> Config:
+    try:
+        return Config()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        _fail(f"configuration: {'.'.join(str(part) for part in first['loc'])} {first['msg']}")
+
+
+def _fail(message: str) -> NoReturn:
+    console.print(f"farsight: {message}", style="red", soft_wrap=True)
+    sys.exit(1)
