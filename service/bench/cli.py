@@ -176,7 +176,8 @@ def overload(
     table.add_row("answered at overload", f"{found.at_overload_per_s:.1f} requests/s ({goodput:.0%})")
     table.add_row("answers at overload", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
     table.add_row("Retry-After within a factor of 2", f"{found.right:.0%} of {len(found.retry_told_s)}")
-    table.add_row("memory of the replica", f"{found.memory_before / 2**20:.0f} -> {found.memory_after / 2**20:.0f} MiB")
+    memory = (f"{size / 2**20:.0f}" for size in (found.memory_before, found.memory_peak, found.memory_after))
+    table.add_row("memory of the replica: before, most, after", f"{', '.join(memory)} MiB")
     console.print(table)
     _write(output, {"settings": asdict(settings), **asdict(found)})
 
