@@ -26,7 +26,7 @@ HOST = "127.0.0.1"
 LENGTHS = (512, 768, 1024, 1536)  # tokens, 8 heads of 64
 MAX_QUEUE_S = 10.0
 POLL_S = 0.1
-SETTLE_S = 10.0  # after the last answer, before its memory is looked at
+SETTLE_S = 15.0  # after the last answer, before its memory is looked at
 
 
 @dataclass(frozen=True, slots=True)
