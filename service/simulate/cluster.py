@@ -68,6 +68,8 @@ class Replica:
 
     def arrive(self, one: Arrival) -> None:
         """Queue it or refuse it, at its own time; the device is there already."""
+        if self.stack:  # the clocks of the shares are where it enters, even if no time has passed since another came
+            self._work(0.0)
         if one.refused is not None:  # it can never fit
             return
         ahead_s = self.scheduler.ahead_s(one.predicted_s, self.stack)
