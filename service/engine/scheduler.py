@@ -90,7 +90,7 @@ class Flow(Generic[Item]):
             one = one.parent
 
     def charge(self, seconds: float) -> None:
-        """The clock of a parent is where the child is that is most behind its share: who comes now begins there."""
+        """A parent's clock follows the child that is most behind its share: who comes now begins there."""
         one = self
         while (parent := one.parent) is not None:
             one.virtual_s += seconds / one.weight
