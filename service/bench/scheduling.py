@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 import orjson
 import uvloop
@@ -26,8 +24,8 @@ from safetensors.torch import save
 
 from service.attention.workloads import structured
 from service.bench.client import drive, exchanged, open_loop, poisson, post
-from service.bench.servers.lineup import LINEUP, MODEL, Place
-from service.bench.servers.process import running
+from service.bench.servers.lineup import MODEL, Place
+from service.bench.servers.process import ours
 from service.bench.serving import percentile
 from service.bench.throughput import WORDS
 
@@ -77,13 +75,9 @@ def run(settings: Settings, model: Path, step: Callable[[str], None]) -> dict[st
 
 
 def measure(settings: Settings, order: str, model: Path, step: Callable[[str], None]) -> Figures:
-    ours = LINEUP[0]
-    contender = replace(ours, environment=lambda place: {**ours.environment(place), "FARSIGHT_ORDER": order})
-    with TemporaryDirectory(prefix="farsight-bench-") as folder:
-        place = Place(sys.executable, model, settings.first_port, Path(folder) / "server")
-        sample = short_requests(settings.first_port, 200, seed=9)
-        with running(contender, place, sample[0]):
-            return _measured(settings, order, place, sample, step)
+    sample = short_requests(settings.first_port, 200, seed=9)
+    with ours(model, settings.first_port, {"FARSIGHT_ORDER": order}, sample[0]) as (place, _):
+        return _measured(settings, order, place, sample, step)
 
 
 def _measured(

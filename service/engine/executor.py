@@ -89,6 +89,7 @@ class Executor:
         try:
             while (task := self._wait()) is not None:
                 task()
+                del task  # or its tensors would stay until the next one comes
         except Exception as error:
             logger.critical("the device thread ends", exc_info=error)
         finally:

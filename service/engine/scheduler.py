@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from service.core import Priority
 
@@ -73,37 +72,49 @@ class Flow(Generic[Item]):
             self.children[name] = Flow(weight, self)
         return self.children[name]
 
+    # what follows runs at every checkpoint of every run: loops, for calls and generators cost twice as much
+
     def enter(self) -> None:
-        if self.parent is not None:
-            if self.active == 0:  # nobody saves up a share
-                self.virtual_s = max(self.virtual_s, self.parent.clock_s)
-            self.parent.enter()
-        self.active += 1
+        one = self
+        while (parent := one.parent) is not None:
+            if one.active == 0 and one.virtual_s < parent.clock_s:  # nobody saves up a share
+                one.virtual_s = parent.clock_s
+            one.active += 1
+            one = parent
+        one.active += 1
 
     def leave(self) -> None:
-        self.active -= 1
-        if self.parent is not None:
-            self.parent.leave()
+        one: Flow[Item] | None = self
+        while one is not None:
+            one.active -= 1
+            one = one.parent
 
     def charge(self, seconds: float) -> None:
-        if self.parent is not None:
-            self.virtual_s += seconds / self.weight
-            self.parent.catch_up()
-            self.parent.charge(seconds)
-
-    def catch_up(self) -> None:
-        """Its clock is where the child is that is most behind its share: who comes now begins there."""
-        virtual_s = min((one.virtual_s for one in self.children.values() if one.active), default=self.clock_s)
-        self.clock_s = max(self.clock_s, virtual_s)
+        """A parent's clock follows the child that is most behind its share: who comes now begins there."""
+        one = self
+        while (parent := one.parent) is not None:
+            one.virtual_s += seconds / one.weight
+            behind_s = math.inf
+            for child in parent.children.values():
+                if child.active and child.virtual_s < behind_s:
+                    behind_s = child.virtual_s
+            if parent.clock_s < behind_s < math.inf:
+                parent.clock_s = behind_s
+            one = parent
 
     def leaves(self) -> Iterator[Flow[Item]]:
         """Active leaves, those first that are most behind their share; of equals the greater share."""
-        if not self.children:
-            yield self
-            return
-        active = (one for one in self.children.values() if one.active)
-        for one in sorted(active, key=lambda one: (one.virtual_s, -one.weight)):
-            yield from one.leaves()
+        found = [self]
+        while found:
+            one = found.pop()
+            if not one.children:
+                yield one
+                continue
+            active = [child for child in one.children.values() if child.active]
+            if len(active) > 1:
+                active.sort(key=_claim)
+                active.reverse()
+            found += active
 
 
 @dataclass(slots=True, eq=False)
@@ -130,13 +141,16 @@ class _Group(Generic[Item]):
 
     own_s: float = 0.0
     shared_s: float = 0.0
+    total_s: float = 0.0  # predicted of the batches that they will make
     tenants: dict[str, dict[int, Item]] = field(default_factory=dict)
 
-    def seconds(self, target_s: float) -> float:
-        """What a batch pays once counts once for each batch that they will make."""
-        if not self.tenants:
-            return 0.0
-        return self.own_s + self.shared_s * math.ceil(self.own_s / max(target_s - self.shared_s, 0.1 * target_s) or 1)
+    def changed(self, target_s: float) -> float:
+        """The change of `total_s`. What a batch pays once counts once for each batch that they will make."""
+        before_s, self.total_s = self.total_s, 0.0
+        if self.tenants:
+            batches = math.ceil(self.own_s / max(target_s - self.shared_s, 0.1 * target_s) or 1)
+            self.total_s = self.own_s + self.shared_s * batches
+        return self.total_s - before_s
 
 
 class Scheduler(Generic[Item]):
@@ -191,11 +205,10 @@ class Scheduler(Generic[Item]):
             self._long_s += item.predicted_s
             return
         group = self._groups.setdefault((item.priority, item.key), _Group())
-        before_s = group.seconds(self._target_slice_s)
         group.tenants.setdefault(item.tenant, {})[id(item)] = item
         group.own_s += item.predicted_s - item.shared_s
         group.shared_s = item.shared_s
-        self._short_s += group.seconds(self._target_slice_s) - before_s
+        self._short_s += group.changed(self._target_slice_s)
 
     def discard(self, item: Item) -> bool:
         """Take a cancelled or late request out; False where it is no longer queued."""
@@ -222,9 +235,9 @@ class Scheduler(Generic[Item]):
             return None
         top = running[-1]
         longest_s = 0.5 * top.remaining_s
-        if sum(one.is_long for one in running) >= MAX_LONG:
+        if len(running) >= MAX_LONG and sum(one.is_long for one in running) >= MAX_LONG:
             longest_s = min(longest_s, self._target_slice_s)
-        bytes_left = self._max_bytes - sum(one.peak_bytes for one in running)
+        bytes_left = self._max_bytes - sum([one.peak_bytes for one in running])
         for leaf in self._root.leaves():
             is_own = leaf is top.leaf
             if not top.is_long and leaf.parent is top.leaf.parent:
@@ -273,9 +286,11 @@ class Scheduler(Generic[Item]):
         self, leaf: Flow[Item], now_s: float, longest_s: float = math.inf, most_bytes: float = math.inf
     ) -> Item | None:
         """The most urgent of a share: of each size the one that came first."""
-        heads = (next(iter(line.values())) for line in leaf.lines.values())
-        fitting = (item for item in heads if item.predicted_s <= longest_s and item.peak_bytes <= most_bytes)
-        return max(fitting, key=lambda item: self._urgency(item, now_s), default=None)
+        heads = [next(iter(line.values())) for line in leaf.lines.values()]
+        fitting = [item for item in heads if item.predicted_s <= longest_s and item.peak_bytes <= most_bytes]
+        if len(fitting) < 2:
+            return fitting[0] if fitting else None
+        return max(fitting, key=lambda item: self._urgency(item, now_s))
 
     def _batch(self, first: Item, leaf: Flow[Item], bytes_left: float) -> Batch[Item]:
         """`first`, then the oldest of its key, by turns of the tenants, until the slice or the memory is full."""
@@ -286,28 +301,27 @@ class Scheduler(Generic[Item]):
             return batch
         leaf.charge(first.predicted_s)
         group = self._groups.get((first.priority, first.key))
-        most = self._max_batch_requests + MAX_MISFITS
         of_tenants = group.tenants if group else {}
-        tenants = {tenant: iter(list(islice(line.values(), most))) for tenant, line in of_tenants.items()}
+        lines = {self._flow(first.priority, False, tenant): iter(line.values()) for tenant, line in of_tenants.items()}
         misfits = 0
-        while tenants and len(batch.items) < self._max_batch_requests and misfits <= MAX_MISFITS:
-            tenant = min(tenants, key=lambda name: self._flow(first.priority, False, name).virtual_s)
-            item = next(tenants[tenant], None)
+        while lines and len(batch.items) < self._max_batch_requests and misfits <= MAX_MISFITS:
+            own = min(lines, key=_virtual_s)
+            item = next(lines[own], None)
             if item is None:
-                del tenants[tenant]
+                del lines[own]
                 continue
             more_s = item.predicted_s - item.shared_s
             fits_time = batch.predicted_s + more_s <= self._target_slice_s
             if not fits_time or batch.peak_bytes + item.peak_bytes > bytes_left:
                 misfits += 1  # stays where it was, at the front
                 continue
-            self._take(item)
-            own = self._leaf(item)
             own.charge(more_s)
             batch.items.append(item)
             batch.charges.append((own, more_s))
             batch.predicted_s += more_s
             batch.peak_bytes += item.peak_bytes
+        for item in batch.items[1:]:
+            self._take(item)  # last, for the lines were walked
         return batch
 
     def _take(self, item: Item) -> Flow[Item]:
@@ -322,13 +336,12 @@ class Scheduler(Generic[Item]):
             return leaf
         name = item.priority, item.key
         group = self._groups[name]
-        before_s = group.seconds(self._target_slice_s)
         of_tenant = group.tenants[item.tenant]
         del of_tenant[id(item)]
         if not of_tenant:
             del group.tenants[item.tenant]
         group.own_s -= item.predicted_s - item.shared_s
-        self._short_s += group.seconds(self._target_slice_s) - before_s
+        self._short_s += group.changed(self._target_slice_s)
         if not group.tenants:
             del self._groups[name]
         return leaf
@@ -337,6 +350,14 @@ class Scheduler(Generic[Item]):
 def beneath(item: Item) -> Batch[Item]:
     """A run with no claim to the device at all: whatever comes runs first, within the memory beside it."""
     return Batch([item], Flow(1.0, None), True, math.inf, item.peak_bytes, [])
+
+
+def _virtual_s(flow: Flow[Any]) -> float:
+    return flow.virtual_s
+
+
+def _claim(flow: Flow[Any]) -> tuple[float, float]:
+    return flow.virtual_s, -flow.weight
 
 
 def _step(predicted_s: float) -> int:

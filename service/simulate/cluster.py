@@ -68,6 +68,8 @@ class Replica:
 
     def arrive(self, one: Arrival) -> None:
         """Queue it or refuse it, at its own time; the device is there already."""
+        if self.stack:  # the clocks of the shares are where it enters, even if no time has passed since another came
+            self._work(0.0)
         if one.refused is not None:  # it can never fit
             return
         ahead_s = self.scheduler.ahead_s(one.predicted_s, self.stack)
@@ -84,7 +86,7 @@ class Replica:
         """When the device must next be looked at, if nothing arrives."""
         if self.stack:
             return self.now_s + self._step_s()
-        return self.now_s if len(self.scheduler) else float("inf")
+        return self.now_s if len(self.scheduler) else math.inf
 
     def advance(self, until_s: float) -> None:
         """Run the device until then."""
@@ -95,31 +97,36 @@ class Replica:
                     self.now_s = max(self.now_s, until_s)
                     return
                 self._push(batch)
-            top = self.stack[-1]
             step_s = self._step_s()
             if self.now_s + step_s > until_s:
-                self._work(max(0.0, until_s - self.now_s))
+                if until_s > self.now_s:
+                    self._work(until_s - self.now_s)
                 return
             self._work(step_s)
             if self.left_s[-1] <= 1e-12:
-                self.stack.pop()
-                self.left_s.pop()
-                self.scheduler.finished(top, top.used_s)
-                for one in top.items:
-                    one.finished_s = self.now_s
-                self.unfinished -= len(top.items)
+                self._pop()
             if self.stack and (batch := self.scheduler.next_batch(self.now_s, self.stack)) is not None:
                 self._push(batch)
 
     def _step_s(self) -> float:
         """Until the innermost run ends, or comes to a checkpoint where others wait."""
-        return min(self.left_s[-1], STEP_S) if len(self.scheduler) else self.left_s[-1]
+        left_s = self.left_s[-1]
+        return STEP_S if left_s > STEP_S and len(self.scheduler) else left_s
 
     def _push(self, batch: Batch[Arrival]) -> None:
         for one in batch.items:
             one.started_s = self.now_s
         self.stack.append(batch)
         self.left_s.append(batch.predicted_s)
+
+    def _pop(self) -> None:
+        """The innermost run has ended."""
+        batch = self.stack.pop()
+        self.left_s.pop()
+        self.scheduler.finished(batch, batch.used_s)
+        for one in batch.items:
+            one.finished_s = self.now_s
+        self.unfinished -= len(batch.items)
 
     def _work(self, seconds: float) -> None:
         self.now_s += seconds
@@ -132,6 +139,7 @@ def simulate(trace: Iterable[Arrival], replicas: int, config: Config, max_bytes:
     """Run a whole trace, in order of arrival; the arrivals are filled in."""
     cluster = [Replica(config, number, max_bytes) for number in range(replicas)]
     events: list[tuple[float, int]] = []  # when a replica must be looked at; old ones do no harm
+    planned_s = [math.inf] * replicas
     loads: list[dict[int, None]] = [dict.fromkeys(range(replicas))]  # by requests not answered yet
 
     def moved(replica: Replica, before: int) -> None:
@@ -145,16 +153,17 @@ def simulate(trace: Iterable[Arrival], replicas: int, config: Config, max_bytes:
     def catch_up(until_s: float) -> None:
         while events and events[0][0] <= until_s:
             at_s, number = heapq.heappop(events)
-            replica = cluster[number]
-            if replica.next_event_s() > at_s + 1e-9:  # it was looked at since
+            if planned_s[number] > at_s + 1e-9:  # it was looked at since
                 continue
+            replica = cluster[number]
             before = replica.unfinished
             replica.advance(at_s)
             moved(replica, before)
             plan(replica)
 
     def plan(replica: Replica) -> None:
-        if (at_s := replica.next_event_s()) < float("inf"):
+        at_s = planned_s[replica.number] = replica.next_event_s()
+        if at_s < math.inf:
             heapq.heappush(events, (at_s, replica.number))
 
     for one in trace:
@@ -165,5 +174,5 @@ def simulate(trace: Iterable[Arrival], replicas: int, config: Config, max_bytes:
         replica.arrive(one)
         moved(replica, before)
         plan(replica)
-    catch_up(float("inf"))
+    catch_up(math.inf)
     return cluster

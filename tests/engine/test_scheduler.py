@@ -37,6 +37,14 @@ def run(scheduler: Scheduler[Item], now_s: float) -> list[str]:
     return names(batch)
 
 
+def begun(scheduler: Scheduler[Item], item: Item) -> Batch[Item]:
+    """It is alone, and runs since 0 s."""
+    scheduler.add(item)
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    return batch
+
+
 def test_short_work_goes_first() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
     scheduler.add(Item("long", "a", 10.0))
@@ -93,9 +101,7 @@ def test_work_over_the_slice_runs_alone() -> None:
 
 def test_short_work_interrupts_long_work_and_is_not_interrupted_by_its_like() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
-    scheduler.add(Item("long", "a", 10.0))
-    long = scheduler.next_batch(0.0)
-    assert long is not None
+    long = begun(scheduler, Item("long", "a", 10.0))
     scheduler.add(Item("short", "b", 0.01, arrived_s=1.0))
     scheduler.served(long, 1.0)
     short = scheduler.next_batch(1.0, [long])
@@ -109,9 +115,7 @@ def test_short_work_interrupts_long_work_and_is_not_interrupted_by_its_like() ->
 
 def test_work_that_needs_most_of_what_is_left_waits() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
-    scheduler.add(Item("long", "a", 10.0))
-    long = scheduler.next_batch(0.0)
-    assert long is not None
+    long = begun(scheduler, Item("long", "a", 10.0))
     scheduler.add(Item("medium", "b", 2.0, arrived_s=0.0))
     scheduler.served(long, 8.0)
     assert scheduler.next_batch(8.0, [long]) is None
@@ -121,9 +125,7 @@ def test_work_that_needs_most_of_what_is_left_waits() -> None:
 
 def test_shorter_long_work_interrupts_once_it_has_waited_relatively_longer() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
-    scheduler.add(Item("hour", "a", 3600.0))
-    hour = scheduler.next_batch(0.0)
-    assert hour is not None
+    hour = begun(scheduler, Item("hour", "a", 3600.0))
     scheduler.add(Item("second", "b", 1.0, arrived_s=10.0))
     scheduler.served(hour, 10.1)
     assert names(scheduler.next_batch(10.1, [hour])) == ["second"]
@@ -131,9 +133,7 @@ def test_shorter_long_work_interrupts_once_it_has_waited_relatively_longer() -> 
 
 def test_memory_beside_what_runs_is_respected() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05, max_bytes=100)
-    scheduler.add(Item("long", "a", 10.0, peak_bytes=80))
-    long = scheduler.next_batch(0.0)
-    assert long is not None
+    long = begun(scheduler, Item("long", "a", 10.0, peak_bytes=80))
     scheduler.add(Item("large", "b", 0.01, peak_bytes=30))
     assert scheduler.next_batch(5.0, [long]) is None
     scheduler.add(Item("small", "c", 0.02, peak_bytes=20))
@@ -142,9 +142,7 @@ def test_memory_beside_what_runs_is_respected() -> None:
 
 def test_a_flood_of_short_work_leaves_long_work_its_share() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
-    scheduler.add(Item("long", "long", 10.0))
-    long = scheduler.next_batch(0.0)
-    assert long is not None
+    long = begun(scheduler, Item("long", "long", 10.0))
     now_s, used_s = 0.0, 0.0
     while used_s < 10.0:
         for _ in range(20):  # more than the device can do
@@ -198,9 +196,7 @@ def test_tenants_take_turns_within_one_batch() -> None:
 def test_a_share_is_not_saved_up() -> None:
     """An hour of long work alone gives short work no hour of its own, nor the other way round."""
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
-    scheduler.add(Item("long", "a", 7200.0))
-    long = scheduler.next_batch(0.0)
-    assert long is not None
+    long = begun(scheduler, Item("long", "a", 7200.0))
     scheduler.served(long, 3600.0)
     ran_s = 0.0
     for index in range(1000):
@@ -245,9 +241,7 @@ def test_a_cancelled_request_leaves_no_trace() -> None:
 
 def test_long_work_lets_short_work_pass_and_waits_for_all() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
-    scheduler.add(Item("long", "a", 10.0))
-    long = scheduler.next_batch(0.0)
-    assert long is not None
+    long = begun(scheduler, Item("long", "a", 10.0))
     scheduler.served(long, 4.0)
     scheduler.add(Item("next", "b", 5.0))
     scheduler.add(Item("short", "c", 0.02))

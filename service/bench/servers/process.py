@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -21,7 +23,7 @@ import psutil
 import uvloop
 
 from service.bench.client import exchanged
-from service.bench.servers.lineup import TORCH, Contender, Place
+from service.bench.servers.lineup import LINEUP, TORCH, Contender, Place
 
 START_TIMEOUT_S = 180.0
 TRY_TIMEOUT_S = 60.0  # of the first answer
@@ -77,8 +79,8 @@ def versions(contender: Contender, python: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(contender: Contender, place: Place, request: bytes) -> Iterator[None]:
-    """Started, and ended with the block; the block is entered once `request` is answered with 200."""
+def running(contender: Contender, place: Place, request: bytes) -> Iterator[int]:
+    """Started, and ended with the block; the block is entered once `request` is answered with 200. Its process id."""
     if is_taken(place.port):  # or somebody else's server would be measured
         raise Unavailable(f"port {place.port} is taken")
     place.scratch.mkdir()
@@ -97,9 +99,30 @@ def running(contender: Contender, place: Place, request: bytes) -> Iterator[None
             raise Unavailable(f"not started: {error}") from error
     try:
         await_answer(process, contender, place.port, request, log)
-        yield
+        yield process.pid
     finally:
         stop(process)
+
+
+@contextmanager
+def ours(model: Path, first_port: int, settings: Mapping[str, str], request: bytes) -> Iterator[tuple[Place, int]]:
+    """Farsight with FARSIGHT_* `settings` of its own: where, and its process id."""
+    farsight = LINEUP[0]
+    contender = replace(farsight, environment=lambda place: {**farsight.environment(place), **settings})
+    with TemporaryDirectory(prefix="farsight-bench-") as folder:
+        place = Place(sys.executable, model, first_port, Path(folder) / "server")
+        with running(contender, place, request) as leader:
+            yield place, leader
+
+
+def replicas(leader: int) -> list[psutil.Process]:
+    """Those of the Farsight that was started as `leader`."""
+    found = []
+    for one in session(leader):
+        with suppress(psutil.NoSuchProcess):
+            if any("ServeReplica" in part for part in one.cmdline()):
+                found.append(one)
+    return found
 
 
 def await_answer(process: subprocess.Popen[bytes], contender: Contender, port: int, request: bytes, log: Path) -> None:
