@@ -32,11 +32,12 @@ class Farsight(GrpcMethods):
         from service.engine.engine import Engine
         from service.telemetry import logging
         from service.telemetry.exporter import Exporter
-        from service.telemetry.metrics import Metrics, share_files
+        from service.telemetry.files import share_files
+        from service.telemetry.metrics import Metrics
 
         logging.configure(config.log_level)
         share_files(config.metrics_dir)
-        self.engine = Engine.start(config, Metrics())
+        self.engine = Engine.start(config, Metrics(tenants=config.tenant_weights))
         # a request leaves hundreds of short-lived objects: collect the young ones every few dozen requests, not at each
         gc.set_threshold(20_000, 50, 50)
         self.door = self.engine
