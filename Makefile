@@ -10,6 +10,7 @@ serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
 
 test: $(STAMP) check
+	scripts/prometheus.sh
 	$(BIN)/pytest
 
 check: $(STAMP)
