@@ -48,6 +48,15 @@ def tool(name: str) -> str:
     return found
 
 
+def test_a_missing_tool_skips_here_and_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"scripts/prometheus\.sh"):
+        tool("no-such-tool")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match=r"scripts/prometheus\.sh"):
+        tool("no-such-tool")
+
+
 def promtool(*arguments: str) -> str:
     command = [tool("promtool"), *arguments]
     result = subprocess.run(command, cwd=MONITORING, capture_output=True, text=True, check=False)
