@@ -13,6 +13,8 @@ from service.core import Answer, ErrorReport, Plan, PlanKind, Timing, Usage, Wor
 from service.errors import Kind
 from service.telemetry.metrics import Metrics, memory_limit_bytes
 
+ROOT = Path(__file__).parents[2]
+
 
 def answer(tokens: int = 100, kind: PlanKind = PlanKind.SPARSE, joules: float | None = None) -> Answer:
     return Answer(
@@ -130,7 +132,7 @@ print(min(round_s() for _ in range(20)))
 def test_counting_an_answer_takes_50_microseconds_at_most(tmp_path: Path) -> None:
     """Of a sparse answer with energy (the most that is counted), in files as the replicas do; CPU time, best of 20."""
     result = subprocess.run(
-        [sys.executable, "-c", COST, str(tmp_path)], capture_output=True, text=True, check=True, cwd=Path.cwd()
+        [sys.executable, "-c", COST, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert float(result.stdout) < 50e-6
     assert list(tmp_path.glob("counter_*.db")), "it was not measured in files"
