@@ -25,6 +25,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"
 DEADLINE_S = 120.0
+TIMEOUT_S = 30.0
 GROUPS = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"]
 RULES = [rule for group in GROUPS for rule in group["rules"]]
 BOARD = json.loads((MONITORING / "dashboard.json").read_text())
@@ -186,15 +187,18 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 def ready(address: str) -> bool:
     try:
-        targets = httpx.get(f"{address}/api/v1/targets").json()["data"]["activeTargets"]
+        answer = httpx.get(f"{address}/api/v1/targets", timeout=TIMEOUT_S)
     except httpx.TransportError:
         return False
+    if answer.status_code == 503:  # it starts
+        return False
+    targets = answer.json()["data"]["activeTargets"]
     return len(targets) == 2 and all(target["health"] == "up" for target in targets)
 
 
 def query(address: str, expression: str) -> list[Any]:
     """The series of an instant query that have a number."""
-    answer = httpx.get(f"{address}/api/v1/query", params={"query": expression}).json()
+    answer = httpx.get(f"{address}/api/v1/query", params={"query": expression}, timeout=TIMEOUT_S).json()
     assert answer["status"] == "success", f"{expression}: {answer}"
     return [one for one in answer["data"]["result"] if one["value"][1] != "NaN"]
 
@@ -230,7 +234,7 @@ def test_every_query_of_the_dashboard_and_every_rule_has_data(prometheus: Watche
             break
         assert time.monotonic() < deadline_s, unexplained
         time.sleep(1.0)
-    rules = httpx.get(f"{prometheus.address}/api/v1/rules").json()["data"]["groups"]
+    rules = httpx.get(f"{prometheus.address}/api/v1/rules", timeout=TIMEOUT_S).json()["data"]["groups"]
     health = {rule["name"]: rule["lastError"] for group in rules for rule in group["rules"] if rule["health"] != "ok"}
     assert not health
     recorded = {rule["record"] for rule in RULES if "record" in rule}
@@ -245,7 +249,7 @@ def test_a_dead_scrape_is_told(prometheus: Watched) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     told: set[tuple[str, str]] = set()
     while ("FarsightNotScraped", "haproxy") not in told:
-        alerts = httpx.get(f"{prometheus.address}/api/v1/alerts").json()["data"]["alerts"]
+        alerts = httpx.get(f"{prometheus.address}/api/v1/alerts", timeout=TIMEOUT_S).json()["data"]["alerts"]
         told = {(alert["labels"]["alertname"], alert["labels"].get("job", "")) for alert in alerts}
         assert time.monotonic() < deadline_s, told
         time.sleep(0.5)
