@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -85,6 +85,7 @@ class Metrics:
         def gauge(name: str, text: str, mode: Mode, *labels: str) -> Gauge:
             return Gauge(f"farsight_{name}", text, labels, registry=registry, multiprocess_mode=mode)
 
+        self._counter = counter
         self._tenants = frozenset({"default", *tenants})
         self.requests = counter("requests", "Requests by the one answer they got.", "endpoint", "model", "plan", "code")
         self.duration = histogram(
@@ -100,7 +101,6 @@ class Metrics:
         self.allocated_cost = counter("allocated_cost_usd", "Wall time at the configured price, used or not.")
         self.idle_seconds = counter("device_idle_seconds", "Time that the device had nothing to do.")
         self.energy = counter("energy_joules", "Measured energy, shared over a batch.", "tenant", "model", "plan")
-        self.idle_energy = counter("idle_energy_joules", "Measured energy of the idle device.")
         self.budget_used_ratio = gauge(
             "budget_used_ratio", "Spent of a budget, as a share of it.", "mostrecent", "tenant", "budget"
         )
@@ -137,6 +137,11 @@ class Metrics:
         self.prediction = histogram("prediction_ratio", "Predicted over actual device seconds.", AROUND_ONE, "plan")
         self.memory_limit.set(memory_limit_bytes())
         self._tell_memory()
+
+    @cached_property
+    def idle_energy(self) -> Counter:
+        """Made when it is first measured: a counter that is not there is no zero."""
+        return self._counter("idle_energy_joules", "Measured energy of the idle device.")
 
     def tenant(self, name: str) -> str:
         """The label of a tenant: callers cannot make new series."""

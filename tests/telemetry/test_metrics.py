@@ -62,13 +62,15 @@ def test_tokens_and_energy_are_counted_by_tenant_model_and_plan(registry: Collec
 
 def test_what_a_device_costs_whether_it_works_or_not(registry: CollectorRegistry) -> None:
     metrics = Metrics(registry, tenants=["acme"])
+    value = registry.get_sample_value
     metrics.idle(2.0)
-    metrics.idle(3.0, joules=40.0)
+    assert value("farsight_idle_energy_joules_total") is None, "not measured is not zero"
+    metrics.idle(3.0, joules=30.0)
+    metrics.idle(0.0, joules=10.0)
     metrics.allocated(0.5)
     metrics.budget_used("acme", "month", 0.8)
     metrics.budget_refused("acme")
     metrics.budget_refused("nobody knows them")
-    value = registry.get_sample_value
     assert value("farsight_device_idle_seconds_total") == 5
     assert value("farsight_idle_energy_joules_total") == 40
     assert value("farsight_allocated_cost_usd_total") == 0.5
