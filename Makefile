@@ -10,6 +10,7 @@ serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
 
 test: $(STAMP) check
+	scripts/prometheus.sh
 	$(BIN)/pytest
 
 check: $(STAMP)
@@ -27,7 +28,7 @@ image:
 	docker build --build-arg DEVICE=cpu --tag farsight:cpu .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

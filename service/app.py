@@ -34,7 +34,8 @@ class Farsight(GrpcMethods):
         from service.engine.memory import Trimmer
         from service.telemetry import logging
         from service.telemetry.exporter import Exporter
-        from service.telemetry.metrics import Metrics, share_files
+        from service.telemetry.files import share_files
+        from service.telemetry.metrics import Metrics
 
         logging.configure(config.log_level)
         share_files(config.metrics_dir)

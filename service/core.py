@@ -299,6 +299,7 @@ class Usage:
     truncated: int = 0  # inputs that were cut
     dropped_tokens: int = 0
     chunks: int = 0  # that inputs over the model's length were cut into
+    joules: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

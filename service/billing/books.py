@@ -16,6 +16,7 @@ from service.billing.tenants import Tenants
 from service.config import Config, TenantConfig
 from service.core import Capacity, Plan
 from service.errors import FarsightError, Kind
+from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger("farsight")
 
@@ -42,25 +43,26 @@ class Books:
         config: Config,
         tenants: Tenants,
         bank: Bank,
+        metrics: Metrics,
         *,
         hour_usd: float,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._bank, self._tenants, self._hour_usd, self._clock = bank, tenants, hour_usd, clock
+        self._bank, self._tenants, self._metrics = bank, tenants, metrics
+        self._hour_usd, self._clock = hour_usd, clock
         self._directory = config.journal_dir
         self._journal = Journal(config.journal_dir)
         self._purse = Purse(bank, config.lease_share)
-        self._told = Capacity(0.0, 0.0)
+        self._told = self._exported = Capacity(0.0, 0.0)  # to the ledger, and as metrics
         self._capacity: Callable[[], Capacity] = lambda: Capacity(0.0, 0.0)
-        self._on_error: Callable[[], None] = lambda: None
         self._ticks = 0
         self._shipping = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="books", daemon=True)
 
-    def open(self, capacity: Callable[[], Capacity], on_error: Callable[[], None] = lambda: None) -> None:
+    def open(self, capacity: Callable[[], Capacity]) -> None:
         """Start the thread. `capacity` tells what the device has done so far."""
-        self._capacity, self._on_error = capacity, on_error
+        self._capacity = capacity
         self._thread.start()
 
     def holdings(self) -> list[Holding]:
@@ -72,6 +74,10 @@ class Books:
         costs = {"usd": usd, "device_s": plan.predicted_s}
         try:
             reserved = await self._purse.reserve(tenant, costs)
+        except FarsightError as error:
+            if error.kind is Kind.OVER_BUDGET:
+                self._metrics.budget_refused(tenant.name)
+            raise
         except BankError as error:
             self._failed("the bank does not answer", error)
             message = f"the budget of tenant {tenant.name!r} cannot be asked for now"
@@ -147,6 +153,7 @@ class Books:
         """Every second; what fails is told and tried again."""
         self._ticks += 1
         self._tenants.refresh()
+        self._export()
         try:
             if self._ticks % CAPACITY_EVERY == 0:
                 self._tell_capacity()
@@ -156,6 +163,16 @@ class Books:
                 logger.warning("%d requests were lost with a replica that died; nobody pays for them", lost)
         except (BankError, OSError) as error:
             self._failed("the ledger is behind, and is tried again", error)
+
+    def _export(self) -> None:
+        now = self._capacity()
+        used_s, idle_s = now.used_s - self._exported.used_s, now.idle_s - self._exported.idle_s
+        self._exported = now
+        self._metrics.idle(max(0.0, idle_s))  # rounding
+        self._metrics.allocated((used_s + idle_s) * self._hour_usd / 3600)
+        for holding in self._purse.holdings():
+            self._metrics.budget_used(holding.tenant, holding.budget.name, 1 - holding.level)
+        self._metrics.ledger_pending.set(self._journal.pending)
 
     def _tell_capacity(self) -> None:
         now = self._capacity()
@@ -169,5 +186,5 @@ class Books:
             self._journal.ship(self._bank)
 
     def _failed(self, what: str, error: Exception) -> None:
-        self._on_error()
+        self._metrics.ledger_errors.inc()
         logger.error("%s: %r", what, error)

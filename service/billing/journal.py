@@ -33,6 +33,7 @@ class _Segment:
     """One file: what is in it, once it has been read."""
 
     path: Path
+    lines: int = 0
     requests: list[dict[str, Any]] = field(default_factory=list)
     capacity: list[dict[str, Any]] = field(default_factory=list)
     accepted: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Journal:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._number = self._segments = 0
         self._guard = threading.Lock()
+        self.pending = 0  # lines that the bank has not taken yet
         self._has_lines = False
         self._file = self._open()
         self._closed: list[Path] = []  # to be shipped
@@ -74,6 +76,8 @@ class Journal:
         while self._closed:
             segment = _read(self._closed[0], self.id)
             _record(bank, segment)
+            with self._guard:
+                self.pending -= segment.lines
             self._unsettled |= dict.fromkeys(segment.accepted, segment.path)
             touched = {segment.path}
             for row in segment.requests:
@@ -104,6 +108,7 @@ class Journal:
             # in the kernel's hands it outlives this process
             written = os.write(self._file, line)
             self._has_lines = True
+            self.pending += 1
         if written < len(line):
             raise OSError(f"the journal took {written} of {len(line)} bytes")
 
@@ -176,6 +181,7 @@ def _record(bank: Bank, segment: _Segment) -> None:
 def _read(path: Path, journal: str) -> _Segment:
     segment = _Segment(path)
     for kind, number, row in _lines(path):
+        segment.lines += 1
         row |= {"journal": journal, "number": number}
         match kind:
             case "a":

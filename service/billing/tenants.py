@@ -47,6 +47,9 @@ class Tenants:
     def is_open(self) -> bool:
         return not self.by_name
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.by_name
+
     def of(self, key: str | None) -> TenantConfig:
         """Whose key this is; 401 where it is nobody's."""
         if self.is_open:

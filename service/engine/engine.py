@@ -109,7 +109,7 @@ class Engine:
     ) -> None:
         """`bank`: where there is one, requests are paid for and written down. ValueError: a setting cannot be used."""
         self.config = config
-        self.tenants = Tenants(config)
+        self.tenants = metrics.tenants = Tenants(config)
         self.hour_usd = config.hour_usd(*device_names(device))
         self.metrics = metrics
         self.profile = profile
@@ -148,7 +148,7 @@ class Engine:
         if bank is not None:
             from service.billing.books import Books  # needs a database, which not every engine has
 
-            self.books = Books(config, self.tenants, bank, hour_usd=self.hour_usd)
+            self.books = Books(config, self.tenants, bank, metrics, hour_usd=self.hour_usd)
             self.books.open(self.capacity)
 
     @classmethod

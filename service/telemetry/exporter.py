@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import struct
 import threading
 import time
@@ -13,8 +12,11 @@ from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from service.telemetry import files
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse
@@ -26,24 +28,27 @@ RETRIES = 5
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def merged(metrics_dir: Path) -> CollectorRegistry:
+class _Node(Collector):
     """All replicas of this node, the dead ones' counters included and their gauges left out."""
-    for file in metrics_dir.glob("gauge_live*.db"):
-        if not os.path.exists(f"/proc/{file.stem.rsplit('_', 1)[1]}"):
-            file.unlink(missing_ok=True)  # a scrape beside this one may have been quicker
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, str(metrics_dir))  # type: ignore[no-untyped-call]
-    return registry
+
+    def __init__(self, metrics_dir: Path) -> None:
+        self._directory = metrics_dir
+
+    def collect(self) -> Iterable[Metric]:
+        with files.locked(self._directory):
+            found = files.folded(self._directory)
+            merged: Iterable[Metric] = MultiProcessCollector.merge(found)  # type: ignore[no-untyped-call]
+            return merged
 
 
 def text(metrics_dir: Path) -> bytes:
-    """Prometheus text of this node; again where a file came or went while it was read."""
+    """Prometheus text of this node; again where a file was made and not yet filled while it was read."""
     for _ in range(RETRIES):
         try:
-            return generate_latest(merged(metrics_dir))
-        except (FileNotFoundError, struct.error):  # struct: a file that was made and not yet filled
+            return generate_latest(_Node(metrics_dir))
+        except struct.error:
             time.sleep(0.01)
-    return generate_latest(merged(metrics_dir))
+    return generate_latest(_Node(metrics_dir))
 
 
 class _Server(ThreadingMixIn, WSGIServer):

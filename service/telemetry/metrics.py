@@ -1,19 +1,23 @@
 """Every metric of the service, in base units, with closed label sets. Registry injected; prefix `farsight_`.
 
-A replica calls `share_files` first: each process then writes its own files, and `exporter` merges those of one node.
+A replica calls `files.share_files` first: each process then writes its own files, and `exporter` merges those of one
+node. Models are those that are loaded and tenants those that are configured; any other is "unknown".
 """
 
 from __future__ import annotations
 
-import os
 import resource
-from collections.abc import Sequence
+import time
+from bisect import bisect_left
+from collections.abc import Container, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, values
+import psutil
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from service.core import Answer, PlanKind
 from service.errors import CODES, Kind
@@ -29,15 +33,19 @@ RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
 ERRORS = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0)
 OUTPUT_ERRORS = (1e-6, 1e-5, *ERRORS)
 AROUND_ONE = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+# tokens of one request, up to and including; the last label is "more". A failed request has none: "unknown"
+LENGTHS = (512, 4096, 32768, 262144)
+LENGTH_LABELS = (*map(str, LENGTHS), "more")
+MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def share_files(directory: Path) -> None:
-    """Keep this process's values in files of `directory` (prometheus_client's multiprocess mode)."""
-    directory.mkdir(parents=True, exist_ok=True)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
-    # a replica never forks: its pid is looked up once, not at every increment
-    pid = os.getpid()
-    values.ValueClass = values.MultiProcessValue(process_identifier=lambda: pid)  # type: ignore[no-untyped-call]
+def memory_limit_bytes() -> int:
+    """What the processes of this machine or container may hold together: its cgroup's limit, else all memory."""
+    limits = [int(psutil.virtual_memory().total)]
+    for file in MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # of the other version of cgroups, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +59,56 @@ class Series:
     flops_dense: Counter
     pairs: Counter
     pairs_dense: Counter
+    tokens: Counter
+    saved: Counter
     prediction: Histogram
     planned: Counter
 
 
 class Metrics:
-    """Fed by the engine (answers, failures, batches) and by the transports (what they refuse before the engine)."""
+    """Fed by the engine (answers, failures, batches) and by the transports (what they refuse before the engine).
+
+    `tenants`: the names that are labels, beside "default"; they may change.
+    """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.tenants: Container[str] = ()
+
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"farsight_{name}", text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(f"farsight_{name}", text, labels, registry=registry, buckets=buckets)
 
+        Mode = Literal["livesum", "livemax", "livemin", "mostrecent"]
+
+        def gauge(name: str, text: str, mode: Mode, *labels: str) -> Gauge:
+            return Gauge(f"farsight_{name}", text, labels, registry=registry, multiprocess_mode=mode)
+
+        self._counter = counter
         self.requests = counter("requests", "Requests by the one answer they got.", "endpoint", "model", "plan", "code")
-        self.duration = histogram("request_duration_seconds", "From arrival to answer.", SECONDS, "endpoint", "model")
+        self.duration = histogram(
+            "request_duration_seconds", "From arrival to answer.", SECONDS, "endpoint", "model", "length"
+        )
         self.queue_duration = histogram("queue_duration_seconds", "From arrival to the device.", SECONDS, "endpoint")
         self.device_seconds = counter("device_seconds", "Device time, shared over a batch.", "model", "plan", "tenant")
         self.flops = counter("flops", "Floating-point operations.", "plan", "kind")
         self.pairs = counter("attention_pairs", "Query-key pairs.", "kind")
+        self.tokens = counter("tokens", "Tokens that were computed.", "tenant", "model", "plan")
         self.cost = counter("cost_usd", "Used device time at the configured price.", "tenant", "model", "plan")
         self.saved = counter("saved_usd", "Predicted dense cost less actual cost of sparse answers.", "tenant", "model")
-        self.peak_memory = Gauge(
-            "farsight_peak_memory_bytes",
-            "Most memory that a replica process has held.",
-            registry=registry,
-            multiprocess_mode="livemax",
+        self.allocated_cost = counter("allocated_cost_usd", "Wall time at the configured price, used or not.")
+        self.idle_seconds = counter("device_idle_seconds", "Time that the device had nothing to do.")
+        self.energy = counter("energy_joules", "Measured energy, shared over a batch.", "tenant", "model", "plan")
+        self.budget_used_ratio = gauge(
+            "budget_used_ratio", "Spent of a budget, as a share of it.", "mostrecent", "tenant", "budget"
         )
+        self.refused_by_budget = counter("budget_refused", "Requests refused because a budget was spent.", "tenant")
+        self.ledger_pending = gauge("ledger_pending_rows", "Rows of the ledger that are not written yet.", "livesum")
+        self.ledger_errors = counter("ledger_errors", "Writes of the ledger that failed.")
+        self.resident_memory = gauge("resident_memory_bytes", "What the replica processes hold now.", "livesum")
+        self.memory_limit = gauge("memory_limit_bytes", "What the processes of this node may hold together.", "livemin")
+        self.peak_memory = gauge("peak_memory_bytes", "Most memory that a replica process has held.", "livemax")
         self.batch_requests = histogram("batch_requests", "Requests of one batch.", COUNTS)
         self.slice = histogram("slice_seconds", "Longest time that a run kept the device from others.", SLICES)
         self.paused = counter("paused_seconds", "Time that runs which had begun waited for shorter ones.")
@@ -93,25 +123,34 @@ class Metrics:
             "measure",
         )
         self.fallbacks = counter("fallbacks", "Sparse answers replaced by exact ones.", "reason")
-        self.padding = Gauge(
-            "farsight_padding_ratio",
+        self.padding = gauge(
+            "padding_ratio",
             "Positions that the last forward pass computed for nothing, as a share of its tokens.",
-            registry=registry,
-            multiprocess_mode="livemax",
+            "livemax",
         )
         self.plans = counter("plans", "Plans that produced answers.", "plan", "reason")
         self.rejections = counter("rejections", "Requests refused.", "reason")
-        self.queue_predicted_seconds = Gauge(
-            "farsight_queue_predicted_seconds",
-            "Predicted device seconds that wait.",
-            registry=registry,
-            multiprocess_mode="livesum",
+        self.queue_predicted_seconds = gauge(
+            "queue_predicted_seconds", "Predicted device seconds that wait.", "livesum"
         )
         self.prediction = histogram("prediction_ratio", "Predicted over actual device seconds.", AROUND_ONE, "plan")
+        self.memory_limit.set(memory_limit_bytes())
+        self._tell_memory()
+
+    @cached_property
+    def idle_energy(self) -> Counter:
+        """Made when it is first measured: a counter that is not there is no zero."""
+        return self._counter("idle_energy_joules", "Measured energy of the idle device.")
+
+    def tenant(self, name: str) -> str:
+        """The label of a tenant: callers cannot make new series."""
+        return name if name == "default" or name in self.tenants else "unknown"
 
     def answered(self, endpoint: str, answer: Answer, tenant: str) -> None:
         plan, usage, error = answer.plan.kind.value, answer.usage, answer.error
-        series = self._series(endpoint, answer.model, plan, tenant)
+        tenant = self.tenant(tenant)
+        length = LENGTH_LABELS[bisect_left(LENGTHS, usage.tokens)]
+        series = self._series(endpoint, answer.model, plan, tenant, length)
         series.requests.inc()
         series.duration.observe(answer.timing.total_s)
         series.queue_duration.observe(answer.timing.queue_s)
@@ -119,6 +158,7 @@ class Metrics:
         series.flops_dense.inc(usage.flops_dense)
         series.pairs.inc(usage.pairs_scored)
         series.pairs_dense.inc(usage.pairs_dense)
+        series.tokens.inc(usage.tokens)
         if usage.device_s > 0 and not error.fallback:  # a batch member without work has no share to compare with
             series.prediction.observe(answer.plan.predicted_s / usage.device_s)
         if not error.fallback:
@@ -127,31 +167,38 @@ class Metrics:
             self.fallbacks.labels("max_error").inc()
             self.plans.labels(plan, "fallback").inc()
         if answer.plan.kind is PlanKind.SPARSE:
-            self.saved.labels(tenant, answer.model).inc(usage.saved_usd)
+            series.saved.inc(usage.saved_usd)
             self.error.observe(error.relative_l2_upper)
             if answer.density is not None:
                 self.density.observe(answer.density)
 
-    @lru_cache(1024)  # noqa: B019 (lives as long as the process, like the series themselves)
-    def _series(self, endpoint: str, model: str, plan: str, tenant: str) -> Series:
+    @lru_cache(4096)  # noqa: B019 (lives as long as the process, like the series themselves)
+    def _series(self, endpoint: str, model: str, plan: str, tenant: str, length: str) -> Series:
         """Looked up once for each set of labels: `labels` costs more than the increment."""
         return Series(
             requests=self.requests.labels(endpoint, model, plan, "200"),
-            duration=self.duration.labels(endpoint, model),
+            duration=self.duration.labels(endpoint, model, length),
             queue_duration=self.queue_duration.labels(endpoint),
             flops=self.flops.labels(plan, "executed"),
             flops_dense=self.flops.labels(plan, "dense_equivalent"),
             pairs=self.pairs.labels("scored"),
             pairs_dense=self.pairs.labels("dense_equivalent"),
+            tokens=self.tokens.labels(tenant, model, plan),
+            saved=self.saved.labels(tenant, model),
             prediction=self.prediction.labels(plan),
             planned=self.plans.labels(plan, "planned"),
         )
 
-    def spent(self, model: str, plan: str, tenant: str, device_s: float, usd: float) -> None:
+    def spent(
+        self, model: str, plan: str, tenant: str, device_s: float, usd: float, joules: float | None = None
+    ) -> None:
         """Of a request that ran, however it ended."""
+        tenant = self.tenant(tenant)
         device_seconds, cost = self._spending(model, plan, tenant)
         device_seconds.inc(device_s)
         cost.inc(usd)
+        if joules is not None:
+            self.energy.labels(tenant, model, plan).inc(joules)  # no series where nothing measures
 
     @lru_cache(1024)  # noqa: B019 (as above)
     def _spending(self, model: str, plan: str, tenant: str) -> tuple[Counter, Counter]:
@@ -160,7 +207,7 @@ class Metrics:
     def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float | None) -> None:
         self.requests.labels(endpoint, model, "none", str(CODES[kind].http)).inc()
         if duration_s is not None:
-            self.duration.labels(endpoint, model).observe(duration_s)
+            self.duration.labels(endpoint, model, "unknown").observe(duration_s)
         if kind not in (Kind.INTERNAL, Kind.CANCELLED):
             self.rejections.labels(kind.value).inc()
 
@@ -177,5 +224,29 @@ class Metrics:
             self.batch_tokens.observe(result.batch_tokens)
             self.slice.observe(result.slice_s)
             self.paused.inc(result.paused_s)
+        if time.monotonic() >= self._memory_told_s + 1:
+            self._tell_memory()
+
+    def idle(self, seconds: float, joules: float | None = None) -> None:
+        """The device had nothing to do for `seconds`, and used `joules` where that is measured."""
+        self.idle_seconds.inc(seconds)
+        if joules is not None:
+            self.idle_energy.inc(joules)
+
+    def allocated(self, usd: float) -> None:
+        """What the device cost since this was last told, used or not."""
+        self.allocated_cost.inc(usd)
+
+    def budget_used(self, tenant: str, budget: str, ratio: float) -> None:
+        """`budget` is the name of a configured one."""
+        self.budget_used_ratio.labels(self.tenant(tenant), budget).set(ratio)
+
+    def budget_refused(self, tenant: str) -> None:
+        self.refused_by_budget.labels(self.tenant(tenant)).inc()
+
+    def _tell_memory(self) -> None:
+        self._memory_told_s = time.monotonic()
         # ru_maxrss is in KiB on Linux
         self.peak_memory.set(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        with open("/proc/self/statm", "rb", buffering=0) as statm:
+            self.resident_memory.set(int(statm.read().split()[1]) * resource.getpagesize())

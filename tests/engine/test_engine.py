@@ -325,3 +325,22 @@ def test_a_dead_device_thread_is_unavailable_not_a_hang(closed: Engine) -> None:
     error = refusal(closed, attention())
     assert error.kind is Kind.UNAVAILABLE
     assert error.retry_after_s is not None
+
+
+def test_made_up_models_and_tenants_are_one_series(engine: Engine, registry: CollectorRegistry) -> None:
+    def series() -> set[tuple[str, ...]]:
+        return {(one.name, *one.labels.values()) for metric in registry.collect() for one in metric.samples}
+
+    async def ask(numbers: range) -> None:
+        for number in numbers:
+            made_up = replace(embed("a text"), id=f"id {number}", model=f"model {number}", tenant=f"tenant {number}")
+            with pytest.raises(FarsightError, match="not served"):
+                await engine.submit(made_up)
+
+    run(ask(range(1)))
+    before = series()
+    failed = {"endpoint": "embeddings", "model": "unknown", "plan": "none", "code": "404"}
+    count = total(registry, "requests_total", **failed)
+    run(ask(range(1, 10_001)))
+    assert series() == before
+    assert total(registry, "requests_total", **failed) == count + 10_000

@@ -1,0 +1,116 @@
+"""The metric files of one node: every process writes its own; those of the dead are folded into one archive.
+
+A process holds a lock on `<id>.alive` while it lives. The kernel lets go of it however the process ends, and an id is
+used once, so neither SIGKILL nor a pid that is used again makes the dead look alive. All that reads or folds is under
+one lock of the folder: every count is seen exactly once. Only the increments themselves are without it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from prometheus_client import values
+from prometheus_client.mmap_dict import MmapedDict
+
+LATEST = "gauge_mostrecent"
+KEPT = ("counter", "histogram", LATEST)  # what outlives its process
+
+
+def share_files(directory: Path) -> None:
+    """Keep this process's values in files of `directory` (prometheus_client's multiprocess mode)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+    process = uuid4().hex
+    with locked(directory):  # nobody looks at the new file before its lock is held
+        descriptor = os.open(directory / f"{process}.alive", os.O_CREAT | os.O_WRONLY)  # until this process ends
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # a replica never forks: who it is need not be asked at every increment
+    values.ValueClass = values.MultiProcessValue(process_identifier=lambda: process)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One at a time, over all threads and processes of the node."""
+    with (directory / "lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def folded(directory: Path) -> list[str]:
+    """What a scrape reads: the files of the living, and the archive with all others in it. Under `locked`."""
+    archives = directory / "archive"
+    archives.mkdir(exist_ok=True)
+    living = set()
+    for file in directory.glob("*.alive"):
+        if _is_held(file):
+            living.add(file.stem)
+    kept = [_archive(directory, kind, living) for kind in KEPT]
+    for file in directory.glob("gauge_*.db"):
+        if _process(file) not in living:
+            file.unlink()
+    for file in directory.glob("*.alive"):
+        if file.stem not in living:
+            file.unlink()
+    return [str(file) for file in (*directory.glob("*.db"), *filter(None, kept))]
+
+
+def _is_held(file: Path) -> bool:
+    with file.open() as probe:
+        try:
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _process(file: Path) -> str:
+    return file.stem.rsplit("_", 1)[1]
+
+
+def _archive(directory: Path, kind: str, living: set[str]) -> Path | None:
+    """The archive of one kind after it has taken in the files of the dead, one by one.
+
+    An archive's name tells which file it took in last, so that one rename both adds a file's values and says that they
+    are not to be read again. What a killed fold left behind is removed here.
+    """
+    archives = sorted(directory.glob(f"archive/{kind}_*.db"))
+    archive = archives[-1] if archives else None
+    for older in archives[:-1]:
+        older.unlink()
+    if archive is not None:
+        (directory / f"{kind}_{archive.stem.rsplit('-', 1)[1]}.db").unlink(missing_ok=True)
+    for file in sorted(directory.glob(f"{kind}_*.db")):
+        if _process(file) not in living:
+            archive = _taken_in(archive, file, kind)
+    return archive
+
+
+def _taken_in(archive: Path | None, file: Path, kind: str) -> Path:
+    sequence = int(_process(archive).split("-")[0]) + 1 if archive else 0
+    merged: dict[str, tuple[float, float]] = {}  # value and time, by series
+    for source in filter(None, (archive, file)):
+        if source.stat().st_size == 0:  # killed before it wrote anything
+            continue
+        for key, value, at_s, _ in MmapedDict.read_all_values_from_file(str(source)):  # type: ignore[no-untyped-call]
+            before, before_s = merged.get(key, (0.0, 0.0))
+            if kind != LATEST:
+                merged[key] = before + value, 0.0
+            elif at_s >= before_s:
+                merged[key] = value, at_s
+    new = file.parent / "archive" / "new"
+    new.unlink(missing_ok=True)  # of a fold that was killed
+    target = MmapedDict(str(new))  # type: ignore[no-untyped-call]
+    for key, (value, at_s) in merged.items():
+        target.write_value(key, value, at_s)  # type: ignore[no-untyped-call]
+    target.close()  # type: ignore[no-untyped-call]
+    after = new.with_name(f"{kind}_{sequence:09d}-{_process(file)}.db")
+    new.rename(after)  # from here on `file` is in the archive
+    file.unlink()
+    if archive is not None:
+        archive.unlink()
+    return after
