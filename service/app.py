@@ -41,7 +41,13 @@ class Farsight(GrpcMethods):
         gc.set_threshold(20_000, 50, 50)
         self.door = self.engine
         self.max_request_bytes = config.max_request_bytes
+        self.trails = self.engine.trails
         self.exporter = Exporter(config.metrics_host, config.metrics_port, config.metrics_dir)
+
+    def __del__(self) -> None:
+        """Serve calls it when a replica leaves: the last spans are sent."""
+        if self.trails is not None:
+            self.trails.close()
 
     def on_refused(self, endpoint: str, kind: Kind) -> None:
         self.engine.metrics.refused(endpoint, kind)

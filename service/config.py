@@ -136,9 +136,22 @@ class Config(BaseSettings):
 
     # money
     price_per_device_hour_usd: float = Field(0.10, ge=0)
+    carbon_g_per_kwh: float | None = Field(
+        None, ge=0, description="Of the electricity here; joules, where they are measured, are then told as grams too."
+    )
 
     request_log: bool = Field(
-        False, description="One JSON line on stderr for each answer; metrics say the same in sum."
+        False,
+        description="One JSON line on stderr for each request, with what it used, also where it was refused, failed or "
+        "its client left; metrics say the same in sum.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Where traces are sent, by OTLP over HTTP: the whole URL, as in http://collector:4318/v1/traces.",
+    )
+    trace_ratio: float = Field(
+        1.0, ge=0, le=1, description="Of requests whose caller has not decided (traceparent): how many are traced."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

@@ -65,8 +65,10 @@ from service.models.loading import LoadSettings
 from service.models.model import Model
 from service.models.registry import Registry
 from service.models.tokens import Tokenized
-from service.telemetry.logging import fields
+from service.telemetry.energy import Energy, Meter, carbon_g, meter_for
+from service.telemetry.logging import about
 from service.telemetry.metrics import Metrics
+from service.telemetry.trail import Trail, Trails
 
 logger = logging.getLogger("farsight")
 
@@ -99,9 +101,12 @@ class Engine:
         device: torch.device,
         cpu_threads: int,
         clock: Callable[[], float] = time.perf_counter,
+        meter: Meter | None = None,
     ) -> None:
         self.config = config
         self.metrics = metrics
+        self.trails = Trails.of(config, clock)
+        self.energy = None if meter is None else Energy(meter)
         self.profile = profile
         self.admission = Admission(config)
         self.models = models
@@ -116,7 +121,7 @@ class Engine:
             tenant_weights=config.tenant_weights,
             order=config.order,
         )
-        self._runner = BatchRunner(config, device, clock, self._between)
+        self._runner = BatchRunner(config, device, clock, self._between, self.energy)
         self._stack: list[Batch[Job]] = []  # on the device: each waits for the next one
         self._workers = side_pool(2, "parse")
         self._decoders = side_pool(1, "decode")
@@ -142,7 +147,7 @@ class Engine:
         models = Registry(LoadSettings(device, config.max_text_bytes, config.max_batch_tokens))
         models.set(config.models)
         profile = load_or_measure(device, config.cache_dir)
-        return cls(config, metrics, profile, models, device, threads)
+        return cls(config, metrics, profile, models, device, threads, meter=meter_for(device))
 
     # -- what is asked of it ------------------------------------------------------------------------------------
 
@@ -252,8 +257,9 @@ class Engine:
         """
         endpoint = _endpoint(request)
         arrived_s = self._clock() if received_s is None else received_s
+        trail = None if self.trails is None else self.trails.entered(endpoint, self._label(request), request.tenant)
         try:
-            answer = await self._answer(request, arrived_s)
+            answer = await self._answer(request, arrived_s, trail)
         except FarsightError as error:
             self.metrics.failed(endpoint, self._label(request), error.kind, self._clock() - arrived_s)
             error.counted = True
@@ -262,8 +268,8 @@ class Engine:
             self.metrics.failed(endpoint, self._label(request), Kind.CANCELLED, self._clock() - arrived_s)
             raise
         self.metrics.answered(endpoint, answer, request.tenant)
-        if self.config.request_log:
-            logger.info("answered", extra={"fields": fields(endpoint, answer)})
+        if trail is not None:
+            trail.answered(answer, self._clock())
         return answer
 
     def estimate(self, shape: AttentionShape, options: AttentionOptions) -> Estimate:
@@ -298,17 +304,23 @@ class Engine:
         self._workers.shutdown()
         self._decoders.shutdown()
         self._loader.shutdown()
+        if self.trails is not None:
+            self.trails.close()
 
     # -- the way of one request ---------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, arrived_s: float) -> Answer:
+    async def _answer(self, request: Request, arrived_s: float, trail: Trail | None) -> Answer:
         if not self.alive:
             raise _unavailable()
         timeout_s = self._timeout_s(request.options.timeout_s)
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
+        if trail is not None:
+            job.trail, trail.plan, trail.planned_s = trail, job.plan, job.queued_s
         ahead_s, own_s = self._ahead_s(job.predicted_s), self._pace.factor * job.predicted_s
         is_long = self._scheduler.is_long(job.predicted_s)
         self.admission.admit(own_s, ahead_s, timeout_s, job.queued_s - arrived_s, is_long=is_long)
+        if trail is not None:
+            trail.admitted_s = self._clock()
         return self._account(job, await self._run(job))
 
     async def _job(self, request: Request, arrived_s: float, deadline_s: float) -> Job:
@@ -323,6 +335,8 @@ class Engine:
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request, deadline_s)
+        if self.trails is not None:
+            self.trails.tokenized()
         plan = self._plan_forward(model, tokenized, request)
         key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
@@ -370,6 +384,8 @@ class Engine:
 
     def _enter(self, batch: Batch[Job]) -> Task:
         self._stack.append(batch)
+        if self.trails is not None:
+            self.trails.started(batch.items)
         return partial(self._run_batch, batch)
 
     def _run_batch(self, batch: Batch[Job]) -> None:
@@ -420,6 +436,8 @@ class Engine:
             left = tuple(self._waiting)
         for job in left:
             self._hand_over(job, _give_up, job)
+        if self.trails is not None:
+            self.trails.give_up()
 
     def _hand_over(self, job: Job, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function` on the event loop of `job`; a loop that has ended has nobody waiting on it."""
@@ -430,6 +448,8 @@ class Engine:
 
     def _finished(self, jobs: list[Job], results: list[Result]) -> None:
         for job, result in zip(jobs, results, strict=True):
+            if self.trails is not None and job.trail is not None:
+                self.trails.ran(job.trail, result)
             if job.future.done():  # late or gone: already answered
                 continue
             if isinstance(result.outcome, Exception):
@@ -457,14 +477,15 @@ class Engine:
             measure, error = output_error(audit.answered, result.outcome.tensors)
             self.metrics.audit_output_error.labels(model, measure).observe(error)
         elif not isinstance(result.outcome, Stopped):
-            logger.error("audit of request %s failed", audit.job.request.id, exc_info=result.outcome)
+            request_id = audit.job.request.id
+            logger.error("audit of request %s failed", request_id, exc_info=result.outcome, extra=about(request_id))
 
     def _failure(self, job: Job, error: Exception) -> FarsightError:
         if isinstance(error, FarsightError):
             return error
         if isinstance(error, Stopped):
             return self._late(job, "running")
-        logger.error("request %s failed", job.request.id, exc_info=error)
+        logger.error("request %s failed", job.request.id, exc_info=error, extra=about(job.request.id))
         return FarsightError(Kind.INTERNAL, f"internal error; request id {job.request.id}")
 
     def _account(self, job: Job, result: Result) -> Answer:
@@ -508,6 +529,8 @@ class Engine:
                 truncated=tokenized.truncated if tokenized else 0,
                 dropped_tokens=tokenized.dropped_tokens if tokenized else 0,
                 chunks=tokenized.chunks if tokenized else 0,
+                joules=result.joules,
+                carbon_g=carbon_g(result.joules, self.config.carbon_g_per_kwh),
             ),
             timing=Timing(
                 queue_s=max(0.0, result.started_s - job.queued_s),
