@@ -272,8 +272,12 @@ def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
         engine.metrics.refused("none", kind)
         message = f"{request.method} {request.url.path[:128]}: {CODES[kind].meaning}"
         response = error_response(FarsightError(kind, message), v2=request.url.path.startswith("/v2"))
+        request_id = uuid.uuid4().hex
         if not id_is_echoed:
-            response.headers["x-request-id"] = uuid.uuid4().hex
+            response.headers["x-request-id"] = request_id
+        if engine.trails is not None:
+            with engine.trails.follow(Trail(request_id, "http", "none", request.method, time.perf_counter())):
+                failed(kind)
         response.headers.update(error.headers or {})
         return response
 

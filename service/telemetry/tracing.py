@@ -59,8 +59,8 @@ class Tracing:
         )
         self._provider.add_span_processor(sender)
         self._tracer = self._provider.get_tracer("farsight", version("farsight"))
-        # what the library says about a collector that is gone: in our form, each batch once
-        library, ours = logging.getLogger("opentelemetry.exporter"), logging.getLogger("farsight")
+        # what the library says about a collector that is gone, in our form
+        library, ours = logging.getLogger("opentelemetry"), logging.getLogger("farsight")
         library.handlers[:], library.propagate = ours.handlers, ours.propagate
 
     def tell(self, trail: Trail, record: Mapping[str, Field]) -> None:
@@ -99,7 +99,8 @@ class Tracing:
         closing.start()
         closing.join(CLOSE_TIMEOUT_S)
         if closing.is_alive():
-            self._exporter.shutdown()  # what it tries again, it gives up
+            # what it tries again, it gives up
+            self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
