@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -33,7 +33,6 @@ JSON = "application/json"
 MAX_DIGITS = 19  # of a content-length
 BLOCK_BYTES = 1024 * 1024  # of an answer that is sent
 PROBES = ("v2",)  # asked every few seconds, and they use nothing: not followed
-NOT_FOLLOWED = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +143,11 @@ class Http:
             received_s = time.perf_counter()
             given_id = request.headers.get("x-request-id", "")
             request_id = given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
-            trails = None if name in PROBES else self.engine.trails
-            with NOT_FOLLOWED if trails is None else trails.follow(_trail(request, name, request_id, received_s)):
+            if (trails := self.engine.trails) is None or name in PROBES:
                 response = await answered(request, request_id, received_s)
+            else:
+                with trails.follow(_trail(request, name, request_id, received_s)):
+                    response = await answered(request, request_id, received_s)
             if not (self._id_is_echoed and request_id == given_id):
                 response.headers["x-request-id"] = request_id
             elif "x-request-id" in response.headers:

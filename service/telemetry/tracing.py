@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from service.errors import CODES
@@ -31,10 +33,11 @@ MAX_WAITING = 8192  # spans; about a thousand requests, 3 KB a span
 SEND_EVERY_S = 1.0
 SEND_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 2.0
+UNSET, FAILED = Status(StatusCode.UNSET), Status(StatusCode.ERROR)
 
 
 class Tracing:
-    """A tracer provider of our own: Ray, in the same process, has the global one."""
+    """A pipeline of our own: Ray, in the same process, has the global one."""
 
     def __init__(self, endpoint: str, ratio: float, clock: Callable[[], float]) -> None:
         """RuntimeError where the exporter is not installed."""
@@ -46,61 +49,89 @@ class Tracing:
                 "pip install 'farsight[tracing]'"
             ) from error
         self._clock = clock
-        self._empty = Context()  # Ray may have a span of its own about
+        self._nothing = Context()  # Ray may have a span of its own about
         self._propagator = TraceContextTextMapPropagator()
+        self._ids = RandomIdGenerator()
+        self._sampler = ParentBased(TraceIdRatioBased(ratio))
+        self._resource = Resource.create({"service.name": "farsight", "service.version": version("farsight")})
+        self._scope = InstrumentationScope("farsight", version("farsight"))
         self._exporter = OTLPSpanExporter(endpoint, timeout=SEND_TIMEOUT_S)
-        sender = BatchSpanProcessor(
+        self._sender = BatchSpanProcessor(
             self._exporter, max_queue_size=MAX_WAITING, schedule_delay_millis=SEND_EVERY_S * 1e3
         )
-        self._provider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(ratio)),
-            resource=Resource.create({"service.name": "farsight", "service.version": version("farsight")}),
-            shutdown_on_exit=False,
-        )
-        self._provider.add_span_processor(sender)
-        self._tracer = self._provider.get_tracer("farsight", version("farsight"))
         # what the library says about a collector that is gone, in our form
         library, ours = logging.getLogger("opentelemetry"), logging.getLogger("farsight")
         library.handlers[:], library.propagate = ours.handlers, ours.propagate
 
-    def tell(self, trail: Trail, record: Mapping[str, Field]) -> None:
+    def sampled(self, trail: Trail) -> Traced | None:
+        """Where the spans of a request belong: its caller's trace, or a new one. None: not wanted."""
+        within, parent = self._nothing, None
+        if trail.traceparent is not None:
+            carrier = {"traceparent": trail.traceparent, "tracestate": trail.tracestate or ""}
+            within = self._propagator.extract(carrier, within)
+            parent = get_current_span(within).get_span_context()
+        if parent is None or not parent.is_valid:
+            parent, trace_id = None, self._ids.generate_trace_id()
+        else:
+            trace_id = parent.trace_id
+        result = self._sampler.should_sample(within, trace_id, trail.name, SpanKind.SERVER)
+        return Traced(trace_id, parent, result.trace_state) if result.decision.is_sampled() else None
+
+    def tell(self, trail: Trail, record: Mapping[str, Field], traced: Traced) -> None:
         """A server span, its stages inside it, and inside those what paused them. Nothing is waited for."""
         # both clocks now: the times of one request fit together, whatever happens to the calendar's
         zero_ns = time.time_ns() - int(self._clock() * 1e9)
-        parent = self._empty
-        if trail.traceparent is not None:
-            carrier = {"traceparent": trail.traceparent, "tracestate": trail.tracestate or ""}
-            parent = self._propagator.extract(carrier, parent)
-        start_ns = zero_ns + int(trail.received_s * 1e9)
-        root = self._tracer.start_span(trail.name, parent, SpanKind.SERVER, start_time=start_ns)
-        if not root.is_recording():
-            return
-        root.set_attributes({f"farsight.{name}": value for name, value in record.items()} | _semantic(trail))
-        if trail.failure is not None:
-            root.set_status(StatusCode.ERROR, trail.reason)
-        self._write(stages(trail), root, zero_ns)
-        root.end(zero_ns + int(trail.ended_s * 1e9))
+        attributes = {f"farsight.{name}": value for name, value in record.items()} | _semantic(trail)
+        failure = None if trail.failure is None else Status(StatusCode.ERROR, trail.reason)
+        request = Stage(trail.name, trail.received_s, trail.ended_s, attributes, failure, stages(trail))
+        self._write(request, traced, traced.parent, zero_ns, SpanKind.SERVER)
 
-    def _write(self, inside: Sequence[Stage], parent: Span, zero_ns: int) -> None:
-        within = set_span_in_context(parent, self._empty)
-        for stage in inside:
-            start_ns = zero_ns + int(stage.start_s * 1e9)
-            span = self._tracer.start_span(stage.name, within, attributes=stage.attributes, start_time=start_ns)
-            if stage.is_failed:
-                span.set_status(StatusCode.ERROR)
-            if stage.inside:
-                self._write(stage.inside, span, zero_ns)
-            span.end(zero_ns + int(stage.end_s * 1e9))
+    def _write(
+        self,
+        stage: Stage,
+        traced: Traced,
+        parent: SpanContext | None,
+        zero_ns: int,
+        kind: SpanKind = SpanKind.INTERNAL,
+    ) -> None:
+        context = SpanContext(
+            traced.trace_id, self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED), traced.trace_state
+        )
+        # made as it ended: one that is started first costs ten times as much, and is not told more
+        span = ReadableSpan(
+            stage.name,
+            context,
+            parent,
+            self._resource,
+            stage.attributes,
+            kind=kind,
+            status=stage.failure or UNSET,
+            start_time=zero_ns + int(stage.start_s * 1e9),
+            end_time=zero_ns + int(stage.end_s * 1e9),
+            instrumentation_scope=self._scope,
+        )
+        self._sender.on_end(span)
+        for inner in stage.inside:
+            self._write(inner, traced, context, zero_ns)
 
     def close(self) -> None:
         """Send what waits; after two seconds the rest is let go."""
         # on a thread: the library would wait for half a minute
-        closing = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        closing = threading.Thread(target=self._sender.shutdown, name="last spans", daemon=True)
         closing.start()
         closing.join(CLOSE_TIMEOUT_S)
         if closing.is_alive():
             # what it tries again, it gives up
             self._exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Where spans belong."""
+
+    trace_id: int
+    parent: SpanContext | None
+    trace_state: TraceState | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +142,8 @@ class Stage:
     start_s: float
     end_s: float
     attributes: Mapping[str, Field] | None = None
-    is_failed: bool = False
-    inside: tuple[Stage, ...] = ()
+    failure: Status | None = None
+    inside: Sequence[Stage] = ()
 
 
 def stages(trail: Trail) -> list[Stage]:
@@ -133,12 +164,12 @@ def stages(trail: Trail) -> list[Stage]:
         if name == "plan" and trail.plan is not None:
             told = {"farsight.plan": trail.plan.kind.value, "farsight.plan.reason": trail.plan.reason}
         if end_s is None:
-            return [*found, Stage(name, at_s, trail.ended_s, told, is_failed=True)]
+            return [*found, Stage(name, at_s, trail.ended_s, told, FAILED)]
         found.append(Stage(name, at_s, end_s, told))
         at_s = end_s
     found += [_execution(run) for run in trail.runs]
     if trail.answered_s is not None:
-        found.append(Stage("encode", trail.answered_s, trail.ended_s, is_failed=trail.failure is not None))
+        found.append(Stage("encode", trail.answered_s, trail.ended_s, failure=trail.failure and FAILED))
     return found
 
 
@@ -150,7 +181,7 @@ def _execution(run: Ran) -> Stage:
         "farsight.paused_s": run.paused_s,
     }
     pauses = tuple(Stage("paused", *pause) for pause in run.pauses)
-    return Stage("execute", run.started_s, run.ended_s, told, run.is_failed, pauses)
+    return Stage("execute", run.started_s, run.ended_s, told, FAILED if run.is_failed else None, pauses)
 
 
 def _semantic(trail: Trail) -> dict[str, Field]:

@@ -158,11 +158,15 @@ class Trails:
     # -- telling ----------------------------------------------------------------------------------------------------
 
     def _tell(self, trail: Trail) -> None:
+        traced = None if self._tracing is None else self._tracing.sampled(trail)
+        if traced is None and not self._config.request_log:
+            return
         told = self.record(trail)
         if self._config.request_log:
-            logger.info(trail.message, extra={"fields": told})
-        if self._tracing is not None:
-            self._tracing.tell(trail, told)
+            trace = {} if traced is None else {"trace_id": f"{traced.trace_id:032x}"}
+            logger.info(trail.message, extra={"fields": told | trace})
+        if self._tracing is not None and traced is not None:
+            self._tracing.tell(trail, told, traced)
 
     def record(self, trail: Trail) -> dict[str, Field]:
         """The usage record of a request, answered or not: its log line, and the attributes of its span."""

@@ -256,7 +256,7 @@ def test_probes_are_not_followed(engine: Engine, collector: Collector) -> None:
         methods = Grpc(other)
         asyncio.run(methods.ModelReady(pb.ModelReadyRequest(name="attention"), grpc.Context()))
         assert post(other, "/nowhere").status_code == 404
-    assert [span.name for span in collector.spans] == ["parse", "POST"]
+    assert [span.name for span in collector.spans] == ["POST", "parse"]
 
 
 # -- the collector's troubles ---------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_collector_that_hangs_costs_spans_and_nothing_else(
         assert post(other, "/v1/attention").status_code == 200
         assert collector.spans == []
         collector.let_go.set()
-        assert trails._tracing._provider.force_flush()
+        assert trails._tracing._sender.force_flush()
         assert 512 <= len(collector.spans) <= 1024  # of over 4,500
 
 
