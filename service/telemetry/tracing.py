@@ -18,7 +18,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import Decision, ParentBased, TraceIdRatioBased
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState, get_current_span
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -75,7 +75,7 @@ class Tracing:
         else:
             trace_id = parent.trace_id
         result = self._sampler.should_sample(within, trace_id, trail.name, SpanKind.SERVER)
-        return Traced(trace_id, parent, result.trace_state) if result.decision.is_sampled() else None
+        return Traced(trace_id, parent, result.trace_state) if result.decision is Decision.RECORD_AND_SAMPLE else None
 
     def tell(self, trail: Trail, record: Mapping[str, Field], traced: Traced) -> None:
         """A server span, its stages inside it, and inside those what paused them. Nothing is waited for."""
@@ -169,7 +169,7 @@ def stages(trail: Trail) -> list[Stage]:
         at_s = end_s
     found += [_execution(run) for run in trail.runs]
     if trail.answered_s is not None:
-        found.append(Stage("encode", trail.answered_s, trail.ended_s, failure=trail.failure and FAILED))
+        found.append(Stage("encode", trail.answered_s, trail.ended_s, failure=FAILED if trail.failure else None))
     return found
 
 
