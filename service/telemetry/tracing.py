@@ -97,7 +97,7 @@ class Tracing:
         context = SpanContext(
             traced.trace_id, self._ids.generate_span_id(), False, TraceFlags(TraceFlags.SAMPLED), traced.trace_state
         )
-        # made as it ended: one that is started first costs ten times as much, and is not told more
+        # made as it ended: one that is started first costs four times as much, and is not told more
         span = ReadableSpan(
             stage.name,
             context,

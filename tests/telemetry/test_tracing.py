@@ -153,6 +153,14 @@ def test_a_request_over_grpc_is_the_same(engine: Engine, collector: Collector) -
     assert (told["rpc.system.name"], told["rpc.response.status_code"]) == ("grpc", "OK")
 
 
+def test_a_refusal_over_grpc_has_its_status(engine: Engine, collector: Collector) -> None:
+    with traced(engine, collector) as other:
+        asyncio.run(Grpc(other).ModelInfer(grpc.attention(mode="fast"), grpc.Context()))
+    root, told = collector.root, attributes(collector.root)
+    assert (root.status.code, root.status.message) == (Status.STATUS_CODE_ERROR, "invalid")
+    assert (told["rpc.response.status_code"], told["farsight.kind"]) == ("INVALID_ARGUMENT", "invalid")
+
+
 def test_texts_are_tokenized_before_they_are_planned(engine: Engine, collector: Collector) -> None:
     with traced(engine, collector) as other:
         response = post(other, "/v1/embeddings", {"model": "all-MiniLM-L6-v2", "input": ["a secret text", "another"]})
