@@ -45,6 +45,7 @@ class Farsight(GrpcMethods):
         self.trimmer = Trimmer()
         self.door = self.engine
         self.max_request_bytes = config.max_request_bytes
+        self.trails = self.engine.trails
         self.exporter = Exporter(config.metrics_host, config.metrics_port, config.metrics_dir)
 
     def on_refused(self, endpoint: str, kind: Kind) -> None:
@@ -71,7 +72,7 @@ class Farsight(GrpcMethods):
         return {AHEAD_S: self.engine.ahead_s(), BUSY: self.engine.busy_share()}
 
     def __del__(self) -> None:
-        """Called by Serve when a replica goes in peace: leases go back, the ledger has everything."""
+        """Called by Serve when a replica goes in peace: leases go back, the ledger has all, spans are sent."""
         if (engine := getattr(self, "engine", None)) is not None:  # absent: the start failed
             engine.close()
 

@@ -197,6 +197,9 @@ class Config(BaseSettings):
         description='One price, or by kind of device: {"cpu": 0.1, "NVIDIA H100": 3.0}; the longest name that the '
         "device's begins with counts, then cpu or cuda.",
     )
+    carbon_g_per_kwh: float | None = Field(
+        None, ge=0, description="Of the electricity here; joules, where they are measured, are then told as grams too."
+    )
     ledger_url: str | None = Field(
         None,
         description="SQLAlchemy URL of the ledger and the budgets; default: SQLite in `state_dir`. Several nodes or "
@@ -216,7 +219,17 @@ class Config(BaseSettings):
     )
 
     request_log: bool = Field(
-        False, description="One JSON line on stderr for each answer; metrics say the same in sum."
+        False,
+        description="One JSON line on stderr for each request, with what it used, also where it was refused, failed or "
+        "its client left; metrics say the same in sum.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Where traces are sent, by OTLP over HTTP: the whole URL, as in http://collector:4318/v1/traces.",
+    )
+    trace_ratio: float = Field(
+        1.0, ge=0, le=1, description="Of requests whose caller has not decided (traceparent): how many are traced."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

@@ -299,7 +299,8 @@ class Usage:
     truncated: int = 0  # inputs that were cut
     dropped_tokens: int = 0
     chunks: int = 0  # that inputs over the model's length were cut into
-    joules: float | None = None
+    joules: float | None = None  # None: this device has no counter that can be read
+    carbon_g: float | None = None  # of CO2 equivalent, where `carbon_g_per_kwh` is configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,10 +334,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Seconds of one device since its replica started: for requests, and for nobody."""
+    """Seconds of one device since its replica started: for requests, and for nobody; joules of the latter."""
 
     used_s: float
     idle_s: float
+    idle_j: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ def test_nobody_writes_to_it() -> None:
         ({"models": [{"name": "m"}]}, "exactly one of path and package"),
         ({"models": [{"name": "../m", "path": "a"}]}, "pattern"),
         ({"max_eror": 0.1}, "max_eror"),
+        ({"otlp_endpoint": "collector:4317"}, "otlp_endpoint"),
+        ({"trace_ratio": 1.5}, "trace_ratio"),
     ],
 )
 def test_contradictions_are_refused(wrong: dict[str, object], message: str) -> None:

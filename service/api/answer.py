@@ -12,6 +12,7 @@ from service.engine.engine import Estimate
 def headers(answer: Answer) -> dict[str, str]:
     """The `x-` headers of every answer; over gRPC the same names are response parameters."""
     usage, error = answer.usage, answer.error
+    measured = {} if usage.joules is None else {"x-energy-joules": f"{usage.joules:.6f}"}
     return {
         "x-request-id": answer.id,
         "x-attention-plan": answer.plan.kind.value,
@@ -21,6 +22,7 @@ def headers(answer: Answer) -> dict[str, str]:
         "x-compute-tokens": str(usage.tokens),
         "x-compute-flops": str(usage.flops),
         "x-cost-usd": f"{usage.cost_usd:.3e}",
+        **measured,
     }
 
 
@@ -77,7 +79,10 @@ def document(answer: Answer) -> dict[str, Any]:
             error_document[name] = told
     if answer.layers:
         error_document["layers"] = layers_document(answer)
-    usage_document = {"chunks": usage.chunks} if usage.chunks else {}
+    usage_document: dict[str, Any] = {"chunks": usage.chunks} if usage.chunks else {}
+    for name in ("joules", "carbon_g"):
+        if (measured := getattr(usage, name)) is not None:
+            usage_document[name] = measured
     return {
         "id": answer.id,
         "plan": plan_document(answer.plan, answer.density),

@@ -28,6 +28,8 @@ from service.billing.tenants import key_of
 from service.config import TenantConfig
 from service.core import Answer, Request
 from service.errors import CODES, FarsightError, Kind, invalid, retry_after, too_large
+from service.telemetry.logging import about
+from service.telemetry.trail import Trail, Trails, failed
 
 logger = logging.getLogger("farsight")
 
@@ -64,6 +66,7 @@ class GrpcMethods:
 
     door: Door
     max_request_bytes: int = 256 * 1024 * 1024
+    trails: Trails | None = None  # where requests are followed
 
     def on_refused(self, endpoint: str, kind: Kind) -> None:
         """Called for a request that failed before or outside of `door.submit`, which counts its own."""
@@ -170,13 +173,30 @@ class GrpcMethods:
         """The message of `call(request_id)`, or `empty` with the status of what it raised."""
         request_id = request_id_of(context, suggested_id)
         context.set_trailing_metadata([("x-request-id", request_id)])
+        if self.trails is None or endpoint != "infer":  # the others are asked every few seconds, and use nothing
+            return await self._settled(endpoint, context, call, empty, request_id)
+        metadata = context.invocation_metadata()
+        parent, state = _value(metadata, "traceparent"), _value(metadata, "tracestate")
+        trail = Trail(request_id, "grpc", endpoint, f"{SERVICE}/ModelInfer", time.perf_counter(), parent, state)
+        with self.trails.follow(trail):
+            return await self._settled(endpoint, context, call, empty, request_id)
+
+    async def _settled(
+        self,
+        endpoint: str,
+        context: Context,
+        call: Callable[[str], Awaitable[Message]],
+        empty: Message,
+        request_id: str,
+    ) -> Message:
         try:
             return await call(request_id)
         except FarsightError as error:
             failure = error
         except Exception as error:  # a bug: the caller gets the id, the log gets the rest
-            logger.error("request %s failed", request_id, exc_info=error)
+            logger.error("request %s failed", request_id, exc_info=error, extra=about(request_id))
             failure = FarsightError(Kind.INTERNAL, f"internal error; request id {request_id}")
+        failed(failure.kind, failure.code)
         if not failure.counted:
             self.on_refused(endpoint, failure.kind)
         context.set_code(status_code(failure.kind))

@@ -28,12 +28,15 @@ from service.config import TenantConfig
 from service.engine.engine import Engine
 from service.errors import CODES, FarsightError, Kind, malformed, retry_after, too_large
 from service.telemetry import exporter
+from service.telemetry.logging import about
+from service.telemetry.trail import Trail, failed
 
 logger = logging.getLogger("farsight")
 
 JSON = "application/json"
 MAX_DIGITS = 19  # of a content-length
 BLOCK_BYTES = 1024 * 1024  # of an answer that is sent
+PROBES = ("v2",)  # asked every few seconds, and they use nothing: not followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,19 @@ Handler = Callable[[Call], Awaitable[Response]]
 Route = Callable[[Request], Awaitable[Response]]
 
 
+def _trail(request: Request, endpoint: str, request_id: str, received_s: float) -> Trail:
+    route = request.scope.get("route")  # none where a busy route is called directly: then the path has no variables
+    return Trail(
+        request_id,
+        "http",
+        endpoint,
+        f"{request.method} {request.scope['path'] if route is None else route.path}",
+        received_s,
+        request.headers.get("traceparent"),
+        request.headers.get("tracestate"),
+    )
+
+
 class Http:
     """Shared by all routes of one replica."""
 
@@ -153,7 +169,11 @@ class Http:
             received_s = time.perf_counter()
             given_id = request.headers.get("x-request-id", "")
             request_id = given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
-            response = await answered(request, request_id, received_s)
+            if (trails := self.engine.trails) is None or name in PROBES:
+                response = await answered(request, request_id, received_s)
+            else:
+                with trails.follow(_trail(request, name, request_id, received_s)):
+                    response = await answered(request, request_id, received_s)
             if not (self._id_is_echoed and request_id == given_id):
                 response.headers["x-request-id"] = request_id
             elif "x-request-id" in response.headers:
@@ -178,13 +198,16 @@ class Http:
             except FarsightError as error:
                 if not error.counted:
                     self.engine.metrics.refused(name, error.kind)
+                failed(error.kind, error.code)
                 return error_response(error, v2=v2)
             except ClientDisconnect:
                 self.engine.metrics.refused(name, Kind.CANCELLED)
+                failed(Kind.CANCELLED)
                 return Response(status_code=CODES[Kind.CANCELLED].http)  # to nobody
             except Exception as error:
-                logger.error("request %s failed", request_id, exc_info=error)
+                logger.error("request %s failed", request_id, exc_info=error, extra=about(request_id))
                 self.engine.metrics.refused(name, Kind.INTERNAL)
+                failed(Kind.INTERNAL)
                 bug = FarsightError(Kind.INTERNAL, f"internal error; request id {request_id}")
                 return error_response(bug, v2=v2)
 
@@ -291,8 +314,12 @@ def create_app(engine: Engine, *, id_is_echoed: bool = False) -> App:
         engine.metrics.refused("none", kind)
         message = f"{request.method} {request.url.path[:128]}: {CODES[kind].meaning}"
         response = error_response(FarsightError(kind, message), v2=request.url.path.startswith("/v2"))
+        request_id = uuid.uuid4().hex
         if not id_is_echoed:
-            response.headers["x-request-id"] = uuid.uuid4().hex
+            response.headers["x-request-id"] = request_id
+        if engine.trails is not None:
+            with engine.trails.follow(Trail(request_id, "http", "none", request.method, time.perf_counter())):
+                failed(kind)
         response.headers.update(error.headers or {})
         return response
 

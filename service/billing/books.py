@@ -167,8 +167,9 @@ class Books:
     def _export(self) -> None:
         now = self._capacity()
         used_s, idle_s = now.used_s - self._exported.used_s, now.idle_s - self._exported.idle_s
+        joules = None if now.idle_j is None else max(0.0, now.idle_j - (self._exported.idle_j or 0.0))
         self._exported = now
-        self._metrics.idle(max(0.0, idle_s))  # rounding
+        self._metrics.idle(max(0.0, idle_s), joules)  # not less than nothing: rounding
         self._metrics.allocated((used_s + idle_s) * self._hour_usd / 3600)
         for holding in self._purse.holdings():
             self._metrics.budget_used(holding.tenant, holding.budget.name, 1 - holding.level)

@@ -34,11 +34,14 @@ from service.errors import FarsightError, Kind
 from service.models.hook import ForwardContext
 from service.models.model import Model
 from service.models.tokens import Tokenized
+from service.telemetry.energy import Energy
 
 if TYPE_CHECKING:
     from service.billing.books import Accepted
+    from service.telemetry.trail import Trail
 
 SHORTEST_SLICE_S = 0.005  # small layers come to a checkpoint every few microseconds
+MAX_PAUSES = 64  # of one run that are kept one by one
 
 Between = Callable[[float], float]
 
@@ -66,6 +69,7 @@ class Job:
     accepted: Accepted | None = None  # where there are books
     failed_as: Kind | None = None  # why nobody waits for it any more
     is_settled: bool = False
+    trail: Trail | None = None  # where somebody wants to know
 
     @property
     def predicted_s(self) -> float:
@@ -113,6 +117,20 @@ class Result:
     batch_tokens: int
     paused_s: float = 0.0  # while it had begun, other work had the device
     slice_s: float = 0.0  # longest time between two of its checkpoints
+    joules: float | None = None  # this job's share of the measured energy
+    runs: tuple[Ran, ...] = ()  # that it was in: those that failed, then the one that answers
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One run on the device, as its span shows it."""
+
+    started_s: float
+    ended_s: float
+    pauses: tuple[tuple[float, float], ...]  # (start_s, end_s) of the first ones, while others had the device
+    paused_s: float  # all of them
+    batch_requests: int
+    is_failed: bool
 
 
 class DeviceLost(Exception):
@@ -122,13 +140,24 @@ class DeviceLost(Exception):
 class _Run:
     """One run on the device: its own time, its pauses, and its checkpoints."""
 
-    def __init__(self, jobs: Sequence[Job], clock: Callable[[], float], between: Between, device: torch.device) -> None:
-        self._jobs, self._clock, self._between = jobs, clock, between
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        clock: Callable[[], float],
+        between: Between,
+        device: torch.device,
+        energy: Energy | None,
+    ) -> None:
+        self._jobs, self._clock, self._between, self._energy = jobs, clock, between, energy
         self._ahead = EnqueuedAhead(device)
         self._device = device
         self.started_s = self._resumed_s = clock()
         self.paused_s = self.slice_s = 0.0
+        self._pauses: list[tuple[float, float]] = []
         self._has_begun = False
+        self.joules: float | None = None
+        if energy is not None:
+            energy.begin()
 
     @property
     def used_s(self) -> float:
@@ -153,10 +182,20 @@ class _Run:
         if others_s:
             self._resumed_s = self._clock()
             self.paused_s += others_s
+            if len(self._pauses) < MAX_PAUSES:
+                self._pauses.append((self._resumed_s - others_s, self._resumed_s))
 
     def end(self) -> None:
         synchronize(self._device)
         self._ends_slice(self._clock())
+
+    def settle(self) -> None:
+        """It has ended, one way or the other: what its energy was."""
+        if self._energy is not None:
+            self.joules = self._energy.end()
+
+    def ran(self, *, is_failed: bool) -> Ran:
+        return Ran(self.started_s, self._clock(), tuple(self._pauses), self.paused_s, len(self._jobs), is_failed)
 
     def _ends_slice(self, now_s: float) -> None:
         self.slice_s = max(self.slice_s, now_s - self._resumed_s)
@@ -175,8 +214,10 @@ class BatchRunner:
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
         between: Between = lambda _: 0.0,
+        energy: Energy | None = None,
     ) -> None:
         self._config = config
+        self._energy = energy
         self._device = device
         self._clock = clock
         self._between = between
@@ -187,11 +228,13 @@ class BatchRunner:
         The time of a failed joint attempt belongs to those that then fail; where none does, to all. `owners`: who wait
         for it, where `jobs` are others in their place. Raises DeviceLost.
         """
-        run = _Run(owners or jobs, self._clock, self._between, self._device)
+        run = _Run(owners or jobs, self._clock, self._between, self._device, self._energy)
         try:
             outcomes = self._compute(jobs, run.checkpoint)
             run.end()
+            run.settle()
         except Exception as error:
+            run.settle()
             if isinstance(error, DeviceLost) or is_device_lost(error):
                 raise DeviceLost(str(error)) from error
             failure = error
@@ -201,24 +244,32 @@ class BatchRunner:
         return self._failed(jobs, run, failure)
 
     def _failed(self, jobs: Sequence[Job], run: _Run, error: Exception) -> list[Result]:
-        used_s, is_memory = run.used_s, is_out_of_memory(error)
+        used_s, is_memory, ran = run.used_s, is_out_of_memory(error), run.ran(is_failed=True)
         if is_memory:
             error = FarsightError(
                 Kind.OUT_OF_MEMORY, f"the device ran out of memory; predicted peak was {jobs[0].peak_bytes} bytes"
             )
             clear_memory(self._device)
         if len(jobs) > 1 and not isinstance(error, Stopped):
-            return _with_time(used_s, [self.run([job])[0] for job in jobs])
+            return _with_attempt(ran, used_s, run.joules, [self.run([job])[0] for job in jobs])
         if is_memory and (smaller := _with_less_memory(jobs[0])) is not None:
-            return _with_time(used_s, self.run([smaller], jobs))
-        parts = shares(used_s, [job.plan.work.flops for job in jobs])
-        return [Result(error, run.started_s, part, len(jobs), 0, run.paused_s, run.slice_s) for part in parts]
+            return _with_attempt(ran, used_s, run.joules, self.run([smaller], jobs))
+        parts, joules = shares(used_s, [job.plan.work.flops for job in jobs]), _energy_shares(run.joules, jobs)
+        told = len(jobs), 0, run.paused_s, run.slice_s
+        return [
+            Result(error, run.started_s, part_s, *told, part_j, (ran,))
+            for part_s, part_j in zip(parts, joules, strict=True)
+        ]
 
     def _answered(self, jobs: Sequence[Job], run: _Run, outcomes: Sequence[Outcome]) -> list[Result]:
         parts = shares(run.used_s, [job.plan.work.flops for job in jobs])
         tokens = sum(tokens_of(job) for job in jobs)
         told = len(jobs), tokens, run.paused_s, run.slice_s
-        return [Result(outcome, run.started_s, part, *told) for outcome, part in zip(outcomes, parts, strict=True)]
+        joules, runs = _energy_shares(run.joules, jobs), (run.ran(is_failed=False),)
+        return [
+            Result(outcome, run.started_s, part_s, *told, part_j, runs)
+            for outcome, part_s, part_j in zip(outcomes, parts, joules, strict=True)
+        ]
 
     def _compute(self, jobs: Sequence[Job], checkpoint: Callable[[], None]) -> list[Outcome]:
         checkpoint()
@@ -362,14 +413,21 @@ class BatchRunner:
         }
 
 
-def _with_time(seconds: float, results: list[Result]) -> list[Result]:
-    """`seconds` of a failed attempt, added to those who failed again, or to all."""
+def _with_attempt(ran: Ran, seconds: float, joules: float | None, results: list[Result]) -> list[Result]:
+    """A failed attempt: shown to all that were in it, paid by those who failed again, or by all."""
     failed = [isinstance(result.outcome, Exception) for result in results]
-    part_s = seconds / (sum(failed) or len(results))
-    return [
-        replace(one, device_s=one.device_s + part_s) if fails or not any(failed) else one
-        for one, fails in zip(results, failed, strict=True)
-    ]
+    count = sum(failed) or len(results)
+    with_attempt = []
+    for one, fails in zip(results, failed, strict=True):
+        if fails or not any(failed):
+            used_j = None if joules is None or one.joules is None else one.joules + joules / count
+            one = replace(one, device_s=one.device_s + seconds / count, joules=used_j)
+        with_attempt.append(replace(one, runs=(ran, *one.runs)))
+    return with_attempt
+
+
+def _energy_shares(joules: float | None, jobs: Sequence[Job]) -> Sequence[float | None]:
+    return [None] * len(jobs) if joules is None else shares(joules, [job.plan.work.flops for job in jobs])
 
 
 def _with_less_memory(job: Job) -> Job | None:

@@ -67,8 +67,10 @@ from service.models.loading import LoadSettings
 from service.models.model import Model
 from service.models.registry import Registry
 from service.models.tokens import Tokenized
-from service.telemetry.logging import fields
+from service.telemetry.energy import Energy, Meter, carbon_g, meter_for
+from service.telemetry.logging import about
 from service.telemetry.metrics import Metrics
+from service.telemetry.trail import Trail, Trails
 
 if TYPE_CHECKING:
     from service.billing.bank import Bank
@@ -106,12 +108,15 @@ class Engine:
         cpu_threads: int,
         clock: Callable[[], float] = time.perf_counter,
         bank: Bank | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """`bank`: where there is one, requests are paid for and written down. ValueError: a setting cannot be used."""
         self.config = config
         self.tenants = metrics.tenants = Tenants(config)
         self.hour_usd = config.hour_usd(*device_names(device))
         self.metrics = metrics
+        self.trails = Trails.of(config, clock, self.hour_usd)
+        self.energy = None if meter is None else Energy(meter)
         self.profile = profile
         self.admission = Admission(config)
         self.models = models
@@ -126,7 +131,7 @@ class Engine:
             tenant_weights=config.tenant_weights,
             order=config.order,
         )
-        self._runner = BatchRunner(config, device, clock, self._between)
+        self._runner = BatchRunner(config, device, clock, self._between, self.energy)
         self._stack: list[Batch[Job]] = []  # on the device: each waits for the next one
         self._workers = side_pool(2, "parse")
         self._decoders = side_pool(1, "decode")
@@ -160,7 +165,7 @@ class Engine:
         models = Registry(LoadSettings(device, config.max_text_bytes, config.max_batch_tokens))
         models.set(config.models)
         profile = load_or_measure(device, config.cache_dir)
-        return cls(config, metrics, profile, models, device, threads, bank=bank)
+        return cls(config, metrics, profile, models, device, threads, bank=bank, meter=meter_for(device))
 
     # -- what is asked of it ------------------------------------------------------------------------------------
 
@@ -209,7 +214,7 @@ class Engine:
         with self._executor.condition:
             if not self._stack and self._auditing is None:
                 self._idle_s = self._clock() - self._started_s - self._used_s
-            return Capacity(self._used_s, self._idle_s)
+            return Capacity(self._used_s, self._idle_s, self.energy.idle_j if self.energy else None)
 
     def hold(self, size: int, held: ExitStack) -> None:
         """Count `size` body bytes as in flight until `held` is closed; refuses over the limits."""
@@ -277,8 +282,9 @@ class Engine:
         """
         endpoint = _endpoint(request)
         arrived_s = self._clock() if received_s is None else received_s
+        trail = None if self.trails is None else self.trails.entered(endpoint, self._label(request), request.tenant)
         try:
-            answer = await self._answer(request, arrived_s)
+            answer = await self._answer(request, arrived_s, trail)
         except FarsightError as error:
             self.metrics.failed(endpoint, self._label(request), error.kind, self._clock() - arrived_s)
             error.counted = True
@@ -287,8 +293,8 @@ class Engine:
             self.metrics.failed(endpoint, self._label(request), Kind.CANCELLED, self._clock() - arrived_s)
             raise
         self.metrics.answered(endpoint, answer, request.tenant)
-        if self.config.request_log:
-            logger.info("answered", extra={"fields": fields(endpoint, answer)})
+        if trail is not None:
+            trail.answered(answer, self._clock())
         return answer
 
     def estimate(self, shape: AttentionShape, options: AttentionOptions) -> Estimate:
@@ -331,14 +337,18 @@ class Engine:
         self._workers.shutdown()
         self._decoders.shutdown()
         self._loader.shutdown()
+        if self.trails is not None:
+            self.trails.close()
 
     # -- the way of one request ---------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, arrived_s: float) -> Answer:
+    async def _answer(self, request: Request, arrived_s: float, trail: Trail | None) -> Answer:
         if not self.alive:
             raise _unavailable()
         timeout_s = self._timeout_s(request.options.timeout_s)
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
+        if trail is not None:
+            job.trail, trail.plan, trail.planned_s = trail, job.plan, job.queued_s
         ahead_s, own_s = self._ahead_s(job.predicted_s), self._pace.factor * job.predicted_s
         is_long = self._scheduler.is_long(job.predicted_s)
         self.admission.admit(own_s, ahead_s, timeout_s, job.queued_s - arrived_s, is_long=is_long)
@@ -346,6 +356,8 @@ class Engine:
             tenant = self.tenants.by_name.get(request.tenant, EVERYBODY)
             label = self._label(request)
             job.accepted = await self.books.accept(tenant, request.id, _endpoint(request), label, job.plan)
+        if trail is not None:
+            trail.admitted_s = self._clock()
         try:
             return await self._run(job)
         except FarsightError as error:
@@ -376,6 +388,8 @@ class Engine:
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request, deadline_s)
+        if self.trails is not None:
+            self.trails.tokenized()
         plan = self._plan_forward(model, tokenized, request)
         key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
@@ -426,6 +440,8 @@ class Engine:
         for job in batch.items:
             job.has_begun = True
         self._stack.append(batch)
+        if self.trails is not None:
+            self.trails.started(batch.items)
         return partial(self._run_batch, batch)
 
     def _run_batch(self, batch: Batch[Job]) -> None:
@@ -478,6 +494,8 @@ class Engine:
             left = tuple(self._waiting)
         for job in left:
             self._hand_over(job, self._give_up, job)
+        if self.trails is not None:
+            self.trails.give_up()
 
     def _hand_over(self, job: Job, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function` on the event loop of `job`; a loop that has ended has nobody waiting on it."""
@@ -493,6 +511,8 @@ class Engine:
 
     def _finished(self, jobs: list[Job], results: list[Result]) -> None:
         for job, result in zip(jobs, results, strict=True):
+            if self.trails is not None and job.trail is not None:
+                self.trails.ran(job.trail, result)
             try:
                 self._end(job, result)
             except Exception as error:  # a bug, and not of its neighbours
@@ -527,11 +547,14 @@ class Engine:
         usd = cost_usd(device_s, self.hour_usd)
         plan = answer.plan if answer else job.plan
         if result is not None:
-            self.metrics.spent(self._label(job.request), plan.kind.value, job.tenant, device_s, usd)
+            model = self._label(job.request)
+            self.metrics.spent(model, plan.kind.value, job.tenant, device_s, usd, result.joules)
         if job.accepted is None or self.books is None or job.is_settled:
             return
         job.is_settled = True
         used: dict[str, Any] = {"plan": plan.kind.value, "device_s": device_s, "cost_usd": usd}
+        if result is not None:
+            used["joules"] = result.joules
         if answer is not None:
             usage, error = answer.usage, answer.error
             used |= {
@@ -560,14 +583,15 @@ class Engine:
             measure, error = output_error(audit.answered, result.outcome.tensors)
             self.metrics.audit_output_error.labels(model, measure).observe(error)
         elif not isinstance(result.outcome, Stopped):
-            logger.error("audit of request %s failed", audit.job.request.id, exc_info=result.outcome)
+            request_id = audit.job.request.id
+            logger.error("audit of request %s failed", request_id, exc_info=result.outcome, extra=about(request_id))
 
     def _failure(self, job: Job, error: Exception) -> FarsightError:
         if isinstance(error, FarsightError):
             return error
         if isinstance(error, Stopped):
             return self._late(job, "running")
-        logger.error("request %s failed", job.request.id, exc_info=error)
+        logger.error("request %s failed", job.request.id, exc_info=error, extra=about(job.request.id))
         return FarsightError(Kind.INTERNAL, f"internal error; request id {job.request.id}")
 
     def _account(self, job: Job, result: Result) -> Answer:
@@ -611,6 +635,8 @@ class Engine:
                 truncated=tokenized.truncated if tokenized else 0,
                 dropped_tokens=tokenized.dropped_tokens if tokenized else 0,
                 chunks=tokenized.chunks if tokenized else 0,
+                joules=result.joules,
+                carbon_g=carbon_g(result.joules, self.config.carbon_g_per_kwh),
             ),
             timing=Timing(
                 queue_s=max(0.0, result.started_s - job.queued_s),

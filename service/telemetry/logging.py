@@ -9,8 +9,6 @@ from datetime import UTC, datetime
 
 import orjson
 
-from service.core import Answer
-
 
 class JsonFormatter(logging.Formatter):
     """time, level, message, and whatever was put under `extra={"fields": {...}}`."""
@@ -39,20 +37,6 @@ def configure(level: str) -> None:
     logger.propagate = False
 
 
-def fields(endpoint: str, answer: Answer) -> dict[str, object]:
-    """The log line of one answer; the same record as its headers."""
-    return {
-        "request_id": answer.id,
-        "endpoint": endpoint,
-        "model": answer.model,
-        "plan": answer.plan.kind.value,
-        "error": answer.error.kind,
-        "fallback": answer.error.fallback,
-        "tokens": answer.usage.tokens,
-        "flops": answer.usage.flops,
-        "cost_usd": answer.usage.cost_usd,
-        "queue_s": round(answer.timing.queue_s, 6),
-        "device_s": round(answer.timing.device_s, 6),
-        "paused_s": round(answer.timing.paused_s, 6),
-        "total_s": round(answer.timing.total_s, 6),
-    }
+def about(request_id: str) -> dict[str, dict[str, str]]:
+    """For `extra`: the request that a line is about."""
+    return {"fields": {"request_id": request_id}}
