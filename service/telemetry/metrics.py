@@ -53,7 +53,6 @@ class Series:
     pairs: Counter
     pairs_dense: Counter
     cost: Counter
-    prediction: Histogram
     planned: Counter
 
 
@@ -123,8 +122,6 @@ class Metrics:
         series.pairs.inc(usage.pairs_scored)
         series.pairs_dense.inc(usage.pairs_dense)
         series.cost.inc(usage.cost_usd)
-        if usage.device_s > 0 and not error.fallback:  # a batch member without work has no share to compare with
-            series.prediction.observe(answer.plan.predicted_s / usage.device_s)
         if not error.fallback:
             series.planned.inc()
         else:
@@ -149,9 +146,13 @@ class Metrics:
             pairs=self.pairs.labels("scored"),
             pairs_dense=self.pairs.labels("dense_equivalent"),
             cost=self.cost.labels(tenant, model, plan),
-            prediction=self.prediction.labels(plan),
             planned=self.plans.labels(plan, "planned"),
         )
+
+    def predicted(self, kind: PlanKind, predicted_s: float, used_s: float) -> None:
+        """One run of the device: members of a batch share what is paid once, so only the whole can be compared."""
+        if used_s > 0:
+            self.prediction.labels(kind.value).observe(predicted_s / used_s)
 
     def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float | None) -> None:
         self.requests.labels(endpoint, model, "none", str(CODES[kind].http)).inc()

@@ -16,6 +16,7 @@ from service.core import (
     LayerKind,
     ModelInfo,
     PlanKind,
+    Weights,
 )
 from service.engine import planner
 from service.engine.calibration import DeviceProfile
@@ -80,20 +81,23 @@ def test_a_plan_that_fits_replaces_a_faster_one_that_does_not() -> None:
     assert priced[PlanKind.DENSE].work.peak_bytes > between
     chosen = planner.plan_attention(shape, options, PROFILE, Config(max_peak_bytes=between))
     assert chosen.kind is PlanKind.CHUNKED
-    assert planner.exact_kind(shape, options, PROFILE, Config(max_peak_bytes=between)) is PlanKind.CHUNKED
+    priced = planner.candidates(shape, options, PROFILE, Config(max_peak_bytes=between))
+    assert planner.exact_kind(priced) is PlanKind.CHUNKED
 
 
 EMBED = ForwardRequest("r", "m", "embed", EmbedOptions())
 INFO = ModelInfo(
-    *("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 30522, 22_000_000, 384, 1536, 10_600_000),
+    *("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 30522, 22_000_000, 384, 1536),
+    weights=Weights(10_600_000),
+    task_weights=Weights(10_600_000),
     attention=(LayerKind(6, is_causal=False),),
     packed=True,
 )
 
 
 def test_forward_work_grows_with_tokens_and_lengths() -> None:
-    one = planner.plan_forward(INFO, (512,), EMBED, PROFILE, Config())
-    split = planner.plan_forward(INFO, (256, 256), EMBED, PROFILE, Config())
+    one = planner.plan_forward(INFO, [(512, 0)], EMBED, PROFILE, Config())
+    split = planner.plan_forward(INFO, [(256, 0), (256, 0)], EMBED, PROFILE, Config())
     assert one.work.pairs == 2 * split.work.pairs
     assert one.predicted_s > split.predicted_s
 
@@ -101,7 +105,7 @@ def test_forward_work_grows_with_tokens_and_lengths() -> None:
 def test_long_forward_passes_are_sparse_unless_exact_is_asked_for() -> None:
     def kind(length: int, **options: Any) -> PlanKind:
         request = replace(EMBED, options=EmbedOptions(**options))
-        return planner.plan_forward(INFO, (length, 5), request, PROFILE, Config()).kind
+        return planner.plan_forward(INFO, [(length, 0), (5, 0)], request, PROFILE, Config()).kind
 
     assert kind(65536) is PlanKind.SPARSE
     assert kind(65536, max_error=0) is not PlanKind.SPARSE
@@ -114,7 +118,7 @@ def test_long_forward_passes_are_sparse_unless_exact_is_asked_for() -> None:
 
 def test_windowed_layers_cost_their_windows() -> None:
     windowed = replace(INFO, attention=(LayerKind(6, is_causal=True, window=(127, 0)),))
-    work = forward_work(windowed, [4096], EMBED, max_batch_tokens=16384)
+    work = forward_work(windowed, [(4096, 0)], EMBED, max_batch_tokens=16384)
     assert work.pairs == 6 * 12 * sum(min(row + 1, 128) for row in range(4096))
 
 
