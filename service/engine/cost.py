@@ -28,8 +28,12 @@ from service.core import (
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# the chunked and sparse kernels work in float32 tiles of about this many numbers
+# the chunked kernel works in float32 tiles of about this many numbers, the dense one in tiles of so many FLOPs
 TILE_ELEMENTS = 1 << 22
+TILE_FLOPS = 4e9
+# how many of them are alive together, as peaks of resident memory show (`farsight bench predictions`)
+DENSE_TILES, CHUNKED_TILES = 5, {"float32": 4, "bfloat16": 2, "float16": 6}
+SPARSE_TILE_BYTES = 16 << 20  # gathered keys and values, scores and sums; or of an audit's rows the scores
 CHUNK_ROWS, CHUNK_KEYS = 512, 512  # of one block of the chunked kernel
 # a row of sparse attention reads so many keys at that epsilon, and so large a share of what it sees stands beside
 READ_KEYS, READ_SHARE, READ_EPSILON = 450, 0.008, 0.4
@@ -38,8 +42,9 @@ LOOK_STRIDE, LOOK_PASSES = 8, 8  # selection looks at every 8th row, and a score
 STATES_ONLY = ("hidden", "explain")  # tasks without the model's head, and of encoder-decoder models the encoder alone
 AUDIT_ROWS, RISKY_ROWS = 59, 4  # of a head: drawn, and those that read the least
 Size = tuple[int, int]  # tokens of one input: source, and target where the model has one
+KEPT_BYTES = 44 << 20  # of freed activations that the C library's allocator holds, at most
 # what the process needs however small the request (allocator slack, code, thread stacks)
-BASE_SCRATCH_BYTES = 1 << 20
+BASE_SCRATCH_BYTES = 3 << 20
 
 
 def attention_pairs(shape: AttentionShape, options: AttentionOptions) -> int:
@@ -153,28 +158,31 @@ def attention_work(
     included. Sparse pairs are assumed until selection has looked; an answer tells those that were read."""
     pairs = attention_pairs(shape, options)
     inputs, outputs = tensor_bytes(shape)
-    size = DTYPE_BYTES[shape.dtype]
     flops = pair_flops(pairs, shape.head_dim, shape.value_dim)
+    rows = shape.batch * shape.heads * shape.query_length
     scratch = BASE_SCRATCH_BYTES
     match kind:
         case PlanKind.DENSE:
-            # masks that are not a plain triangle are materialised for a block of rows, never n x n
-            scratch += size * min(shape.query_length, 1024) * shape.key_length
+            # a tile of rows, its parts and their merge
+            tile = min(rows, int(TILE_FLOPS / (4 * max(1, shape.key_length * shape.head_dim))))
+            scratch += DENSE_TILES * 4 * tile * shape.value_dim
         case PlanKind.CHUNKED:
-            scratch += 3 * 4 * min(TILE_ELEMENTS, shape.batch * shape.heads * shape.query_length * shape.key_length)
+            tile = min(shape.query_length, CHUNK_ROWS) * shape.batch * shape.heads * min(shape.key_length, CHUNK_KEYS)
+            scratch += CHUNKED_TILES[shape.dtype] * 4 * min(TILE_ELEMENTS, tile)
         case PlanKind.SPARSE:
             selection = selection_flops(shape, pairs, block_size)
-            read = sparse_pairs(pairs, shape.batch * shape.heads * shape.query_length, epsilon)
+            read = sparse_pairs(pairs, rows, epsilon)
             pairs = read + audit_pairs(shape, pairs, audit_rows)
             flops = pair_flops(pairs, shape.head_dim, shape.value_dim) + selection
             blocks = ceil(shape.key_length / block_size)
-            # one head at a time in float32: query, key, value, what is read, what stands beside it
-            head = 4 * (shape.query_length * (shape.head_dim + 3 * shape.value_dim) + shape.key_length)
-            head += 4 * 2 * shape.key_length * (shape.head_dim + shape.value_dim)
+            # one head at a time in float32: query, key, value, what is read, what stands beside it; and again half of
+            # that, of selection before it
+            head = shape.query_length * (shape.head_dim + 2 * shape.value_dim)
+            head += shape.key_length * (shape.head_dim + shape.value_dim)
             kept = shape.batch * shape.heads * blocks * ceil(shape.query_length / block_size)
             # of every key head four rows of moments for each block
             moments = 4 * shape.batch * shape.heads * blocks * (3 * shape.head_dim + shape.value_dim)
-            scratch += 4 * 4 * TILE_ELEMENTS + head + 3 * kept + moments
+            scratch += SPARSE_TILE_BYTES + 6 * head + kept + moments
     weights_flops, weights_size = returned_weights(shape, options)
     return Work(
         pairs=pairs,
@@ -315,8 +323,9 @@ def forward_work(
         attention += pair_flops(looked * model.num_heads, model.head_dim, 0) + (2 * looked if rollout else 0)
     size = DTYPE_BYTES[model.dtype]
     alive = max(passes, default=0)
-    numbers = 6 * model.hidden_size + 2 * model.intermediate_size  # of a token in a layer
-    scratch = BASE_SCRATCH_BYTES + 4 * len(sizes) * model.dimensions
+    numbers = 7 * model.hidden_size + 2 * model.intermediate_size  # of a token in a layer
+    activations = size * alive * numbers
+    scratch = min(KEPT_BYTES, activations) + BASE_SCRATCH_BYTES + 4 * len(sizes) * model.dimensions
     if model.position_bias:
         scratch += 4 * 3 * model.num_heads * longest**2
     match request.task:
@@ -338,7 +347,7 @@ def forward_work(
         pairs=pairs,
         flops=linear + attention,
         bytes=size * (model.parameters * len(passes) + sum(passes) * numbers * model.num_layers),
-        peak_bytes=size * alive * numbers + scratch,
+        peak_bytes=activations + scratch,
     )
 
 

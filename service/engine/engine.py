@@ -272,23 +272,26 @@ class Engine:
         priced = self._candidates(shape, options)
         try:
             self._check_weights(shape, options)
-            plan = planner.choose_attention(priced, shape, options, self.config)
+            plan = planner.choose_attention(priced, shape, options, self.config, self._pace)
         except FarsightError as error:
+            priced = planner.paced(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         return self._estimated(priced, plan, options.timeout_s)
 
     async def estimate_forward(self, request: ForwardRequest) -> Estimate:
         """Price all plans of a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
         model = self.models.model(request.model)
-        info, sizes, priced = self._forward_candidates(model, await self._tokenize(model, request), request)
+        tokenized = await self._tokenize(model, request)
+        info, sizes, priced = self._forward_candidates(model, tokenized, request, everything=True)
         try:
-            plan = planner.choose_forward(priced, info, sizes, request, self.config)
+            plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
         except FarsightError as error:
+            priced = planner.paced(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         return self._estimated(priced, plan, request.options.timeout_s)
 
     def _estimated(self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None) -> Estimate:
-        ahead_s = self._ahead_s(plan.predicted_s)
+        priced, ahead_s = planner.paced(priced, self._pace), self._ahead_s(plan.predicted_s)
         try:
             is_long = self._scheduler.is_long(plan.predicted_s)
             timeout_s = self._timeout_s(timeout_s)
@@ -321,14 +324,14 @@ class Engine:
             shape = request.shape
             self._check_weights(shape, request.options)
             priced = self._candidates(shape, request.options)
-            plan = planner.choose_attention(priced, shape, request.options, self.config)
-            exact = planner.exact_kind(priced) if plan.kind is PlanKind.SPARSE else plan.kind
+            plan = planner.choose_attention(priced, shape, request.options, self.config, self._pace)
+            exact = planner.exact_kind(priced, self._pace) if plan.kind is PlanKind.SPARSE else plan.kind
             key = batch_key(request, plan)
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request, deadline_s)
         info, sizes, priced = self._forward_candidates(model, tokenized, request)
-        plan = planner.choose_forward(priced, info, sizes, request, self.config)
+        plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
         key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
 
@@ -564,22 +567,20 @@ class Engine:
         return tokenized
 
     def _forward_candidates(
-        self, model: Model, tokenized: Tokenized, request: ForwardRequest
+        self, model: Model, tokenized: Tokenized, request: ForwardRequest, *, everything: bool = False
     ) -> tuple[ModelInfo, list[Size], planner.Candidates]:
         info = model.info
         sizes = [(len(row.ids) + row.patches, len(row.target or ())) for row in tokenized.rows]
         if (fastest_s := self._fastest_s.get(info, info.smallest_pass_s)) < info.smallest_pass_s:
             info = replace(info, smallest_pass_s=fastest_s)
-        priced = planner.forward_candidates(info, sizes, request, self.profile, self.config)
-        return info, sizes, planner.paced(priced, self._pace)
+        settings = self.profile, self.config
+        return info, sizes, planner.forward_candidates(info, sizes, request, *settings, everything=everything)
 
     def _candidates(self, shape: AttentionShape, options: AttentionOptions) -> planner.Candidates:
-        """With what was learned: whatever asks for seconds has them from here or from `_forward_candidates`."""
         if options.rows is None and options.kv_lengths is None:
-            priced = self._cached_candidates(shape, options)
-        else:  # lists of the caller's length are not kept as keys
-            priced = planner.candidates(shape, options, self.profile, self.config)
-        return planner.paced(priced, self._pace)
+            return self._cached_candidates(shape, options)
+        # lists of the caller's length are not kept as keys
+        return planner.candidates(shape, options, self.profile, self.config)
 
     def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
         """A weight tensor is n x n unless rows are named: refuse it before it is made."""

@@ -17,8 +17,9 @@ from service.core import Plan
 
 Path = tuple[Hashable, ...]
 
-MEMORY_S = 3.0  # of device time: how long the machine's own pace is remembered
-LEAST_RATE = 0.1  # a correction is at least this part of the last run, so that it follows what changes
+# tried on recorded runs of a machine that others used on and off: what is left of an error is least with these
+MEMORY_S = 1.0  # of device time: how long the machine's own pace is remembered
+MACHINE_RATE, KIND_RATE = 0.25, 0.1  # the least part of what is left of a run's error that a correction takes
 SURPRISE = 0.5  # one run moves nothing by more than this part of its size, in log seconds
 BOUNDS = math.log(0.25), math.log(8.0)
 FADE_S = 600.0  # of device time: what did not run for so long is hardly corrected, and may be tried again
@@ -35,8 +36,8 @@ class _Correction:
         return self.log * math.exp((self.at_s - now_s) / FADE_S)
 
     def learn(self, error: float, now_s: float) -> float:
-        """What is left of `error`. The first run counts half: as if one had gone as predicted before."""
-        step = error * max(LEAST_RATE, 1.0 / (self.runs + 2))
+        """What is left of `error`. The first runs count as if two had gone as predicted before."""
+        step = error * max(KIND_RATE, 1.0 / (self.runs + 3))
         self.log, self.at_s = self.faded(now_s) + step, now_s
         self.runs += 1
         return error - step
@@ -60,7 +61,7 @@ class Pace:
             return
         error = math.log(used_s / predicted_s) - self._machine - self._of_kind(path)
         error = min(SURPRISE, max(-SURPRISE, error))
-        step = error * (1.0 - math.exp(-used_s / MEMORY_S))
+        step = error * max(MACHINE_RATE, 1.0 - math.exp(-used_s / MEMORY_S))
         self._machine += step
         error -= step
         self._now_s += used_s

@@ -46,19 +46,18 @@ class Candidate:
     reason: str
     shared_s: float = 0.0  # the part of predicted_s that a batch pays once
     path: Path = ()  # the kind of work, as `pace.py` learns it
-    pace: float = 1.0  # learned, and contained in both seconds
 
 
 Candidates = Mapping[PlanKind, Candidate]
+Factors = Mapping[PlanKind, float]
 
 
 def paced(priced: Candidates, pace: Pace) -> Candidates:
-    """The same with what was learned of their predictions."""
+    """The same with what was learned of their predictions, for whoever asks what they would take."""
     found = {}
     for kind, one in priced.items():
         factor = pace.factor(one.path)
-        seconds = {"predicted_s": factor * one.predicted_s, "shared_s": factor * one.shared_s}
-        found[kind] = replace(one, pace=factor, **seconds)
+        found[kind] = replace(one, predicted_s=factor * one.predicted_s, shared_s=factor * one.shared_s)
     return found
 
 
@@ -85,7 +84,7 @@ def candidates(
         elif kind is PlanKind.SPARSE and options.mode == "auto" and shape.key_length < config.sparse_min_tokens:
             reason = f"{shape.key_length} keys are under sparse_min_tokens {config.sparse_min_tokens}"
         masked = options.is_causal, options.window is not None, len(options.returns)
-        path = (kind, shape.dtype), octave(predicted_s), (*masked, *form)
+        path = (kind.value, shape.dtype), octave(predicted_s), (*masked, *form)
         shared_s = profile.call_s(kind, shape.dtype)
         found[kind] = Candidate(kind, work, predicted_s, reason == "fits", reason, shared_s, path)
     return found
@@ -111,23 +110,25 @@ def max_peak_bytes(profile: DeviceProfile, config: Config) -> int:
 
 def plan_attention(shape: AttentionShape, options: AttentionOptions, profile: DeviceProfile, config: Config) -> Plan:
     """The plan of one request. A forced mode that does not fit is refused (413), not replaced."""
-    return choose_attention(candidates(shape, options, profile, config), shape, options, config)
+    return choose_attention(candidates(shape, options, profile, config), shape, options, config, Pace())
 
 
 def choose_attention(
-    priced: Candidates, shape: AttentionShape, options: AttentionOptions, config: Config
+    priced: Candidates, shape: AttentionShape, options: AttentionOptions, config: Config, pace: Pace
 ) -> Plan:
-    """Of `candidates`, with or without what was learned."""
-    chosen, reason = _chosen(priced, options.mode)
+    """Of `candidates`, with what was learned."""
+    factors = {kind: pace.factor(one.path) for kind, one in priced.items()}
+    chosen, reason = _chosen(priced, factors, options.mode)
     bound = max_error(options, config)
     if chosen.kind is PlanKind.SPARSE and bound == 0:
         raise invalid(f"mode sparse: {EXACT_ONLY}", param="mode")
     if not chosen.fits:
         raise FarsightError(Kind.TOO_LARGE, f"{chosen.kind} attention {chosen.reason}", code="memory_limit")
-    return _plan(chosen, chosen.work, reason or f"{shape.key_length} keys: {_told(priced)}", bound, config)
+    reason = reason or f"{shape.key_length} keys: {_told(priced, factors)}"
+    return _plan(chosen, chosen.work, reason, factors[chosen.kind], bound, config)
 
 
-def _chosen(priced: Candidates, mode: str) -> tuple[Candidate, str]:
+def _chosen(priced: Candidates, factors: Factors, mode: str) -> tuple[Candidate, str]:
     """The candidate, and why where it was asked for.
 
     What was learned replaces the choice only where it promises much: work near the border would else change its plan,
@@ -136,96 +137,114 @@ def _chosen(priced: Candidates, mode: str) -> tuple[Candidate, str]:
     if mode != "auto":
         return priced[PlanKind(mode)], f"mode {mode} was asked for"
     fitting = [one for one in priced.values() if one.fits] or list(priced.values())
-    usual = min(fitting, key=lambda one: one.predicted_s / one.pace)
-    best = min(fitting, key=lambda one: one.predicted_s)
-    return best if best.predicted_s < SWITCH * usual.predicted_s else usual, ""
+    usual = min(fitting, key=lambda one: one.predicted_s)
+    best = min(fitting, key=lambda one: factors[one.kind] * one.predicted_s)
+    switches = factors[best.kind] * best.predicted_s < SWITCH * factors[usual.kind] * usual.predicted_s
+    return best if switches else usual, ""
 
 
-def _told(priced: Candidates) -> str:
+def _told(priced: Candidates, factors: Factors) -> str:
     return ", ".join(
-        f"{one.kind} {one.predicted_s:.3g} s" + ("" if one.fits else f" ({one.reason})") for one in priced.values()
+        f"{one.kind} {factors[one.kind] * one.predicted_s:.3g} s" + ("" if one.fits else f" ({one.reason})")
+        for one in priced.values()
     )
 
 
-def _plan(chosen: Candidate, work: Work, reason: str, bound: float, config: Config) -> Plan:
+def _plan(chosen: Candidate, work: Work, reason: str, factor: float, bound: float, config: Config) -> Plan:
     sparse = chosen.kind is PlanKind.SPARSE
     return Plan(
         kind=chosen.kind,
         work=work,
-        predicted_s=chosen.predicted_s,
+        predicted_s=factor * chosen.predicted_s,
         reason=reason,
-        shared_s=chosen.shared_s,
+        shared_s=factor * chosen.shared_s,
         block_size=config.block_size,
         selection="moments" if sparse else None,
         epsilon=epsilon_for(bound, config) if sparse else None,
         path=chosen.path,
-        pace=chosen.pace,
+        pace=factor,
     )
 
 
-def exact_kind(priced: Candidates) -> PlanKind:
+def exact_kind(priced: Candidates, pace: Pace) -> PlanKind:
     """What replaces a sparse answer that erred too much: the faster exact plan that fits."""
     exact = [priced[PlanKind.DENSE], priced[PlanKind.CHUNKED]]
-    return min([c for c in exact if c.fits] or exact[1:], key=lambda candidate: candidate.predicted_s).kind
+    return min([c for c in exact if c.fits] or exact[1:], key=lambda one: pace.factor(one.path) * one.predicted_s).kind
 
 
 def forward_candidates(
-    model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, profile: DeviceProfile, config: Config
+    model: ModelInfo,
+    sizes: Sequence[Size],
+    request: ForwardRequest,
+    profile: DeviceProfile,
+    config: Config,
+    *,
+    everything: bool = False,
 ) -> Candidates:
-    """All plans that apply to the attention of a forward pass, priced; for all of its layers the same."""
-    options, limit = request.options, max_peak_bytes(profile, config)
-    bound, longest = max_error(options, config), max(map(sum, sizes), default=0)
+    """The plans that may be chosen for the attention of a forward pass, priced; for all of its layers the same.
+    `everything`: those too that apply to the model and may not be chosen for this request."""
+    limit = max_peak_bytes(profile, config)
+    bound, longest = max_error(request.options, config), max(map(sum, sizes), default=0)
     arguments = {"block_size": config.block_size, "epsilon": epsilon_for(bound, config)}
     form = request.task, octave(longest), octave(len(sizes))
+    passes = len(pass_tokens(model, sizes, config.max_batch_tokens))
+    linear = linear_flops(model, sizes, request, passes)
+    rest_s = profile.forward_s(linear, model.dtype, passes * model.smallest_pass_s)
     found = {}
     for kind in PlanKind:
-        if kind is PlanKind.SPARSE and model.inputs != "text":
+        reason = _forward_rule(kind, model, longest, bound, request, config)
+        if (kind is PlanKind.SPARSE and model.inputs != "text") or (reason and not everything):
             continue
         work = forward_work(model, sizes, request, max_batch_tokens=config.max_batch_tokens, kind=kind, **arguments)
-        passes = len(pass_tokens(model, sizes, config.max_batch_tokens))
         effort = forward_effort(kind, model, sizes, request, **arguments)
-        rest_s = profile.forward_s(
-            linear_flops(model, sizes, request, passes), model.dtype, passes * model.smallest_pass_s
-        )
         predicted_s = rest_s + profile.attention_s(kind, effort, model.dtype)
-        reason = "fits"
-        if work.peak_bytes > limit:
-            reason = _over(work, limit)
-        elif kind is PlanKind.SPARSE and bound == 0:
-            reason = EXACT_ONLY
-        elif kind is PlanKind.SPARSE and options.mode == "auto" and request.task == "explain":
-            reason = "explanations are exact unless sparse is asked for"
-        elif kind is PlanKind.SPARSE and options.mode == "auto" and longest < config.sparse_min_tokens:
-            reason = f"{longest} tokens are under sparse_min_tokens {config.sparse_min_tokens}"
-        elif kind is PlanKind.CHUNKED and options.mode == "auto":
-            reason = "dense inside a model bounds its memory as well"
-        path = (kind, model.name), octave(predicted_s), form
+        reason = _over(work, limit) if work.peak_bytes > limit else reason or "fits"
+        path = (kind.value, model.name), octave(predicted_s), form
         found[kind] = Candidate(kind, work, predicted_s, reason == "fits", reason, model.smallest_pass_s, path)
     return found
+
+
+def _forward_rule(
+    kind: PlanKind, model: ModelInfo, longest: int, bound: float, request: ForwardRequest, config: Config
+) -> str:
+    """Why a plan may not be chosen; empty where it may. What is asked for is chosen, or refused later."""
+    is_auto = request.options.mode == "auto"
+    match kind:
+        case PlanKind.SPARSE if bound == 0:
+            return EXACT_ONLY
+        case PlanKind.SPARSE if is_auto and request.task == "explain":
+            return "explanations are exact unless sparse is asked for"
+        case PlanKind.SPARSE if is_auto and longest < config.sparse_min_tokens:
+            return f"{longest} tokens are under sparse_min_tokens {config.sparse_min_tokens}"
+        case PlanKind.CHUNKED if is_auto:
+            return "dense inside a model bounds its memory as well"
+    return ""
 
 
 def plan_forward(
     model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, profile: DeviceProfile, config: Config
 ) -> Plan:
     """How the attention of a forward pass is computed: for all layers the kind predicted to be fastest."""
-    return choose_forward(forward_candidates(model, sizes, request, profile, config), model, sizes, request, config)
+    priced = forward_candidates(model, sizes, request, profile, config)
+    return choose_forward(priced, model, sizes, request, config, Pace())
 
 
 def choose_forward(
-    priced: Candidates, model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, config: Config
+    priced: Candidates, model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, config: Config, pace: Pace
 ) -> Plan:
-    """Of `forward_candidates`, with or without what was learned."""
+    """Of `forward_candidates`, with what was learned."""
     bound, mode = max_error(request.options, config), request.options.mode
     if mode == "sparse" and bound == 0:
         raise invalid(f"mode sparse: {EXACT_ONLY}", param="mode")
     if mode == "sparse" and PlanKind.SPARSE not in priced:
         raise invalid(f"mode sparse: attention of model {model.name!r} is computed exactly", param="mode")
-    chosen, _ = _chosen(priced, mode)
+    factors = {kind: pace.factor(one.path) for kind, one in priced.items()}
+    chosen, _ = _chosen(priced, factors, mode)
     if not chosen.fits:
         chosen = chosen if mode != "auto" else priced[PlanKind.DENSE]
         raise FarsightError(Kind.TOO_LARGE, f"forward {chosen.reason}", code="memory_limit")
     # accounts compare with exact attention, and add what was read
     work = replace(priced[PlanKind.DENSE].work, peak_bytes=chosen.work.peak_bytes)
     longest = max(map(sum, sizes), default=0)
-    reason = f"longest of {len(sizes)} inputs has {longest} tokens: {_told(priced)}"
-    return _plan(chosen, work, reason, bound, config)
+    reason = f"longest of {len(sizes)} inputs has {longest} tokens: {_told(priced, factors)}"
+    return _plan(chosen, work, reason, factors[chosen.kind], bound, config)

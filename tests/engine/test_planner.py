@@ -21,6 +21,7 @@ from service.core import (
 from service.engine import planner
 from service.engine.calibration import DeviceProfile
 from service.engine.cost import forward_work
+from service.engine.pace import Pace, unpaced
 from service.errors import FarsightError, Kind
 
 # seconds for a call, a launch, a number, a pair and a FLOP
@@ -74,15 +75,46 @@ def test_what_does_not_fit_memory_is_refused_with_both_numbers() -> None:
 
 
 def test_a_plan_that_fits_replaces_a_faster_one_that_does_not() -> None:
-    shape = replace(LONG, heads=1, kv_heads=1)
-    options = AttentionOptions(max_error=0)
+    options = AttentionOptions()
+    priced = planner.candidates(LONG, options, PROFILE, Config())
+    assert plan(LONG) is PlanKind.SPARSE
+    between = (priced[PlanKind.DENSE].work.peak_bytes + priced[PlanKind.SPARSE].work.peak_bytes) // 2
+    assert priced[PlanKind.SPARSE].work.peak_bytes > between
+    config = Config(max_peak_bytes=between)
+    assert planner.plan_attention(LONG, options, PROFILE, config).kind is PlanKind.DENSE
+    # where dense attention is too large as well, chunked replaces a sparse answer that errs
+    priced = planner.candidates(LONG, options, PROFILE, config)
+    small = {kind: replace(one, fits=kind is PlanKind.CHUNKED) for kind, one in priced.items()}
+    assert planner.exact_kind(priced, Pace()) is PlanKind.DENSE
+    assert planner.exact_kind(small, Pace()) is PlanKind.CHUNKED
+
+
+def test_what_was_learned_changes_a_choice_only_where_it_promises_much() -> None:
+    shape, options = replace(LONG, query_length=8192, key_length=8192), AttentionOptions()
     priced = planner.candidates(shape, options, PROFILE, Config())
-    between = (priced[PlanKind.DENSE].work.peak_bytes + priced[PlanKind.CHUNKED].work.peak_bytes) // 2
-    assert priced[PlanKind.DENSE].work.peak_bytes > between
-    chosen = planner.plan_attention(shape, options, PROFILE, Config(max_peak_bytes=between))
-    assert chosen.kind is PlanKind.CHUNKED
-    priced = planner.candidates(shape, options, PROFILE, Config(max_peak_bytes=between))
-    assert planner.exact_kind(priced) is PlanKind.CHUNKED
+    sparse, dense = priced[PlanKind.SPARSE], priced[PlanKind.DENSE]
+    equal = dense.predicted_s / sparse.predicted_s
+    assert 1 < equal < 5  # corrections are bounded by 8
+    pace, kinds = Pace(), []
+    for slower in (1.0, 1.1 * equal, 0.9 * equal, 1.5 * equal):
+        for _ in range(100):
+            pace.learn(dense.path, dense.predicted_s, dense.predicted_s)
+            pace.learn(sparse.path, sparse.predicted_s, slower * sparse.predicted_s)
+        kinds.append(planner.choose_attention(priced, shape, options, Config(), pace).kind)
+    assert kinds == [PlanKind.SPARSE, PlanKind.SPARSE, PlanKind.SPARSE, PlanKind.DENSE]
+
+
+def test_a_plan_tells_what_was_learned_and_what_without() -> None:
+    pace = Pace()
+    priced = planner.candidates(SHORT, AttentionOptions(), PROFILE, Config())
+    dense = priced[PlanKind.DENSE]
+    for _ in range(200):
+        pace.learn(dense.path, dense.predicted_s, 2 * dense.predicted_s)
+    found = planner.choose_attention(priced, SHORT, AttentionOptions(), Config(), pace)
+    assert found.predicted_s == pytest.approx(2 * dense.predicted_s, rel=0.05)
+    assert found.shared_s == pytest.approx(2 * dense.shared_s, rel=0.05)
+    assert unpaced([found]) == (dense.path, pytest.approx(dense.predicted_s))
+    assert planner.paced(priced, pace)[PlanKind.DENSE].predicted_s == pytest.approx(found.predicted_s)
 
 
 EMBED = ForwardRequest("r", "m", "embed", EmbedOptions())
