@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from service.bench import learning, peaks
     from service.bench.attention import Length, Row
     from service.bench.contenders import Settings
+    from service.bench.predictions import Figures
 
 app = typer.Typer(no_args_is_help=True, help="Measure a running service, or attention itself, beside a yardstick.")
 console = Console(highlight=False)
@@ -291,7 +292,7 @@ def _print_length(length: Length, title: str) -> None:
 
 @app.command()
 def predictions(
-    count: Annotated[int, typer.Option(min=2, help="Held-out shapes.")] = 60,
+    count: Annotated[int, typer.Option(min=0, help="Held-out shapes; 0: none.")] = 60,
     rounds: Rounds = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     arrivals: Annotated[int, typer.Option(min=0, help="Of a round in a running engine; twice as many judged.")] = 200,
@@ -313,17 +314,15 @@ def predictions(
     chosen = pick_device(device)
     # first: processes are forked while torch has no threads yet
     fitted = peaks.run() if memory else None
-    profile = load_or_measure(chosen, config.cache_dir)
-    with Progress(console=console) as progress:
-        task = progress.add_task("shapes", total=count)
-        figures = bench.run(profile, config, chosen, count, rounds, lambda done: progress.update(task, completed=done))
-    table = Table("", "within 25 %", title=f"{count} held-out shapes, {hardware()}")
-    for kind, share in figures.within.items():
-        table.add_row(kind, f"{100 * share:.0f} %")
-    table.add_row("the plan chosen", f"{100 * figures.chosen_within:.0f} %")
-    table.add_row("mean regret", f"{100 * figures.mean_regret:.1f} %")
-    console.print(table)
-    found = asdict(figures)
+    found: dict[str, Any] = {}
+    if count:
+        profile = load_or_measure(chosen, config.cache_dir)
+        with Progress(console=console) as progress:
+            task = progress.add_task("shapes", total=count)
+            step = lambda done: progress.update(task, completed=done)  # noqa: E731 (one line of glue)
+            figures = bench.run(profile, config, chosen, count, rounds, step)
+        console.print(_shapes_table(figures))
+        found |= asdict(figures)
     if fitted is not None:
         console.print(_peaks_table(fitted))
         found["peaks"] = asdict(fitted)
@@ -337,6 +336,15 @@ def predictions(
         console.print(_learning_table(told))
         found["learning"] = [asdict(one) for one in told]
     _write(output, found)
+
+
+def _shapes_table(found: Figures) -> Table:
+    table = Table("", "within 25 %", title=f"{found.shapes} held-out shapes, {hardware()}")
+    for kind, share in found.within.items():
+        table.add_row(kind, f"{100 * share:.0f} %")
+    table.add_row("the plan chosen", f"{100 * found.chosen_within:.0f} %")
+    table.add_row("mean regret", f"{100 * found.mean_regret:.1f} %")
+    return table
 
 
 def _peaks_table(found: peaks.Figures) -> Table:

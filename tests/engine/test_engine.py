@@ -205,7 +205,8 @@ def test_a_caller_that_leaves_cancels_queued_work(engine: Engine) -> None:
     async def leave() -> tuple[int, Answer]:
         first = asyncio.create_task(engine.submit(attention(4096, 1, heads=8, mode="chunked")))
         await asyncio.sleep(0.05)  # on the device now
-        queued = asyncio.create_task(engine.submit(attention(64, 2)))
+        # as long as the first, so that it does not pass it
+        queued = asyncio.create_task(engine.submit(attention(4096, 2, heads=8, mode="chunked")))
         await asyncio.sleep(0.01)
         waiting = len(engine._scheduler)
         queued.cancel()
