@@ -20,7 +20,7 @@ Path = tuple[Hashable, ...]
 # tried on recorded runs of a machine that others used on and off: what is left of an error is least with these
 MEMORY_S = 1.0  # of device time: how long the machine's own pace is remembered
 MACHINE_RATE, KIND_RATE = 0.25, 0.1  # the least part of what is left of a run's error that a correction takes
-SURPRISE = 0.5  # one run moves nothing by more than this part of its size, in log seconds
+SURPRISE = 0.5  # log seconds: a larger error of one run counts as this
 BOUNDS = math.log(0.25), math.log(8.0)
 FADE_S = 600.0  # of device time: what did not run for so long is hardly corrected, and may be tried again
 MOST_KINDS = 4096
@@ -67,8 +67,9 @@ class Pace:
         self._now_s += used_s
         for end in range(1, len(path) + 1):
             error = self._kinds.setdefault(path[:end], _Correction()).learn(error, self._now_s)
-        while len(self._kinds) > MOST_KINDS:
-            self._kinds.pop(next(iter(self._kinds)))  # the oldest
+        if len(self._kinds) > MOST_KINDS:  # a new dict: others may be asking
+            latest = sorted(self._kinds.items(), key=lambda one: one[1].at_s)[-MOST_KINDS // 2 :]
+            self._kinds = dict(latest)
 
     def _of_kind(self, path: Path) -> float:
         found = (self._kinds.get(path[:end]) for end in range(1, len(path) + 1))
