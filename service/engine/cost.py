@@ -20,6 +20,7 @@ from service.core import (
     AttentionShape,
     ExplainOptions,
     ForwardRequest,
+    HiddenOptions,
     LayerKind,
     ModelInfo,
     PlanKind,
@@ -30,7 +31,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 # the chunked kernel works in float32 tiles of about this many numbers, the dense one in tiles of so many FLOPs
 TILE_ELEMENTS = 1 << 22
-TILE_FLOPS = 4e9
+TILE_FLOPS, TILE_ROWS = 4e9, 1024
 # how many of them are alive together, as peaks of resident memory show (`farsight bench predictions`)
 DENSE_TILES, CHUNKED_TILES = 5, {"float32": 4, "bfloat16": 2, "float16": 6}
 SPARSE_TILE_BYTES = 16 << 20  # gathered keys and values, scores and sums; or of an audit's rows the scores
@@ -166,6 +167,9 @@ def attention_work(
             # a tile of rows, its parts and their merge
             tile = min(rows, int(TILE_FLOPS / (4 * max(1, shape.key_length * shape.head_dim))))
             scratch += DENSE_TILES * 4 * tile * shape.value_dim
+            if options.window is not None:  # the rows of a tile against the edges of their windows: a mask
+                spanned = TILE_ROWS + sum(max(0, side) for side in options.window)
+                scratch += 2 * 4 * min(TILE_ROWS, shape.query_length) * min(spanned, shape.key_length)
         case PlanKind.CHUNKED:
             tile = min(shape.query_length, CHUNK_ROWS) * shape.batch * shape.heads * min(shape.key_length, CHUNK_KEYS)
             scratch += CHUNKED_TILES[shape.dtype] * 4 * min(TILE_ELEMENTS, tile)
@@ -323,7 +327,7 @@ def forward_work(
         attention += pair_flops(looked * model.num_heads, model.head_dim, 0) + (2 * looked if rollout else 0)
     size = DTYPE_BYTES[model.dtype]
     alive = max(passes, default=0)
-    numbers = 7 * model.hidden_size + 2 * model.intermediate_size  # of a token in a layer
+    numbers = 15 * model.hidden_size // 2 + 2 * model.intermediate_size  # of a token in a layer
     activations = size * alive * numbers
     scratch = min(KEPT_BYTES, activations) + BASE_SCRATCH_BYTES + 4 * len(sizes) * model.dimensions
     if model.position_bias:
@@ -335,7 +339,9 @@ def forward_work(
                 scratch += 4 * 2 * alive * model.vocab_size
         case "hidden":
             tokens = sum(map(sum, sizes))
-            scratch += 4 * tokens * model.hidden_size + size * alive * model.hidden_size * (model.num_layers + 1)
+            scratch += 4 * tokens * model.hidden_size
+            if isinstance(request.options, HiddenOptions) and request.options.layer != -1:  # all layers' are kept
+                scratch += size * alive * model.hidden_size * (model.num_layers + 1)
         case "explain":
             scratch += model.num_layers * longest * 4 * model.num_heads
             if isinstance(request.options, ExplainOptions) and request.options.rollout:

@@ -194,3 +194,22 @@ def test_peak_counts_an_output_far_larger_than_the_inputs() -> None:
     shape = AttentionShape(1, 1, 1, 100_000, 1, 1, 1_000_000)
     work = cost.attention_work(PlanKind.CHUNKED, shape, AttentionOptions(), block_size=128)
     assert work.peak_bytes > 4 * 100_000 * 1_000_000
+
+
+def test_peaks_count_what_is_kept_and_no_more() -> None:
+    def peak(task: Task, **options: Any) -> int:
+        return cost.forward_work(INFO, [(512, 0)] * 8, asked(task, "x", **options), max_batch_tokens=4096).peak_bytes
+
+    states = 4096 * 384 * 4
+    assert peak("hidden") == peak("embed") + states
+    assert peak("hidden", layer=3) == peak("hidden") + 7 * states
+
+    shape = AttentionShape(1, 8, 8, 8192, 8192, 64, 64)
+
+    def attention(**options: Any) -> int:
+        found = AttentionOptions(is_causal=True, **options)
+        return cost.attention_work(PlanKind.DENSE, shape, found, block_size=128).peak_bytes
+
+    tensors = 4 * 8 * 8192 * 64 * 4
+    assert tensors < attention() < 1.2 * tensors
+    assert attention(window=(1024, 0)) == attention() + 2 * 4 * 1024 * 2048
