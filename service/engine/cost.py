@@ -169,7 +169,7 @@ def attention_work(
             scratch += DENSE_TILES * 4 * tile * shape.value_dim
             if options.window is not None:  # the rows of a tile against the edges of their windows: a mask
                 spanned = TILE_ROWS + sum(max(0, side) for side in options.window)
-                scratch += 2 * 4 * min(TILE_ROWS, shape.query_length) * min(spanned, shape.key_length)
+                scratch += 3 * 4 * min(TILE_ROWS, shape.query_length) * min(spanned, shape.key_length)
         case PlanKind.CHUNKED:
             tile = min(shape.query_length, CHUNK_ROWS) * shape.batch * shape.heads * min(shape.key_length, CHUNK_KEYS)
             scratch += CHUNKED_TILES[shape.dtype] * 4 * min(TILE_ELEMENTS, tile)
