@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean, median, quantiles
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from service.attention.workloads import structured
@@ -105,11 +106,12 @@ def mix(count: int, seed: int) -> Iterator[list[Request]]:
         heads, kv_heads, width, dtype, is_causal, mode, shortest, longest = draw.choice(clients)
         length = int(shortest * (longest / shortest) ** draw.random())
         together = together if length <= 512 else 1
-        options = AttentionOptions(is_causal=is_causal, mode=mode)  # type: ignore[arg-type]
-        yield [
-            AttentionRequest(f"{number}-{at}", *_tensors(heads, kv_heads, length, width, dtype, number + at), options)
-            for at in range(together)
-        ]
+        options = AttentionOptions(is_causal=is_causal, mode=mode)
+        found: list[Request] = []
+        for at in range(together):
+            query, key, value = structured(1, heads, kv_heads, length, width, getattr(torch, dtype), seed=number + at)
+            found.append(AttentionRequest(f"{number}-{at}", query, key, value, options))
+        yield found
 
 
 def _texts(draw: random.Random, name: str) -> ForwardRequest:
@@ -117,12 +119,6 @@ def _texts(draw: random.Random, name: str) -> ForwardRequest:
         " ".join(draw.choices(WORDS, k=draw.choice([5, 20, 60, 150]))) for _ in range(draw.choice([1, 1, 4, 16]))
     )
     return ForwardRequest(name, MODEL.name, "embed", EmbedOptions(), texts)
-
-
-def _tensors(heads: int, kv_heads: int, length: int, width: int, dtype: str, seed: int):  # type: ignore[no-untyped-def]
-    import torch
-
-    return structured(1, heads, kv_heads, length, width, getattr(torch, dtype), seed=seed)
 
 
 def run(warm: int, count: int, seed: int) -> Round:
@@ -179,9 +175,10 @@ async def _drive(engine: Engine, recorder: _Recorder, warm: int, count: int, see
 def summary(runs: list[Run], estimate_s: dict[str, tuple[float, float]]) -> Round:
     kinds: dict[str, list[Run]] = {}
     for one in runs:
-        kind, name = one.path[0]  # type: ignore[misc]
+        general = one.path[0]
+        assert isinstance(general, tuple), "bug: a kind of work without its first step"
         together = ", together" if isinstance(one.path[2], tuple) and one.path[2][0] == "batch" else ""
-        kinds.setdefault(f"{kind} {name}{together}", []).append(one)
+        kinds.setdefault(f"{general[0]} {general[1]}{together}", []).append(one)
     return Round(
         runs=len(runs),
         within=_share(runs, learned=True),

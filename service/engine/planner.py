@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from service.attention import ERROR_EXPONENT
 from service.config import Config
@@ -66,7 +67,7 @@ def candidates(
 ) -> Mapping[PlanKind, Candidate]:
     """All three plans priced for one request."""
     limit = max_peak_bytes(profile, config)
-    arguments = {
+    arguments: dict[str, Any] = {
         "block_size": config.block_size,
         "audit_rows": options.audit_rows or config.audit_rows,
         "epsilon": epsilon_for(max_error(options, config), config),
@@ -185,7 +186,7 @@ def forward_candidates(
     `everything`: those too that apply to the model and may not be chosen for this request."""
     limit = max_peak_bytes(profile, config)
     bound, longest = max_error(request.options, config), max(map(sum, sizes), default=0)
-    arguments = {"block_size": config.block_size, "epsilon": epsilon_for(bound, config)}
+    arguments: dict[str, Any] = {"block_size": config.block_size, "epsilon": epsilon_for(bound, config)}
     form = request.task, octave(longest), octave(len(sizes))
     passes = len(pass_tokens(model, sizes, config.max_batch_tokens))
     linear = linear_flops(model, sizes, request, passes)

@@ -108,7 +108,7 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self.prediction = histogram("prediction_ratio", "Predicted over actual seconds of each run.", AROUND_ONE, "plan")
+        self.prediction = histogram("prediction_ratio", "Predicted over actual seconds of a run.", AROUND_ONE, "plan")
 
     def answered(self, endpoint: str, answer: Answer, tenant: str) -> None:
         plan, usage, error = answer.plan.kind.value, answer.usage, answer.error
