@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
+
+LOGITS_BYTES = 64 * 1024**2  # of one block of next-token logits
 
 
 class PlanKind(StrEnum):
@@ -34,6 +36,7 @@ Task = Literal["embed", "classify", "rerank", "score", "hidden", "explain"]
 Truncate = Literal["error", "end", "chunk"]
 Returned = Literal["output", "lse", "weights", "top_weights"]
 Alignment = Literal["bottom_right", "top_left"]
+Side = Literal["source", "target"]
 Stage = Literal["raw", "capped", "masked", "softmax"]
 
 
@@ -244,6 +247,8 @@ class Plan:
     selection: str | None = None  # how sparse blocks are chosen
     epsilon: float | None = None  # risk that a row may leave in a block that is not read
     shared_s: float = 0.0  # the part of predicted_s that a batch pays once
+    path: tuple[Hashable, ...] = ()  # the kind of work, from the general to the special
+    pace: float = 1.0  # learned of that kind, and contained in both seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +353,19 @@ class LayerKind:
     count: int
     is_causal: bool
     window: tuple[int, int] | None = None
+    queries: Side = "source"
+    keys: Side = "source"
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How many numbers of its matrices a model multiplies with each token of the source and of the target (encoder-
+    decoder models), with each sequence, and once in every pass."""
+
+    source: int
+    target: int = 0
+    sequence: int = 0
+    once: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,11 +386,12 @@ class ModelInfo:
     parameters: int
     hidden_size: int
     intermediate_size: int
-    linear_parameters: int  # weights that every token is multiplied with
+    weights: Weights  # of hidden states
+    task_weights: Weights  # of what the model is for: hidden states and its head
     attention: tuple[LayerKind, ...]
     packed: bool  # concurrent requests share one forward pass without padding; else only inputs of equal length do
     inputs: Literal["text", "source and target", "image"] = "text"
     labels: tuple[str, ...] = ()
-    head_parameters: int = 0  # weights that every scored token is multiplied with beside
+    task_attention: tuple[LayerKind, ...] | None = None  # of what the model is for; None: `attention`
     position_bias: bool = False  # a number for every pair of positions: its memory is quadratic (T5)
     smallest_pass_s: float = 0.0  # a few tokens through all layers, measured at load

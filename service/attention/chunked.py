@@ -76,5 +76,6 @@ def _rows(
         total = total * shrink + weights.sum(-1)
         acc.mul_(shrink[..., None]).add_(weighted(weights, value[:, :, keys]))
         top = new_top
+        del scores, weights  # their memory is for the next block
     lse = lse_of(total, top.masked_fill(top == -torch.inf, 0.0))
     return normalise(acc, total).to(query.dtype), lse

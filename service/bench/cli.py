@@ -11,6 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
@@ -22,8 +23,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from service.bench import learning, peaks
     from service.bench.attention import Length, Row
     from service.bench.contenders import Settings
+    from service.bench.predictions import Figures
 
 app = typer.Typer(no_args_is_help=True, help="Measure a running service, or attention itself, beside a yardstick.")
 console = Console(highlight=False)
@@ -318,14 +321,18 @@ def _print_length(length: Length, title: str) -> None:
 
 @app.command()
 def predictions(
-    count: Annotated[int, typer.Option(min=2, help="Held-out shapes.")] = 60,
+    count: Annotated[int, typer.Option(min=0, help="Held-out shapes; 0: none.")] = 60,
     rounds: Rounds = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    arrivals: Annotated[int, typer.Option(min=0, help="Of a round in a running engine; twice as many judged.")] = 200,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory too, each in a process.")] = True,
     output: Output = None,
 ) -> None:
-    """Predicted against actual seconds of every plan, and what the planner's choices cost beyond the best."""
+    """Predicted against actual seconds and peak memory: of every plan, of what the planner chose, and of mixed requests
+    in a running engine with what it learned; and how long an estimate takes."""
     import torch
 
+    from service.bench import learning, peaks
     from service.bench import predictions as bench
     from service.config import Config
     from service.engine.executor import pick_device
@@ -334,17 +341,62 @@ def predictions(
     config = Config()
     torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
     chosen = pick_device(device)
-    profile = load_or_measure(chosen, config.cache_dir)
-    with Progress(console=console) as progress:
-        task = progress.add_task("shapes", total=count)
-        figures = bench.run(profile, config, chosen, count, rounds, lambda done: progress.update(task, completed=done))
-    table = Table("", "within 25 %", title=f"{count} held-out shapes, {hardware()}")
-    for kind, share in figures.within.items():
+    # first: processes are forked while torch has no threads yet
+    fitted = peaks.run() if memory else None
+    found: dict[str, Any] = {}
+    if count:
+        profile = load_or_measure(chosen, config.cache_dir)
+        with Progress(console=console) as progress:
+            task = progress.add_task("shapes", total=count)
+            step = lambda done: progress.update(task, completed=done)  # noqa: E731 (one line of glue)
+            figures = bench.run(profile, config, chosen, count, rounds, step)
+        console.print(_shapes_table(figures))
+        found |= asdict(figures)
+    if fitted is not None:
+        console.print(_peaks_table(fitted))
+        found["peaks"] = asdict(fitted)
+    if arrivals:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("mixed requests", total=rounds)
+            told = []
+            for number in range(rounds):
+                told.append(learning.run(arrivals, 2 * arrivals, seed=number))
+                progress.update(task, completed=number + 1)
+        console.print(_learning_table(told))
+        found["learning"] = [asdict(one) for one in told]
+    _write(output, found)
+
+
+def _shapes_table(found: Figures) -> Table:
+    table = Table("", "within 25 %", title=f"{found.shapes} held-out shapes, {hardware()}")
+    for kind, share in found.within.items():
         table.add_row(kind, f"{100 * share:.0f} %")
-    table.add_row("the plan chosen", f"{100 * figures.chosen_within:.0f} %")
-    table.add_row("mean regret", f"{100 * figures.mean_regret:.1f} %")
-    console.print(table)
-    _write(output, asdict(figures))
+    table.add_row("the plan chosen", f"{100 * found.chosen_within:.0f} %")
+    table.add_row("mean regret", f"{100 * found.mean_regret:.1f} %")
+    return table
+
+
+def _peaks_table(found: peaks.Figures) -> Table:
+    title = f"predicted over actual peak memory, from {found.least_bytes >> 20} MiB on, {hardware()}"
+    table = Table("", "ratio", "actual, MiB", title=title)
+    for row in found.rows:
+        table.add_row(row.name, f"{row.ratio:.2f}", f"{row.actual_bytes / 2**20:.0f}")
+    table.add_row("between 0.9 and 1.2", f"{found.within:.0%}")
+    return table
+
+
+def _learning_table(rounds: list[learning.Round]) -> Table:
+    def cell(shares: list[float]) -> str:
+        return f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
+
+    title = f"mixed requests in a running engine, medians of {len(rounds)} rounds, {hardware()}"
+    table = Table("", "within 25 %", title=title)
+    table.add_row("as told, with what was learned", cell([one.within for one in rounds]))
+    table.add_row("by calibration alone", cell([one.within_bare for one in rounds]))
+    for name in rounds[0].estimate_s:
+        p50, p99 = (median(one.estimate_s[name][place] for one in rounds) for place in (0, 1))
+        table.add_row(f"estimate, {name}", f"p50 {1e3 * p50:.2f} ms, p99 {1e3 * p99:.2f} ms")
+    return table
 
 
 def _cells(row: Row) -> list[str]:

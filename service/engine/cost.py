@@ -1,7 +1,9 @@
 """What a request costs, in closed form: pairs, FLOPs, bytes and peak memory. No torch, no device.
 
 Left out on purpose: the softmax's exponentials, norms, activations, biases and pooling (each O(n·d) or O(pairs)
-without a matrix product), and everything outside the device (parsing, tokenising, copies to the wire).
+without a matrix product), the search for outliers of sparse selection (16 products a key) and its products with them
+(few keys), what a rejected sparse attempt selected, and everything outside the device (parsing, tokenising, copies to
+the wire).
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ from typing import NamedTuple
 
 from service.attention.pairs import visible_pairs
 from service.core import (
+    LOGITS_BYTES,
     AttentionOptions,
     AttentionShape,
     ExplainOptions,
     ForwardRequest,
+    HiddenOptions,
     LayerKind,
     ModelInfo,
     PlanKind,
@@ -25,16 +29,23 @@ from service.core import (
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# the chunked and sparse kernels work in float32 tiles of about this many numbers
+# the chunked kernel works in float32 tiles of about this many numbers, the dense one in tiles of so many FLOPs
 TILE_ELEMENTS = 1 << 22
+TILE_FLOPS, TILE_ROWS = 4e9, 1024
+# how many of them are alive together, as peaks of resident memory show (`farsight bench predictions`)
+DENSE_TILES, CHUNKED_TILES = 5, {"float32": 4, "bfloat16": 2, "float16": 6}
+SPARSE_TILE_BYTES = 16 << 20  # gathered keys and values, scores and sums; or of an audit's rows the scores
 CHUNK_ROWS, CHUNK_KEYS = 512, 512  # of one block of the chunked kernel
 # a row of sparse attention reads so many keys at that epsilon, and so large a share of what it sees stands beside
 READ_KEYS, READ_SHARE, READ_EPSILON = 450, 0.008, 0.4
 HEAD_LAUNCHES = 16  # of a head of sparse attention, however short
 LOOK_STRIDE, LOOK_PASSES = 8, 8  # selection looks at every 8th row, and a score there costs as much as 8 others
-LOGITS_BYTES = 64 * 1024**2  # of one block of next-token logits
+STATES_ONLY = ("hidden", "explain")  # tasks without the model's head, and of encoder-decoder models the encoder alone
+AUDIT_ROWS, RISKY_ROWS = 59, 4  # of a head: drawn, and those that read the least
+Size = tuple[int, int]  # tokens of one input: source, and target where the model has one
+KEPT_BYTES = 44 << 20  # of freed activations that the C library's allocator holds, at most
 # what the process needs however small the request (allocator slack, code, thread stacks)
-BASE_SCRATCH_BYTES = 1 << 20
+BASE_SCRATCH_BYTES = 3 << 20
 
 
 def attention_pairs(shape: AttentionShape, options: AttentionOptions) -> int:
@@ -82,7 +93,7 @@ def attention_effort(
     options: AttentionOptions,
     *,
     block_size: int,
-    audit_rows: int = 59,
+    audit_rows: int = AUDIT_ROWS,
     epsilon: float = READ_EPSILON,
 ) -> Effort:
     """Of one attention request under one plan, the weights that it returns included."""
@@ -129,31 +140,53 @@ def sparse_pairs(pairs: int, rows: int, epsilon: float = READ_EPSILON) -> int:
     return ceil(rows * min(seen, read + READ_SHARE * seen))
 
 
-def attention_work(kind: PlanKind, shape: AttentionShape, options: AttentionOptions, *, block_size: int) -> Work:
-    """Work of one attention request under one plan, the weights that it asks for included."""
+def audit_pairs(shape: AttentionShape, pairs: int, audit_rows: int) -> int:
+    """Pairs of the rows that an audit computes exactly: as many as rows see in the mean."""
+    rows = min(max(audit_rows, 2), shape.query_length) + min(RISKY_ROWS, shape.query_length)
+    return ceil(rows * pairs / max(1, shape.query_length))
+
+
+def attention_work(
+    kind: PlanKind,
+    shape: AttentionShape,
+    options: AttentionOptions,
+    *,
+    block_size: int,
+    audit_rows: int = AUDIT_ROWS,
+    epsilon: float = READ_EPSILON,
+) -> Work:
+    """Work of one attention request under one plan, the weights that it asks for and the audit of a sparse answer
+    included. Sparse pairs are assumed until selection has looked; an answer tells those that were read."""
     pairs = attention_pairs(shape, options)
     inputs, outputs = tensor_bytes(shape)
-    size = DTYPE_BYTES[shape.dtype]
     flops = pair_flops(pairs, shape.head_dim, shape.value_dim)
+    rows = shape.batch * shape.heads * shape.query_length
     scratch = BASE_SCRATCH_BYTES
     match kind:
         case PlanKind.DENSE:
-            # masks that are not a plain triangle are materialised for a block of rows, never n x n
-            scratch += size * min(shape.query_length, 1024) * shape.key_length
+            # a tile of rows, its parts and their merge
+            tile = min(rows, int(TILE_FLOPS / (4 * max(1, shape.key_length * shape.head_dim))))
+            scratch += DENSE_TILES * 4 * tile * shape.value_dim
+            if options.window is not None:  # the rows of a tile against the edges of their windows: a mask
+                spanned = TILE_ROWS + sum(max(0, side) for side in options.window)
+                scratch += 3 * 4 * min(TILE_ROWS, shape.query_length) * min(spanned, shape.key_length)
         case PlanKind.CHUNKED:
-            scratch += 3 * 4 * min(TILE_ELEMENTS, shape.batch * shape.heads * shape.query_length * shape.key_length)
+            tile = min(shape.query_length, CHUNK_ROWS) * shape.batch * shape.heads * min(shape.key_length, CHUNK_KEYS)
+            scratch += CHUNKED_TILES[shape.dtype] * 4 * min(TILE_ELEMENTS, tile)
         case PlanKind.SPARSE:
             selection = selection_flops(shape, pairs, block_size)
-            pairs = sparse_pairs(pairs, shape.batch * shape.heads * shape.query_length)
+            read = sparse_pairs(pairs, rows, epsilon)
+            pairs = read + audit_pairs(shape, pairs, audit_rows)
             flops = pair_flops(pairs, shape.head_dim, shape.value_dim) + selection
             blocks = ceil(shape.key_length / block_size)
-            # one head at a time in float32: query, key, value, what is read, what stands beside it
-            head = 4 * (shape.query_length * (shape.head_dim + 3 * shape.value_dim) + shape.key_length)
-            head += 4 * 2 * shape.key_length * (shape.head_dim + shape.value_dim)
+            # one head at a time in float32: query, key, value, what is read, what stands beside it; and again half of
+            # that, of selection before it
+            head = shape.query_length * (shape.head_dim + 2 * shape.value_dim)
+            head += shape.key_length * (shape.head_dim + shape.value_dim)
             kept = shape.batch * shape.heads * blocks * ceil(shape.query_length / block_size)
             # of every key head four rows of moments for each block
             moments = 4 * shape.batch * shape.heads * blocks * (3 * shape.head_dim + shape.value_dim)
-            scratch += 4 * 4 * TILE_ELEMENTS + head + 3 * kept + moments
+            scratch += SPARSE_TILE_BYTES + 6 * head + kept + moments
     weights_flops, weights_size = returned_weights(shape, options)
     return Work(
         pairs=pairs,
@@ -190,53 +223,113 @@ def weights_bytes(shape: AttentionShape, options: AttentionOptions) -> dict[str,
 
 
 def forward_effort(
-    kind: PlanKind, model: ModelInfo, lengths: Sequence[int], *, block_size: int, epsilon: float = READ_EPSILON
+    kind: PlanKind,
+    model: ModelInfo,
+    sizes: Sequence[Size],
+    request: ForwardRequest,
+    *,
+    block_size: int,
+    epsilon: float = READ_EPSILON,
 ) -> Effort:
     """Of the attention inside all sequences of a pass; what a pass costs by itself is `ModelInfo.smallest_pass_s`.
 
-    Layers with a window are exact under every plan. Encoder-decoder models are counted as if every layer saw source and
-    target together.
+    Layers with a window are exact under every plan.
     """
-    width = 2 * model.head_dim
-    total = Effort(0, 0, sum(lengths) * (model.num_heads + model.num_kv_heads) * width * model.num_layers, 0, 0)
-    for layers in model.attention:
+    width, heads = 2 * model.head_dim, model.num_heads + model.num_kv_heads
+    total = Effort(0, 0, sum(map(sum, sizes)) * heads * width * model.num_layers, 0, 0)
+    for layers in _attention(model, request):
         if kind is PlanKind.SPARSE and layers.window is None:
             options = AttentionOptions(is_causal=layers.is_causal)
-            for length, count in Counter(lengths).items():
+            for (length, _), count in Counter(sizes).items():
                 shape = AttentionShape(
                     1, model.num_heads, model.num_kv_heads, length, length, model.head_dim, model.head_dim, model.dtype
                 )
                 own = attention_effort(kind, shape, options, block_size=block_size, epsilon=epsilon)
                 total = Effort(*(a + layers.count * count * b for a, b in zip(total, own, strict=True)))
         else:
-            pairs = layers.count * model.num_heads * layer_pairs(layers, lengths)
+            pairs = layers.count * model.num_heads * layer_pairs(layers, sizes)
             total = total._replace(pairs=total.pairs + pairs, flops=total.flops + 2 * pairs * width)
     return total
 
 
-def layer_pairs(layers: LayerKind, lengths: Sequence[int]) -> int:
+def layer_pairs(layers: LayerKind, sizes: Sequence[Size]) -> int:
     """Visible pairs of one head of one such layer."""
-    causal, window = layers.is_causal, layers.window
     return sum(
-        count * visible_pairs(length, length, is_causal=causal, causal_alignment="top_left", window=window)
-        for length, count in Counter(lengths).items()
+        count
+        * visible_pairs(
+            target if layers.queries == "target" else source,
+            target if layers.keys == "target" else source,
+            is_causal=layers.is_causal,
+            causal_alignment="top_left",
+            window=layers.window,
+        )
+        for (source, target), count in Counter(sizes).items()
     )
 
 
-def forward_work(model: ModelInfo, lengths: Sequence[int], request: ForwardRequest, *, max_batch_tokens: int) -> Work:
-    """Passes over all sequences: 2 FLOPs for each weight and token, and exact attention of every layer.
+def _attention(model: ModelInfo, request: ForwardRequest) -> Sequence[LayerKind]:
+    if request.task in STATES_ONLY or model.task_attention is None:
+        return model.attention
+    return model.task_attention
 
-    Embedding look-ups multiply nothing. Of encoder-decoder models each token passes one half of the weights.
+
+def pass_tokens(model: ModelInfo, sizes: Sequence[Size], max_batch_tokens: int) -> list[int]:
+    """Tokens of each pass that inputs of these sizes take; the rules of `models/packing.py`."""
+    if not model.packed:
+        found = []
+        for size, count in Counter(sizes).items():
+            step = max(1, max_batch_tokens // max(1, sum(size)))
+            found += [sum(size) * step] * (count // step) + [sum(size) * (count % step)] * (count % step > 0)
+        return found
+    passes = [0]
+    for size in sizes:
+        if passes[-1] and passes[-1] + sum(size) > max_batch_tokens:
+            passes.append(0)
+        passes[-1] += sum(size)
+    return passes
+
+
+def linear_flops(model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, passes: int) -> int:
+    """Two for each number of a matrix and each row that it is multiplied with. Embedding look-ups multiply nothing."""
+    weights = model.weights if request.task in STATES_ONLY else model.task_weights
+    source, target = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+    numbers = weights.source * source + weights.target * target + weights.sequence * len(sizes) + weights.once * passes
+    return 2 * numbers
+
+
+def forward_work(
+    model: ModelInfo,
+    sizes: Sequence[Size],
+    request: ForwardRequest,
+    *,
+    max_batch_tokens: int,
+    kind: PlanKind = PlanKind.DENSE,
+    block_size: int = 128,
+    epsilon: float = READ_EPSILON,
+) -> Work:
+    """Passes over all sequences, each of (source, target) tokens: every matrix with every row that it is given, and the
+    attention of every layer; under a sparse plan the pairs that it is assumed to read.
+
+    Left out beside what this file leaves out: rotary frequencies and position biases.
     """
-    tokens = sum(lengths)
-    pairs = sum(layers.count * layer_pairs(layers, lengths) for layers in model.attention) * model.num_heads
-    weights = model.linear_parameters // (2 if model.inputs == "source and target" else 1)
-    linear = 2 * tokens * (weights + (model.head_parameters if request.task == "score" else 0))
+    passes = pass_tokens(model, sizes, max_batch_tokens)
+    linear = linear_flops(model, sizes, request, len(passes))
+    layers, longest = _attention(model, request), max(map(sum, sizes), default=0)
+    pairs = sum(one.count * layer_pairs(one, sizes) for one in layers) * model.num_heads
+    attention = pair_flops(pairs, model.head_dim, model.head_dim)
+    if kind is PlanKind.SPARSE:
+        whole = forward_sparse(model, layers, sizes, block_size, epsilon)
+        pairs, attention = whole.pairs, whole.flops
+    if request.task == "explain":
+        rollout = isinstance(request.options, ExplainOptions) and request.options.rollout
+        looked = model.num_layers * longest * (1 + (longest if rollout else 0))
+        pairs += looked * model.num_heads
+        attention += pair_flops(looked * model.num_heads, model.head_dim, 0) + (2 * looked if rollout else 0)
     size = DTYPE_BYTES[model.dtype]
-    alive = min(tokens, max(max_batch_tokens, max(lengths, default=0)))
-    activations = size * alive * (6 * model.hidden_size + 2 * model.intermediate_size)
-    scratch = BASE_SCRATCH_BYTES + 4 * len(lengths) * model.dimensions
-    longest = max(lengths, default=0)
+    alive = max(passes, default=0)
+    numbers = 15 * model.hidden_size // 2 + 2 * model.intermediate_size  # of a token in a layer
+    activations = size * alive * numbers
+    scratch = min(KEPT_BYTES, activations) + BASE_SCRATCH_BYTES + 4 * len(sizes) * model.dimensions
     if model.position_bias:
         scratch += 4 * 3 * model.num_heads * longest**2
     match request.task:
@@ -245,18 +338,40 @@ def forward_work(model: ModelInfo, lengths: Sequence[int], request: ForwardReque
             if model.inputs == "source and target":  # its own head makes the logits of a whole batch
                 scratch += 4 * 2 * alive * model.vocab_size
         case "hidden":
-            scratch += 4 * tokens * model.hidden_size + size * alive * model.hidden_size * (model.num_layers + 1)
+            tokens = sum(map(sum, sizes))
+            scratch += 4 * tokens * model.hidden_size
+            if isinstance(request.options, HiddenOptions) and request.options.layer != -1:  # all layers' are kept
+                scratch += size * alive * model.hidden_size * (model.num_layers + 1)
         case "explain":
             scratch += model.num_layers * longest * 4 * model.num_heads
             if isinstance(request.options, ExplainOptions) and request.options.rollout:
                 heads = model.num_heads + model.num_kv_heads
                 scratch += model.num_layers * longest * size * heads * model.head_dim
-                pairs += pairs  # every weight once more
         case _:
             pass
     return Work(
         pairs=pairs,
-        flops=linear + pair_flops(pairs, model.head_dim, model.head_dim),
-        bytes=size * model.parameters + activations * model.num_layers,
+        flops=linear + attention,
+        bytes=size * (model.parameters * len(passes) + sum(passes) * numbers * model.num_layers),
         peak_bytes=activations + scratch,
     )
+
+
+def forward_sparse(
+    model: ModelInfo, layers: Sequence[LayerKind], sizes: Sequence[Size], block_size: int, epsilon: float
+) -> Work:
+    """Of the attention in a sparse pass: layers with a window stay exact."""
+    pairs = flops = 0
+    for one in layers:
+        if one.window is not None:
+            own = layer_pairs(one, sizes) * one.count * model.num_heads
+            pairs, flops = pairs + own, flops + pair_flops(own, model.head_dim, model.head_dim)
+            continue
+        for (length, _), count in Counter(sizes).items():
+            shape = AttentionShape(
+                1, model.num_heads, model.num_kv_heads, length, length, model.head_dim, model.head_dim, model.dtype
+            )
+            options = AttentionOptions(is_causal=one.is_causal)
+            work = attention_work(PlanKind.SPARSE, shape, options, block_size=block_size, epsilon=epsilon)
+            pairs, flops = pairs + one.count * count * work.pairs, flops + one.count * count * work.flops
+    return Work(pairs, flops, 0, 0)

@@ -50,6 +50,7 @@ from service.engine.batch import (
 )
 from service.engine.calibration import DeviceProfile
 from service.engine.cost import (
+    Size,
     attention_effort,
     attention_pairs,
     pair_flops,
@@ -59,7 +60,7 @@ from service.engine.cost import (
 )
 from service.engine.executor import Executor, Task, device_names, pick_device, side_pool, synchronize
 from service.engine.output_audit import Audit, OutputAudits, output_error
-from service.engine.pace import Pace
+from service.engine.pace import Pace, unpaced
 from service.engine.profiles import load_or_measure
 from service.engine.scheduler import Batch, Scheduler, beneath
 from service.errors import FarsightError, Kind, invalid, too_large
@@ -122,8 +123,8 @@ class Engine:
         self.models = models
         self._clock = clock
         self._device = device
-        # the profile does not change, so equal sizes and options have equal plans
-        self._cached_plan = lru_cache(4096)(partial(planner.plan_attention, profile=profile, config=config))
+        # the profile does not change, so equal sizes and options have equal prices but for what is learned
+        self._cached_candidates = lru_cache(4096)(partial(planner.candidates, profile=profile, config=config))
         self._scheduler: Scheduler[Job] = Scheduler(
             config.target_slice_s,
             max_wait_s=config.max_queue_s,
@@ -191,7 +192,7 @@ class Engine:
     def _ahead_s(self, predicted_s: float) -> float:
         """Predicted device seconds before a request of `predicted_s` could start."""
         with self._executor.condition:
-            return self._pace.factor * self._scheduler.ahead_s(predicted_s, self._stack)
+            return self._scheduler.ahead_s(predicted_s, self._stack)
 
     @property
     def auditing(self) -> bool:
@@ -299,10 +300,12 @@ class Engine:
 
     def estimate(self, shape: AttentionShape, options: AttentionOptions) -> Estimate:
         """Price all plans of an attention request."""
-        priced = planner.candidates(shape, options, self.profile, self.config)
+        priced = self._candidates(shape, options)
         try:
-            plan = self._plan(shape, options)
+            self._check_weights(shape, options)
+            plan = planner.choose_attention(priced, shape, options, self.config, self._pace)
         except FarsightError as error:
+            priced = planner.paced(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         return self._estimated(priced, plan, options.timeout_s)
 
@@ -313,18 +316,23 @@ class Engine:
         return await self.estimate_forward(request)
 
     async def estimate_forward(self, request: ForwardRequest) -> Estimate:
-        """Price a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
+        """Price all plans of a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
         model = self.models.model(request.model)
-        plan = self._plan_forward(model, await self._tokenize(model, request), request)
-        priced = {plan.kind: planner.Candidate(plan.kind, plan.work, plan.predicted_s, True, "fits")}
+        tokenized = await self._tokenize(model, request)
+        info, sizes, priced = self._forward_candidates(model, tokenized, request, everything=True)
+        try:
+            plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
+        except FarsightError as error:
+            priced = planner.paced(priced, self._pace)
+            return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         return self._estimated(priced, plan, request.options.timeout_s)
 
     def _estimated(self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None) -> Estimate:
-        ahead_s = self._ahead_s(plan.predicted_s)
+        priced, ahead_s = planner.paced(priced, self._pace), self._ahead_s(plan.predicted_s)
         try:
             is_long = self._scheduler.is_long(plan.predicted_s)
-            own_s = self._pace.factor * plan.predicted_s
-            self.admission.admit(own_s, ahead_s, self._timeout_s(timeout_s), is_long=is_long, asks_only=True)
+            timeout_s = self._timeout_s(timeout_s)
+            self.admission.admit(plan.predicted_s, ahead_s, timeout_s, is_long=is_long, asks_only=True)
         except FarsightError as error:
             return Estimate(priced, plan.kind, error.message, ahead_s, False, error.retry_after_s)
         return Estimate(priced, plan.kind, plan.reason, ahead_s, would_admit=True)
@@ -349,9 +357,8 @@ class Engine:
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
         if trail is not None:
             job.trail, trail.plan, trail.planned_s = trail, job.plan, job.queued_s
-        ahead_s, own_s = self._ahead_s(job.predicted_s), self._pace.factor * job.predicted_s
-        is_long = self._scheduler.is_long(job.predicted_s)
-        self.admission.admit(own_s, ahead_s, timeout_s, job.queued_s - arrived_s, is_long=is_long)
+        ahead_s, is_long = self._ahead_s(job.predicted_s), self._scheduler.is_long(job.predicted_s)
+        self.admission.admit(job.predicted_s, ahead_s, timeout_s, job.queued_s - arrived_s, is_long=is_long)
         if self.books is not None:
             tenant = self.tenants.by_name.get(request.tenant, EVERYBODY)
             label = self._label(request)
@@ -380,17 +387,18 @@ class Engine:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         if isinstance(request, AttentionRequest):
             shape = request.shape
-            plan = self._plan(shape, request.options)
-            exact = plan.kind
-            if exact is PlanKind.SPARSE:
-                exact = planner.exact_kind(shape, request.options, self.profile, self.config)
+            self._check_weights(shape, request.options)
+            priced = self._candidates(shape, request.options)
+            plan = planner.choose_attention(priced, shape, request.options, self.config, self._pace)
+            exact = planner.exact_kind(priced, self._pace) if plan.kind is PlanKind.SPARSE else plan.kind
             key = batch_key(request, plan)
             return Job(request, plan, key, arrived_s, self._clock(), deadline_s, future, exact_kind=exact)
         model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request, deadline_s)
         if self.trails is not None:
             self.trails.tokenized()
-        plan = self._plan_forward(model, tokenized, request)
+        info, sizes, priced = self._forward_candidates(model, tokenized, request)
+        plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
         key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
 
@@ -451,8 +459,10 @@ class Engine:
             used_s = sum(result.device_s for result in results)
             self._used_s += used_s
             self._worked_s += max(0.0, used_s - batch.used_s)
-            if all(isinstance(result.outcome, Outcome) for result in results):  # what was stopped took less
-                self._pace.learn(batch.predicted_s, used_s)
+            # what was stopped took less, and what was tried again took more
+            if all(isinstance(one.outcome, Outcome) and one.batch_requests == len(results) for one in results):
+                self._pace.learn(*unpaced([job.plan for job in batch.items]), used_s)
+                self.metrics.predicted(batch.items[0].plan.kind, batch.predicted_s, used_s)
             self._scheduler.finished(batch, used_s)
         self._hand_over(batch.items[0], self._finished, batch.items, results)
 
@@ -685,18 +695,21 @@ class Engine:
         assert isinstance(tokenized, Tokenized), "bug: tokenize returned something else"
         return tokenized
 
-    def _plan_forward(self, model: Model, tokenized: Tokenized, request: ForwardRequest) -> Plan:
-        lengths, info = tuple(len(row) for row in tokenized.rows), model.info
+    def _forward_candidates(
+        self, model: Model, tokenized: Tokenized, request: ForwardRequest, *, everything: bool = False
+    ) -> tuple[ModelInfo, list[Size], planner.Candidates]:
+        info = model.info
+        sizes = [(len(row.ids) + row.patches, len(row.target or ())) for row in tokenized.rows]
         if (fastest_s := self._fastest_s.get(info, info.smallest_pass_s)) < info.smallest_pass_s:
             info = replace(info, smallest_pass_s=fastest_s)
-        return planner.plan_forward(info, lengths, request, self.profile, self.config)
+        settings = self.profile, self.config
+        return info, sizes, planner.forward_candidates(info, sizes, request, *settings, everything=everything)
 
-    def _plan(self, shape: AttentionShape, options: AttentionOptions) -> Plan:
-        self._check_weights(shape, options)
+    def _candidates(self, shape: AttentionShape, options: AttentionOptions) -> planner.Candidates:
         if options.rows is None and options.kv_lengths is None:
-            return self._cached_plan(shape, options)
+            return self._cached_candidates(shape, options)
         # lists of the caller's length are not kept as keys
-        return planner.plan_attention(shape, options, self.profile, self.config)
+        return planner.candidates(shape, options, self.profile, self.config)
 
     def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
         """A weight tensor is n x n unless rows are named: refuse it before it is made."""

@@ -83,7 +83,7 @@ class ForwardContext:
     history: SparseHistory | None = None  # None: every call of a sparse plan is tried sparse
     observe: Callable[[Call], None] | None = None
     layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
-    patterns: list[Pattern] = field(default_factory=list)
+    patterns: list[tuple[Pattern, int, int]] = field(default_factory=list)  # with the numbers of queries and of keys
     positions: list[int] = field(default_factory=list)  # computed by each pass of the model, padding included
 
 
@@ -137,7 +137,7 @@ def attention(
     )
     if context.observe is not None:
         context.observe(Call(query, key, mask, scaling, softcap))
-    context.patterns.append(attention_mask)
+    context.patterns.append((attention_mask, query.shape[2], key.shape[2]))
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap, "checkpoint": context.checkpoint}
     if context.plan.kind is not PlanKind.SPARSE:
         out = attend(query, key, value, context.plan, mask, **arguments).out

@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from service.config import ModelConfig
-from service.core import LayerKind, ModelInfo, ModelTask, Plan, PlanKind, Work
+from service.core import LayerKind, ModelInfo, ModelTask, Plan, PlanKind, Weights, Work
 from service.models import heads, hook, slices
 from service.models.files import directory_of, read_json, takes_images, task_of
 from service.models.model import Model, by_row
@@ -43,6 +43,7 @@ CHECK_LENGTHS = (17, 5)  # tokens of the two sequences of the check
 # relative L2 distance to eager attention that rounding explains, by dtype
 CHECK_ERROR = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 WARM_REPEATS, WARM_S = 12, 0.25  # of the check's sequence: about 200 tokens; passes longer than this are warm enough
+Passes = Callable[[hook.ForwardContext, list[Row]], None]
 STEPWISE_ROPE = ("dynamic", "longrope")  # frequencies that change with the longest sequence of a pass
 
 
@@ -196,10 +197,6 @@ def _info(
     config: ModelConfig, hf: PretrainedConfig, module: Any, base: nn.Module, task: ModelTask, inputs: Inputs
 ) -> ModelInfo:
     text = hf.get_text_config()
-    whole = hf.is_encoder_decoder and task != "embed"
-    named = module.named_modules() if whole else base.named_modules()
-    head = module.get_output_embeddings() if task == "score" and not whole else None
-    linear = [one for name, one in named if isinstance(one, nn.Linear | Conv1D) and "pooler" not in name]
     names: Any = hf.id2label
     if task == "rerank" and len(names) != 1:
         raise ValueError(f"model {config.name!r}: rerank needs one label, this model has {len(names)}")
@@ -219,8 +216,8 @@ def _info(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        linear_parameters=sum(one.weight.numel() for one in linear),
-        head_parameters=0 if head is None else head.weight.numel(),
+        weights=Weights(0),
+        task_weights=Weights(0),  # counted once it runs
         position_bias=hasattr(hf, "relative_attention_num_buckets"),
         attention=(),
         packed=_may_pack(hf, base),
@@ -280,7 +277,7 @@ def _proven(model: Model) -> Model:
             continue
         worst = max(_distance(a, b) for a, b in zip(got, expected, strict=True))
         if worst <= CHECK_ERROR[model.info.dtype]:
-            return replace(candidate, info=replace(candidate.info, attention=_layers(candidate, rows)))
+            return replace(candidate, info=_counted(candidate, rows))
         failures.append(f"{'packed' if packed else 'single'} pass differs from eager attention by {worst:.2g}")
     raise RuntimeError(f"model {model.info.name!r} ({model.info.architecture}): {'; '.join(failures)}")
 
@@ -350,12 +347,69 @@ def _distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def _layers(model: Model, rows: list[Row]) -> tuple[LayerKind, ...]:
-    """Who sees whom, layer by layer, as one pass over the first row shows."""
+def _counted(model: Model, rows: list[Row]) -> ModelInfo:
+    """What a pass multiplies, and who sees whom, layer by layer, as passes show: closed forms for any architecture."""
+
+    def states(context: hook.ForwardContext, rows: list[Row]) -> None:
+        list(model.states(rows, context))
+
+    def task(context: hook.ForwardContext, rows: list[Row]) -> None:
+        match model.info.task:
+            case "classify" | "rerank":
+                model.classify(rows, context)
+            case "score":
+                for _, found, _ in model.scored_states(rows, context):
+                    model.logits(found)
+            case _:
+                states(context, rows)
+
+    return replace(
+        model.info,
+        weights=_weights(model, rows, states),
+        task_weights=_weights(model, rows, task),
+        attention=_layers(rows[:1], states),
+        task_attention=_layers(rows[:1], task),
+    )
+
+
+def _weights(model: Model, rows: list[Row], work: Passes) -> Weights:
+    """A matrix is known by the rows that it is given: as many as there are tokens, sequences, or one in each pass."""
+    rows = rows if model.info.packed else rows[:1]
+    calls: list[tuple[int, int]] = []  # rows and numbers of each matrix
+
+    def note(module: Any, _: Any, output: torch.Tensor) -> None:
+        width = module.out_channels if isinstance(module, nn.Conv2d) else output.shape[-1]
+        calls.append((output.numel() // width, module.weight.numel()))
+
+    matrices = [one for one in model.module.modules() if isinstance(one, nn.Linear | Conv1D | nn.Conv2d)]
+    handles = [one.register_forward_hook(note) for one in matrices]
+    work(hook.ForwardContext(CHECK_PLAN), rows)
+    for handle in handles:
+        handle.remove()
+    if model.info.inputs == "image":  # all of one size
+        return Weights(0, sequence=sum(count * weights for count, weights in calls))
+    source, target = sum(len(row.ids) for row in rows), sum(len(row.target or ()) for row in rows)
+    names = {1: "once", len(rows): "sequence", target: "target", source: "source"}
+    found = dict.fromkeys(("source", "target", "sequence", "once"), 0)
+    for count, weights in calls:
+        found[names.get(count, "once")] += weights if count in names else count * weights
+    return Weights(**found)
+
+
+def _layers(rows: list[Row], work: Passes) -> tuple[LayerKind, ...]:
     context = hook.ForwardContext(CHECK_PLAN)
-    for _ in model.scored_states(rows[:1], context):
-        pass
-    return tuple(LayerKind(count, one.is_causal, one.window) for one, count in Counter(context.patterns).items())
+    work(context, rows)
+    target = len(rows[0].target or ())
+    return tuple(
+        LayerKind(
+            count,
+            pattern.is_causal,
+            pattern.window,
+            queries="target" if queries == target else "source",
+            keys="target" if keys == target else "source",
+        )
+        for (pattern, queries, keys), count in Counter(context.patterns).items()
+    )
 
 
 def _warm(model: Model) -> Model:

@@ -31,7 +31,7 @@ def arrivals(
                 f"model {model!r} of the trace is not configured; there are: {', '.join(models) or 'none'}"
             )
         request = ForwardRequest("", model, models[model].task, EmbedOptions(), token_ids=())
-        return planner.plan_forward(models[model], (tokens,), request, profile, config)
+        return planner.plan_forward(models[model], [(tokens, 0)], request, profile, config)
 
     for number, one in enumerate(trace):
         try:

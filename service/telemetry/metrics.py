@@ -61,7 +61,6 @@ class Series:
     pairs_dense: Counter
     tokens: Counter
     saved: Counter
-    prediction: Histogram
     planned: Counter
 
 
@@ -133,7 +132,7 @@ class Metrics:
         self.queue_predicted_seconds = gauge(
             "queue_predicted_seconds", "Predicted device seconds that wait.", "livesum"
         )
-        self.prediction = histogram("prediction_ratio", "Predicted over actual device seconds.", AROUND_ONE, "plan")
+        self.prediction = histogram("prediction_ratio", "Predicted over actual seconds of a run.", AROUND_ONE, "plan")
         self.memory_limit.set(memory_limit_bytes())
         self._tell_memory()
 
@@ -159,8 +158,6 @@ class Metrics:
         series.pairs.inc(usage.pairs_scored)
         series.pairs_dense.inc(usage.pairs_dense)
         series.tokens.inc(usage.tokens)
-        if usage.device_s > 0 and not error.fallback:  # a batch member without work has no share to compare with
-            series.prediction.observe(answer.plan.predicted_s / usage.device_s)
         if not error.fallback:
             series.planned.inc()
         else:
@@ -185,7 +182,6 @@ class Metrics:
             pairs_dense=self.pairs.labels("dense_equivalent"),
             tokens=self.tokens.labels(tenant, model, plan),
             saved=self.saved.labels(tenant, model),
-            prediction=self.prediction.labels(plan),
             planned=self.plans.labels(plan, "planned"),
         )
 
@@ -203,6 +199,11 @@ class Metrics:
     @lru_cache(1024)  # noqa: B019 (as above)
     def _spending(self, model: str, plan: str, tenant: str) -> tuple[Counter, Counter]:
         return self.device_seconds.labels(model, plan, tenant), self.cost.labels(tenant, model, plan)
+
+    def predicted(self, kind: PlanKind, predicted_s: float, used_s: float) -> None:
+        """One run of the device: members of a batch share what is paid once, so only the whole can be compared."""
+        if used_s > 0:
+            self.prediction.labels(kind.value).observe(predicted_s / used_s)
 
     def failed(self, endpoint: str, model: str, kind: Kind, duration_s: float | None) -> None:
         self.requests.labels(endpoint, model, "none", str(CODES[kind].http)).inc()

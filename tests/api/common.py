@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.core import LayerKind, ModelInfo
+from service.core import LayerKind, ModelInfo, Weights
 
 INFO = ModelInfo(
     name="mini",
@@ -19,7 +19,8 @@ INFO = ModelInfo(
     parameters=1000,
     hidden_size=4,
     intermediate_size=4,
-    linear_parameters=100,
+    weights=Weights(100),
+    task_weights=Weights(100),
     attention=(LayerKind(1, is_causal=False),),
     packed=True,
 )

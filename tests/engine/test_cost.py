@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertModel
 
-from service.core import AttentionOptions, AttentionShape, EmbedOptions, ForwardRequest, LayerKind, ModelInfo, PlanKind
+from service.core import AttentionOptions, AttentionShape, PlanKind, Task
 from service.engine import cost
+from service.models.packing import split_by_shape, split_by_tokens
+from tests.engine.test_planner import INFO
+from tests.models import zoo
+from tests.models.common import asked, loaded
 
 LENGTH = st.integers(1, 12)
 
@@ -66,24 +76,85 @@ def test_dense_flops_equal_torchs_count() -> None:
     # the counter does not know the CPU's fused kernel; the math path is plain matrix products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    work = cost.attention_work(PlanKind.DENSE, shape, AttentionOptions(), block_size=128)
-    assert work.flops == counter.get_total_flops()
+    for kind in (PlanKind.DENSE, PlanKind.CHUNKED):
+        work = cost.attention_work(kind, shape, AttentionOptions(), block_size=128)
+        assert work.flops == counter.get_total_flops()
 
 
-def test_forward_flops_equal_torchs_count() -> None:
-    config = BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=50)
-    config._attn_implementation = "eager"
-    model = BertModel(config, add_pooling_layer=False).eval()
-    linear = sum(one.weight.numel() for one in model.modules() if isinstance(one, torch.nn.Linear))
-    info = ModelInfo(
-        *("m", "embed", "bert", "float32", 64, 32, 3, 4, 4, 8, 50, 1, 32, 64, linear),
-        attention=(LayerKind(3, is_causal=False),),
-        packed=True,
-    )
-    request = ForwardRequest("r", "m", "embed", EmbedOptions())
+MODELS: dict[str, tuple[str, Any, Task]] = {
+    "BERT": ("bert", hf.AutoModel, "embed"),
+    "BERT, hidden states": ("bert", hf.AutoModelForSequenceClassification, "hidden"),
+    "DistilBERT, classes": ("distilbert", hf.AutoModelForSequenceClassification, "classify"),
+    "ModernBERT": ("modernbert", hf.AutoModel, "embed"),
+    "GPT": ("gpt2", hf.AutoModelForCausalLM, "score"),
+    "GPT, hidden states": ("gpt2", hf.AutoModelForCausalLM, "hidden"),
+    "T5": ("t5", hf.AutoModelForSeq2SeqLM, "score"),
+    "T5, encoder": ("t5", hf.AutoModel, "embed"),
+    "BART": ("bart", hf.AutoModelForSeq2SeqLM, "score"),
+    "BART, classes": ("bart", hf.AutoModelForSequenceClassification, "classify"),
+    "ViT": ("vit", hf.AutoModelForImageClassification, "classify"),
+    "ViT, embedding": ("vit", hf.AutoModel, "embed"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_flops_equal_torchs_count_of_eager_attention(name: str, tmp_path: Path) -> None:
+    kind, head, task = MODELS[name]
+    eager = zoo.save(kind, head, tmp_path)
+    model = loaded(tmp_path)
+    ids, target = [[1, *range(10, 30), 2]], [list(range(20, 29))]
+    arguments: dict[str, torch.Tensor] = {"input_ids": torch.tensor(ids)}
+    size = len(ids[0]), 0
+    if kind == "vit":
+        arguments, size = {"pixel_values": torch.rand(1, 3, 32, 32)}, (17, 0)
+    elif task == "score" and model.inputs.has_target:
+        arguments["decoder_input_ids"], size = torch.tensor(target), (len(ids[0]), len(target[0]))
+    called = eager
+    if task == "hidden":
+        called = eager.base_model
+    elif task == "embed" and eager.config.is_encoder_decoder:
+        called = eager.get_encoder()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=torch.zeros(1, 21, dtype=torch.long))
-    assert cost.forward_work(info, [21], request, max_batch_tokens=64).flops == counter.get_total_flops()
+        called(**arguments)
+    info = model.info
+    work = cost.forward_work(info, [size], asked(task, "x"), max_batch_tokens=64)
+    # torch counts what eager attention computes and then hides
+    layers = info.attention if task == "hidden" or info.task_attention is None else info.task_attention
+    hidden = 0
+    for one in layers:
+        queries, keys = (size[1] if side == "target" else size[0] for side in (one.queries, one.keys))
+        hidden += one.count * info.num_heads * (queries * keys - cost.layer_pairs(one, [size]))
+    assert work.flops + cost.pair_flops(hidden, info.head_dim, info.head_dim) == counter.get_total_flops()
+    assert (hidden > 0) == any(one.is_causal or one.window for one in layers)
+
+
+def test_forward_flops_of_batches_are_those_of_their_sequences_and_passes(tmp_path: Path) -> None:
+    """Packed or not: a pooler works once in a pass, everything else for tokens and sequences."""
+    zoo.save("bert", hf.AutoModelForSequenceClassification, tmp_path)
+    info, request = loaded(tmp_path).info, asked("classify", "x")
+    assert info.weights.once == 32 * 32
+    assert info.task_weights.sequence == 32 * 32 + 2 * 32
+
+    def flops(*lengths: int, most: int = 64) -> int:
+        sizes = [(length, 0) for length in lengths]
+        return cost.forward_work(info, sizes, request, max_batch_tokens=most).flops
+
+    once = 2 * 32 * 32
+    assert flops(20, 7, 30) == flops(20) + flops(7) + flops(30) - 2 * once  # one pass
+    assert flops(20, 7, 30, most=30) == flops(20) + flops(7) + flops(30) - once  # two
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_passes_are_those_that_models_make(packed: bool) -> None:
+    draw = random.Random(0)
+    for _ in range(100):
+        lengths = [draw.randrange(1, 12) for _ in range(draw.randrange(1, 20))]
+        most = draw.randrange(1, 40)
+        made = [sum(lengths[at] for at in one) for one in split_by_tokens(lengths, most)]
+        if not packed:
+            made = [sum(lengths[at] for at in one) for one in split_by_shape([(n, 0, 0) for n in lengths], most)]
+        sizes = [(length, 0) for length in lengths]
+        assert sorted(cost.pass_tokens(replace(INFO, packed=packed), sizes, most)) == sorted(made)
 
 
 def test_sparse_counts_selection_beside_its_pairs() -> None:
@@ -123,3 +194,22 @@ def test_peak_counts_an_output_far_larger_than_the_inputs() -> None:
     shape = AttentionShape(1, 1, 1, 100_000, 1, 1, 1_000_000)
     work = cost.attention_work(PlanKind.CHUNKED, shape, AttentionOptions(), block_size=128)
     assert work.peak_bytes > 4 * 100_000 * 1_000_000
+
+
+def test_peaks_count_what_is_kept_and_no_more() -> None:
+    def peak(task: Task, **options: Any) -> int:
+        return cost.forward_work(INFO, [(512, 0)] * 8, asked(task, "x", **options), max_batch_tokens=4096).peak_bytes
+
+    states = 4096 * 384 * 4
+    assert peak("hidden") == peak("embed") + states
+    assert peak("hidden", layer=3) == peak("hidden") + 7 * states
+
+    shape = AttentionShape(1, 8, 8, 8192, 8192, 64, 64)
+
+    def attention(**options: Any) -> int:
+        found = AttentionOptions(is_causal=True, **options)
+        return cost.attention_work(PlanKind.DENSE, shape, found, block_size=128).peak_bytes
+
+    tensors = 4 * 8 * 8192 * 64 * 4
+    assert tensors < attention() < 1.2 * tensors
+    assert attention(window=(1024, 0)) == attention() + 3 * 4 * 1024 * 2048

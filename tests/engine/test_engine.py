@@ -11,7 +11,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from service.attention import reference
+from service.attention import audit, reference, selection
 from service.attention.masks import MaskSpec
 from service.attention.workloads import diffuse, structured
 from service.config import Config
@@ -25,7 +25,9 @@ from service.core import (
     Priority,
     ScoreOptions,
 )
+from service.engine import planner
 from service.engine.batch import BatchRunner, Job, Outcome
+from service.engine.cost import selection_flops
 from service.engine.engine import Engine
 from service.errors import FarsightError, Kind
 
@@ -203,7 +205,8 @@ def test_a_caller_that_leaves_cancels_queued_work(engine: Engine) -> None:
     async def leave() -> tuple[int, Answer]:
         first = asyncio.create_task(engine.submit(attention(4096, 1, heads=8, mode="chunked")))
         await asyncio.sleep(0.05)  # on the device now
-        queued = asyncio.create_task(engine.submit(attention(64, 2)))
+        # as long as the first, so that it does not pass it
+        queued = asyncio.create_task(engine.submit(attention(4096, 2, heads=8, mode="chunked")))
         await asyncio.sleep(0.01)
         waiting = len(engine._scheduler)
         queued.cancel()
@@ -302,9 +305,103 @@ def test_estimates_price_all_plans_and_run_nothing(engine: Engine, registry: Col
     assert estimate.chosen is PlanKind.DENSE
     assert estimate.would_admit
     forward = run(engine.estimate_forward(embed("what does this cost?")))
+    assert set(forward.candidates) == set(PlanKind)
+    assert forward.chosen is PlanKind.DENSE
+    assert forward.would_admit
+    assert "under sparse_min_tokens" in forward.candidates[PlanKind.SPARSE].reason
     answer: Answer = run(engine.submit(embed("what does this cost?")))
     assert forward.candidates[PlanKind.DENSE].work.flops == answer.usage.flops
     assert total(registry, "batch_requests_count") - before == 1
+
+
+def test_an_estimate_of_a_pass_that_cannot_fit_says_so(engine: Engine) -> None:
+    text = embed("what does this cost?")
+    small = engine.config.model_copy(update={"max_peak_bytes": 1000})
+    other = Engine(small, engine.metrics, engine.profile, engine.models, torch.device("cpu"), 1)
+    try:
+        estimate = run(other.estimate_forward(text))
+        error = refusal(other, text)
+    finally:
+        other.close()
+    assert not estimate.would_admit
+    assert estimate.chosen is None
+    assert error.kind is Kind.TOO_LARGE
+    assert estimate.reason == error.message
+    assert "over the limit of 1000 bytes" in estimate.reason
+
+
+def test_an_estimate_is_what_the_plan_then_says(engine: Engine) -> None:
+    """With what was learned, wherever seconds are told; the queue counts the same ones."""
+    request = attention(300, heads=3, mode="chunked")
+
+    async def both() -> tuple[float, float, float]:
+        told_s = engine.estimate(request.shape, request.options).candidates[PlanKind.CHUNKED].predicted_s
+        job = await engine._job(request, 0.0, 1e9)
+        job.future.cancel()
+        return told_s, job.predicted_s, job.plan.predicted_s / job.plan.pace
+
+    for _ in range(20):
+        run(engine.submit(request))
+    told_s, planned_s, bare_s = run(both())
+    assert told_s == planned_s
+    bare = planner.candidates(request.shape, request.options, engine.profile, engine.config)[PlanKind.CHUNKED]
+    assert bare_s == pytest.approx(bare.predicted_s)
+    assert planned_s != bare.predicted_s
+
+
+def test_each_run_of_the_device_is_compared_with_its_prediction_once(
+    engine: Engine, registry: CollectorRegistry
+) -> None:
+    before = total(registry, "prediction_ratio_count", plan="dense")
+
+    async def together() -> list[Answer]:
+        return list(await asyncio.gather(*(engine.submit(attention(24, seed)) for seed in range(12))))
+
+    answers: list[Answer] = run(together())
+    batches = sum(1 / answer.batch_requests for answer in answers)
+    assert max(answer.batch_requests for answer in answers) > 1
+    assert total(registry, "prediction_ratio_count", plan="dense") - before == pytest.approx(batches)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_usage_of_a_sparse_answer_is_what_was_counted(
+    engine: Engine, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept blocks, outliers and centroids one by one, and the rows of the audit."""
+    request = attention(1500, 5, mode="sparse", is_causal=causal, max_error=1.0)
+    counted: list[int] = []
+    found_blocks, found_rows = selection.select, audit.attend_rows
+
+    def select(*arguments: Any) -> Any:
+        found = found_blocks(*arguments)
+        layout, visible = found.layout, torch.ones(1500, 1500, dtype=torch.bool)
+        visible = visible.tril() if causal else visible
+        whole = layout.whole()
+        for head in range(2):
+            keep = found.keep[0, head].repeat_interleave(128, 0).repeat_interleave(128, 1)[:1500, :1500]
+            counted.append(int((visible & keep).sum()))
+            rest = whole & ~found.keep[0, head]
+            rows = torch.tensor([min(128, 1500 - 128 * block) for block in range(layout.q_blocks)])
+            for position in found.moments[0][head].outliers.tolist():
+                counted.append(int((rest[:, position // 128] * rows).sum()))
+            for part in found.beside[0][head]:
+                for column in part.columns.tolist():
+                    counted.append(int((rest[part.blocks, column] * rows[part.blocks]).sum()))
+        return found
+
+    def attend_rows(*arguments: Any, **more: Any) -> Any:
+        rows = arguments[5]
+        counted.append(int((rows + 1).sum()) if causal else 1500 * rows.numel())
+        return found_rows(*arguments, **more)
+
+    monkeypatch.setattr(selection, "select", select)
+    monkeypatch.setattr(audit, "attend_rows", attend_rows)
+    answer: Answer = run(engine.submit(request))
+    assert answer.plan.kind is PlanKind.SPARSE
+    assert not answer.error.fallback
+    assert answer.usage.pairs_scored == sum(counted)
+    looked = selection_flops(request.shape, answer.usage.pairs_dense, engine.config.block_size)
+    assert answer.usage.flops == 4 * 16 * sum(counted) + looked
 
 
 def test_batch_priority_is_carried(engine: Engine) -> None:

@@ -16,10 +16,12 @@ from service.core import (
     LayerKind,
     ModelInfo,
     PlanKind,
+    Weights,
 )
 from service.engine import planner
 from service.engine.calibration import DeviceProfile
 from service.engine.cost import forward_work
+from service.engine.pace import Pace, unpaced
 from service.errors import FarsightError, Kind
 
 # seconds for a call, a launch, a number, a pair and a FLOP
@@ -73,27 +75,61 @@ def test_what_does_not_fit_memory_is_refused_with_both_numbers() -> None:
 
 
 def test_a_plan_that_fits_replaces_a_faster_one_that_does_not() -> None:
-    shape = replace(LONG, heads=1, kv_heads=1)
-    options = AttentionOptions(max_error=0)
+    options = AttentionOptions()
+    priced = planner.candidates(LONG, options, PROFILE, Config())
+    assert plan(LONG) is PlanKind.SPARSE
+    between = (priced[PlanKind.DENSE].work.peak_bytes + priced[PlanKind.SPARSE].work.peak_bytes) // 2
+    assert priced[PlanKind.SPARSE].work.peak_bytes > between
+    config = Config(max_peak_bytes=between)
+    assert planner.plan_attention(LONG, options, PROFILE, config).kind is PlanKind.DENSE
+    # where dense attention is too large as well, chunked replaces a sparse answer that errs
+    priced = planner.candidates(LONG, options, PROFILE, config)
+    small = {kind: replace(one, fits=kind is PlanKind.CHUNKED) for kind, one in priced.items()}
+    assert planner.exact_kind(priced, Pace()) is PlanKind.DENSE
+    assert planner.exact_kind(small, Pace()) is PlanKind.CHUNKED
+
+
+def test_what_was_learned_changes_a_choice_only_where_it_promises_much() -> None:
+    shape, options = replace(LONG, query_length=8192, key_length=8192), AttentionOptions()
     priced = planner.candidates(shape, options, PROFILE, Config())
-    between = (priced[PlanKind.DENSE].work.peak_bytes + priced[PlanKind.CHUNKED].work.peak_bytes) // 2
-    assert priced[PlanKind.DENSE].work.peak_bytes > between
-    chosen = planner.plan_attention(shape, options, PROFILE, Config(max_peak_bytes=between))
-    assert chosen.kind is PlanKind.CHUNKED
-    assert planner.exact_kind(shape, options, PROFILE, Config(max_peak_bytes=between)) is PlanKind.CHUNKED
+    sparse, dense = priced[PlanKind.SPARSE], priced[PlanKind.DENSE]
+    equal = dense.predicted_s / sparse.predicted_s
+    assert 1 < equal < 5  # corrections are bounded by 8
+    pace, kinds = Pace(), []
+    for slower in (1.0, 1.1 * equal, 0.9 * equal, 1.5 * equal):
+        for _ in range(100):
+            pace.learn(dense.path, dense.predicted_s, dense.predicted_s)
+            pace.learn(sparse.path, sparse.predicted_s, slower * sparse.predicted_s)
+        kinds.append(planner.choose_attention(priced, shape, options, Config(), pace).kind)
+    assert kinds == [PlanKind.SPARSE, PlanKind.SPARSE, PlanKind.SPARSE, PlanKind.DENSE]
+
+
+def test_a_plan_tells_what_was_learned_and_what_without() -> None:
+    pace = Pace()
+    priced = planner.candidates(SHORT, AttentionOptions(), PROFILE, Config())
+    dense = priced[PlanKind.DENSE]
+    for _ in range(200):
+        pace.learn(dense.path, dense.predicted_s, 2 * dense.predicted_s)
+    found = planner.choose_attention(priced, SHORT, AttentionOptions(), Config(), pace)
+    assert found.predicted_s == pytest.approx(2 * dense.predicted_s, rel=0.05)
+    assert found.shared_s == pytest.approx(2 * dense.shared_s, rel=0.05)
+    assert unpaced([found]) == (dense.path, pytest.approx(dense.predicted_s))
+    assert planner.paced(priced, pace)[PlanKind.DENSE].predicted_s == pytest.approx(found.predicted_s)
 
 
 EMBED = ForwardRequest("r", "m", "embed", EmbedOptions())
 INFO = ModelInfo(
-    *("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 30522, 22_000_000, 384, 1536, 10_600_000),
+    *("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 30522, 22_000_000, 384, 1536),
+    weights=Weights(10_600_000),
+    task_weights=Weights(10_600_000),
     attention=(LayerKind(6, is_causal=False),),
     packed=True,
 )
 
 
 def test_forward_work_grows_with_tokens_and_lengths() -> None:
-    one = planner.plan_forward(INFO, (512,), EMBED, PROFILE, Config())
-    split = planner.plan_forward(INFO, (256, 256), EMBED, PROFILE, Config())
+    one = planner.plan_forward(INFO, [(512, 0)], EMBED, PROFILE, Config())
+    split = planner.plan_forward(INFO, [(256, 0), (256, 0)], EMBED, PROFILE, Config())
     assert one.work.pairs == 2 * split.work.pairs
     assert one.predicted_s > split.predicted_s
 
@@ -101,7 +137,7 @@ def test_forward_work_grows_with_tokens_and_lengths() -> None:
 def test_long_forward_passes_are_sparse_unless_exact_is_asked_for() -> None:
     def kind(length: int, **options: Any) -> PlanKind:
         request = replace(EMBED, options=EmbedOptions(**options))
-        return planner.plan_forward(INFO, (length, 5), request, PROFILE, Config()).kind
+        return planner.plan_forward(INFO, [(length, 0), (5, 0)], request, PROFILE, Config()).kind
 
     assert kind(65536) is PlanKind.SPARSE
     assert kind(65536, max_error=0) is not PlanKind.SPARSE
@@ -114,7 +150,7 @@ def test_long_forward_passes_are_sparse_unless_exact_is_asked_for() -> None:
 
 def test_windowed_layers_cost_their_windows() -> None:
     windowed = replace(INFO, attention=(LayerKind(6, is_causal=True, window=(127, 0)),))
-    work = forward_work(windowed, [4096], EMBED, max_batch_tokens=16384)
+    work = forward_work(windowed, [(4096, 0)], EMBED, max_batch_tokens=16384)
     assert work.pairs == 6 * 12 * sum(min(row + 1, 128) for row in range(4096))
 
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from service.core import ScoreOptions
+from service.core import LOGITS_BYTES, ScoreOptions
 from service.models.tokens import Row, TextTokenizer, score_positions
-
-LOGITS_BYTES = 64 * 1024**2  # of one block of logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +40,7 @@ def score(
     found: list[torch.Tensor] = []
     wanted = score_positions(options, length)
     top: dict[int, tuple[tuple[int, float], ...]] = {}
-    one = logits_of(states[:1])
-    step = max(1, LOGITS_BYTES // (4 * one.shape[1]))
+    step = max(1, LOGITS_BYTES // (4 * logits_of(states[:0]).shape[1]))
     for start in range(0, length, step):
         pause()
         rows = range(start, min(start + step, length))
