@@ -1,4 +1,4 @@
-"""`farsight estimate | usage | key`: what a request would cost, what was spent, and who may spend."""
+"""`farsight estimate | usage | report | key`: what a request would cost, what was spent, and who may spend."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from service.core import AttentionOptions, AttentionShape
 app = typer.Typer()
 console = Console(highlight=False)
 
+MOST_HOURS = 14 * 24  # of a chart; more are days
+MOST_SINGLES = 20_000
 COLUMNS = ("requests", "tokens", "device_s", "cost_usd", "charged_usd", "saved_usd")
 
 
@@ -78,18 +80,13 @@ def usage(
     from service.billing.bank import BankError, LocalBank
 
     config = _config()
-    url = ledger or config.ledger
-    path = url.removeprefix("sqlite:///")
-    if path != url and not Path(path).exists():
-        _fail(f"there is no ledger at {path}")
     names = ("day", "tenant", "model", "plan") if as_csv else tuple(name for name in group_by.split(",") if name)
     try:
-        to_s = time.time() + 1.0 if to is None else moment(to)
-        from_s = to_s - 86_400.0 if from_ is None else moment(from_)
+        from_s, to_s = _period(from_, to)
         for name in names:
             if name not in store.GROUPS:
                 raise ValueError(f"group_by: {name!r} is none of {', '.join(store.GROUPS)}")
-        found = LocalBank(url).usage(from_s, to_s, names, None)
+        found = LocalBank(_url(ledger, config)).usage(from_s, to_s, names, None)
     except (ValueError, BankError) as error:
         _fail(str(error))
     if as_csv:
@@ -111,10 +108,54 @@ def usage(
 
 
 @app.command()
+def report(
+    ledger: Annotated[str | None, typer.Option("--from", help="SQLAlchemy URL; default FARSIGHT_LEDGER_URL's.")] = None,
+    since: Annotated[str | None, typer.Option(help="Date or time (UTC); default a day before --until.")] = None,
+    until: Annotated[str | None, typer.Option(help="Not included; default now.")] = None,
+    output: Annotated[Path, typer.Option(help="HTML.")] = Path("farsight-cost.html"),
+) -> None:
+    """One page of the ledger: spend over time by tenant and plan, saved against dense, latency, error."""
+    from service.billing.bank import BankError, LocalBank
+
+    try:
+        from service.billing.report import Ledger, page
+    except ImportError:
+        _fail("the report is drawn by matplotlib: pip install 'farsight[bench]'")
+    try:
+        from_s, to_s = _period(since, until)
+        bank = LocalBank(_url(ledger, _config()))
+        slot = "hour" if to_s - from_s <= MOST_HOURS * 3600 else "day"
+        found = bank.usage(from_s, to_s, ("tenant", "plan", "outcome", slot), None)
+        singles = bank.singles(from_s, to_s, MOST_SINGLES)
+    except (ValueError, BankError) as error:
+        _fail(str(error))
+    slot_s = 3600.0 if slot == "hour" else 86_400.0
+    output.write_text(page(Ledger(from_s, to_s, slot_s, found["groups"], slot, singles, found["capacity"])))
+    console.print(f"written to {output}", soft_wrap=True)
+
+
+@app.command()
 def key() -> None:
     """A new API key, and the hash of it that a tenant is configured with."""
     new = f"fs-{secrets.token_urlsafe(32)}"
     console.print(f"key         {new}\nkey_sha256  {key_hash(new)}", soft_wrap=True)
+
+
+def _period(from_: str | None, to: str | None) -> tuple[float, float]:
+    to_s = time.time() + 1.0 if to is None else moment(to)
+    from_s = to_s - 86_400.0 if from_ is None else moment(from_)
+    if not from_s < to_s:
+        raise ValueError(f"{time_of(from_s)} is not before {time_of(to_s)}")
+    return from_s, to_s
+
+
+def _url(given: str | None, config: Config) -> str:
+    """Of a ledger that is there: SQLite would make a new one."""
+    url = given or config.ledger
+    path = url.removeprefix("sqlite:///")
+    if path != url and not Path(path).exists():
+        raise ValueError(f"there is no ledger at {path}")
+    return url
 
 
 def _config() -> Config:

@@ -122,7 +122,7 @@ def add_routes(app: FastAPI, http: Http) -> None:
         if (body.attention is None) == (body.request is None) or (body.request is None) != (body.endpoint is None):
             raise invalid("give either `attention`, or `endpoint` with `request`")
         if body.attention is not None:
-            result = engine.estimate(*shape_of(body.attention))
+            result = engine.estimate(*shape_of(body.attention), call.tenant.name)
         elif body.endpoint == "/v1/attention":
             request, _ = await engine.off_loop(attention_from_json, call, body.request)
             result = await engine.priced(request)

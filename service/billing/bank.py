@@ -91,6 +91,11 @@ class LocalBank:
             groups = store.usage(connection, from_s, to_s, group_by, tenant)
             return {"groups": groups, "capacity": store.capacity_of(connection, from_s, to_s)}
 
+    def singles(self, from_s: float, to_s: float, most: int) -> list[dict[str, Any]]:
+        """See `store.singles`."""
+        with self._transaction(is_reading=True) as connection:
+            return store.singles(connection, from_s, to_s, most)
+
     def close(self) -> None:
         self._database.dispose()
 

@@ -70,10 +70,8 @@ class Books:
 
     async def accept(self, tenant: TenantConfig, request_id: str, endpoint: str, model: str, plan: Plan) -> Accepted:
         """Reserve what it is predicted to cost, and write it down. Raises FarsightError where it may not run."""
-        usd = plan.predicted_s * self._hour_usd / 3600
-        costs = {"usd": usd, "device_s": plan.predicted_s}
         try:
-            reserved = await self._purse.reserve(tenant, costs)
+            reserved = await self._purse.reserve(tenant, self._costs(plan))
         except FarsightError as error:
             if error.kind is Kind.OVER_BUDGET:
                 self._metrics.budget_refused(tenant.name)
@@ -109,6 +107,14 @@ class Books:
             self._purse.settle(reserved, {"usd": 0.0, "device_s": 0.0})
             self._failed("a request cannot be written down", error)
             raise FarsightError(Kind.UNAVAILABLE, "the ledger cannot be written", retry_after_s=5.0) from error
+
+    def check(self, tenant: TenantConfig, plan: Plan) -> None:
+        """Raise where it would be refused now, as far as this replica knows; asks nobody."""
+        self._purse.check(tenant, self._costs(plan))
+
+    def _costs(self, plan: Plan) -> dict[str, float]:
+        """By unit of a budget."""
+        return {"usd": plan.predicted_s * self._hour_usd / 3600, "device_s": plan.predicted_s}
 
     def settle(self, accepted: Accepted, failure: Kind | None, **used: Any) -> None:
         """Pay for `used` (columns of the ledger; left out: nothing), but for no failure of ours."""

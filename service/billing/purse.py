@@ -66,6 +66,13 @@ class Purse:
                 self._check(holding, amount)
                 await asyncio.get_running_loop().run_in_executor(self._asker, self._ask, holding, amount)
 
+    def check(self, tenant: TenantConfig, costs: Mapping[str, float]) -> None:
+        """Raise what `reserve` would raise, as far as that is known without asking."""
+        for budget in tenant.budgets:
+            holding = self._holdings.get((tenant.name, budget)) or Holding(tenant.name, budget)
+            if holding.balance < costs[budget.unit]:
+                self._check(holding, costs[budget.unit])
+
     def settle(self, reserved: Reserved, used: Mapping[str, float]) -> None:
         """Pay what was used instead of what was set aside."""
         with self._guard:

@@ -179,6 +179,16 @@ def usage(
     return [row for row in rows if row["requests"]]
 
 
+def singles(connection: sa.Connection, from_s: float, to_s: float, most: int) -> list[dict[str, Any]]:
+    """Requests of [from_s, to_s) one by one; of more than `most` evenly every k-th."""
+    where = sa.and_(requests.c.at_s >= from_s, requests.c.at_s < to_s)
+    count = connection.execute(sa.select(sa.func.count()).select_from(requests).where(where)).scalar_one()
+    step = max(1, -(-count // most))
+    names = ("at_s", "plan", "outcome", "total_s", "queue_s", "error_upper")
+    query = sa.select(*(requests.c[name] for name in names)).where(where, requests.c.number % step == 0)
+    return [dict(row) for row in connection.execute(query.order_by(requests.c.at_s)).mappings()]
+
+
 def capacity_of(connection: sa.Connection, from_s: float, to_s: float) -> dict[str, float]:
     """Device seconds used and idle in [from_s, to_s), and what they cost, as far as replicas have told."""
     names = ("used_s", "idle_s", "usd")

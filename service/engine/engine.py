@@ -298,8 +298,8 @@ class Engine:
             trail.answered(answer, self._clock())
         return answer
 
-    def estimate(self, shape: AttentionShape, options: AttentionOptions) -> Estimate:
-        """Price all plans of an attention request."""
+    def estimate(self, shape: AttentionShape, options: AttentionOptions, tenant: str = "default") -> Estimate:
+        """Price all plans of an attention request of this tenant."""
         priced = self._candidates(shape, options)
         try:
             self._check_weights(shape, options)
@@ -307,12 +307,12 @@ class Engine:
         except FarsightError as error:
             priced = planner.paced(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
-        return self._estimated(priced, plan, options.timeout_s)
+        return self._estimated(priced, plan, options.timeout_s, tenant)
 
     async def priced(self, request: Request) -> Estimate:
         """What this request would cost; it does not run."""
         if isinstance(request, AttentionRequest):
-            return self.estimate(request.shape, request.options)
+            return self.estimate(request.shape, request.options, request.tenant)
         return await self.estimate_forward(request)
 
     async def estimate_forward(self, request: ForwardRequest) -> Estimate:
@@ -325,14 +325,18 @@ class Engine:
         except FarsightError as error:
             priced = planner.paced(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
-        return self._estimated(priced, plan, request.options.timeout_s)
+        return self._estimated(priced, plan, request.options.timeout_s, request.tenant)
 
-    def _estimated(self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None) -> Estimate:
+    def _estimated(
+        self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None, tenant: str
+    ) -> Estimate:
         priced, ahead_s = planner.paced(priced, self._pace), self._ahead_s(plan.predicted_s)
         try:
             is_long = self._scheduler.is_long(plan.predicted_s)
             timeout_s = self._timeout_s(timeout_s)
             self.admission.admit(plan.predicted_s, ahead_s, timeout_s, is_long=is_long, asks_only=True)
+            if self.books is not None:
+                self.books.check(self.tenants.by_name.get(tenant, EVERYBODY), plan)
         except FarsightError as error:
             return Estimate(priced, plan.kind, error.message, ahead_s, False, error.retry_after_s)
         return Estimate(priced, plan.kind, plan.reason, ahead_s, would_admit=True)

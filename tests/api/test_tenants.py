@@ -123,6 +123,9 @@ def test_a_budget_that_is_too_small_is_told(call: Any) -> None:
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "over_budget"
     assert "budget usd/day of tenant 'poor'" in response.json()["error"]["message"]
+    priced = call("POST", "/v1/attention", json=SMALL, headers={**POOR, "x-dry-run": "true"}).json()
+    assert priced["would_admit"] is False
+    assert "budget usd/day of tenant 'poor'" in priced["chosen"]["reason"]
 
 
 @pytest.mark.parametrize(
