@@ -175,8 +175,14 @@ def usage(
     ]
     sums = [sa.func.sum(both.c[name]).label(name) for name in ("requests", *SUMS)]
     query = sa.select(*by, *sums).group_by(*by).order_by(*by)
-    rows = [dict(row) for row in connection.execute(query).mappings()]
-    return [row for row in rows if row["requests"]]
+    # PostgreSQL sums integers to decimals
+    whole = {"requests": int, "tokens": int}
+    rows = []
+    for found in connection.execute(query).mappings():
+        if found["requests"]:
+            told = [name for name in ("requests", *SUMS) if found[name] is not None]
+            rows.append({**found, **{name: whole.get(name, float)(found[name]) for name in told}})
+    return rows
 
 
 def singles(connection: sa.Connection, from_s: float, to_s: float, most: int) -> list[dict[str, Any]]:
