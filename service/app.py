@@ -14,7 +14,6 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from service.api.grpc import GrpcMethods
-from service.bank_actor import RemoteBank
 from service.config import Config
 from service.errors import Kind
 
@@ -30,6 +29,7 @@ class Farsight(GrpcMethods):
 
     def __init__(self, config: Config) -> None:
         # imported here: the driver and the controller also import this class, and need no models
+        from service.bank_actor import RemoteBank
         from service.engine.engine import Engine
         from service.engine.memory import Trimmer
         from service.telemetry import logging

@@ -193,14 +193,16 @@ def ray_environment(config: Config) -> dict[str, str]:
 
 
 def _run(config: Config) -> None:
-    # imported here: Ray reads its environment at import
-    import ray
-    from ray import serve as ray_serve
-    from ray.serve.config import HTTPOptions, gRPCOptions
-
-    from service.app import GRPC_SERVICERS, build
-
     _end_on_signals()
+    try:
+        # imported here: Ray reads its environment at import
+        import ray
+        from ray import serve as ray_serve
+        from ray.serve.config import HTTPOptions, gRPCOptions
+
+        from service.app import GRPC_SERVICERS, build
+    except KeyboardInterrupt:  # nothing has been started yet
+        return
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_s, answers = time.monotonic(), False
     console.print("starting Farsight ...")
