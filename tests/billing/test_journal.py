@@ -89,12 +89,13 @@ def test_a_line_cut_short_costs_only_itself(tmp_path: Path, caplog: pytest.LogCa
     bank, directory = bank_at(tmp_path, Clock()), tmp_path / "j"
     journal = Journal(directory)
     for _ in range(3):
-        journal.settled(journal.accepted(row()), row())
+        journal.settled(journal.accepted(row(outcome="lost")), row())
     path = next(directory.glob("*.jsonl"))
-    path.write_bytes(path.read_bytes()[:-20])
+    written = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(written[:-20] + bytes(20))
     os.close(journal._lock)
     assert adopt(directory, bank) == 1
-    assert outcomes(bank) == {"ok": 3} or outcomes(bank) == {"ok": 2, "lost": 1}
+    assert outcomes(bank) == {"ok": 2, "lost": 1}
     assert "cannot be read" in caplog.text
 
 
