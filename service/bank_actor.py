@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
-from service.billing.bank import BankError, Lease, LocalBank
+from service.billing.bank import BankError, Lease, LocalBank, RowsRefused
 from service.config import Budget, Config
 
 NAMESPACE = "farsight"
 ANSWER_S = 10.0  # that a replica waits for the bank
-MONEY, LEDGER = "money", "ledger"  # budgets need not wait for a long look into the ledger
+# budgets wait for nothing else, and rows not for a long look into the ledger
+MONEY, LEDGER, LOOKS = "money", "ledger", "looks"
 
 logger = logging.getLogger("farsight")
 
@@ -35,52 +38,80 @@ class _Actor:
     def record(self, requests: Sequence[Mapping[str, Any]], capacity: Sequence[Mapping[str, Any]]) -> None:
         self._bank.record(requests, capacity)
 
-    @ray.method(concurrency_group=LEDGER)
+    @ray.method(concurrency_group=LOOKS)
     def usage(self, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None) -> dict[str, Any]:
         return self._bank.usage(from_s, to_s, group_by, tenant)
 
 
 # Ray's type stubs do not know concurrency groups
 _remote: Any = ray.remote
-_BankActor = _remote(num_cpus=0, max_restarts=-1, concurrency_groups={MONEY: 1, LEDGER: 2})(_Actor)
+_BankActor = _remote(num_cpus=0, max_restarts=-1, concurrency_groups={MONEY: 1, LEDGER: 1, LOOKS: 1})(_Actor)
 
 
 class RemoteBank:
     """A `Bank` for replicas. Calls block: they are made on threads beside the event loop.
 
-    A lease whose answer was lost on the way is not asked for again by itself: it is spent by nobody, and the budget
-    refills. Rows that are recorded twice are in the ledger once.
+    A lease that is granted after we stopped waiting is given back; rows that are recorded twice are in the ledger
+    once.
     """
 
     def __init__(self, config: Config) -> None:
-        # detached: it outlives the replicas that come and go
-        self._actor = _BankActor.options(
-            name=bank_name(config), namespace=NAMESPACE, lifetime="detached", get_if_exists=True
-        ).remote(config.ledger, config.ledger_keep_days)
+        self._config = config
+        self._late: list[tuple[Any, str, Budget]] = []  # leases that may still be granted
+        self._actor = self._find()
         self.usage(0.0, 0.0, (), None)  # a service that could not write down what it does must not start
 
     def lease(self, tenant: str, budget: Budget, least: float, wanted: float) -> Lease:
-        lease: Lease = _answer(self._actor.lease.remote(tenant, budget, least, wanted))
+        self._take_late()
+        reference = self._actor.lease.remote(tenant, budget, least, wanted)
+        try:
+            lease: Lease = self._answer(reference)
+        except BankError:
+            self._late.append((reference, tenant, budget))
+            raise
         return lease
 
     def give_back(self, tenant: str, budget: Budget, amount: float) -> None:
-        _answer(self._actor.give_back.remote(tenant, budget, amount))
+        self._answer(self._actor.give_back.remote(tenant, budget, amount))
 
     def record(self, requests: Sequence[Mapping[str, Any]], capacity: Sequence[Mapping[str, Any]]) -> None:
-        _answer(self._actor.record.remote(requests, capacity))
+        self._answer(self._actor.record.remote(requests, capacity))
 
     def usage(self, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None) -> dict[str, Any]:
-        found: dict[str, Any] = _answer(self._actor.usage.remote(from_s, to_s, group_by, tenant))
+        found: dict[str, Any] = self._answer(self._actor.usage.remote(from_s, to_s, group_by, tenant))
         return found
+
+    def _find(self) -> Any:
+        # detached: it outlives the replicas that come and go
+        options = {"name": bank_name(self._config), "namespace": NAMESPACE, "lifetime": "detached"}
+        arguments = self._config.ledger, self._config.ledger_keep_days
+        return _BankActor.options(**options, get_if_exists=True).remote(*arguments)
+
+    def _answer(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference, timeout=ANSWER_S)
+        except RowsRefused as error:
+            raise RowsRefused(str(error)) from None
+        except ActorDiedError as error:
+            self._actor = self._find()
+            raise BankError("the bank has died") from error
+        except RayError as error:
+            raise BankError(f"the bank: {type(error).__name__}") from error
+
+    def _take_late(self) -> None:
+        for one in tuple(self._late):
+            reference, tenant, budget = one
+            if not ray.wait([reference], timeout=0)[0]:
+                continue
+            self._late.remove(one)
+            try:
+                lease: Lease = ray.get(reference)
+            except RayError:  # it was not granted
+                continue
+            self.give_back(tenant, budget, lease.granted)
 
 
 def bank_name(config: Config) -> str:
-    """One for all replicas of a service; another for another service of the same cluster."""
-    return f"farsight-bank-{config.http_port}"
-
-
-def _answer(reference: Any) -> Any:
-    try:
-        return ray.get(reference, timeout=ANSWER_S)
-    except RayError as error:  # dead, or slow; BankErrors of its own arrive as such
-        raise BankError(f"the bank: {type(error).__name__}") from error
+    """One for all replicas of a service; another for another service of the same cluster, or another ledger."""
+    settings = f"{config.ledger} {config.ledger_keep_days} {version('farsight')}"
+    return f"farsight-bank-{config.http_port}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # USD for an hour of a device
@@ -48,7 +48,7 @@ class ModelConfig(BaseModel):
 class Budget(BaseModel):
     """What a tenant may spend: `usd` or `device_s`, refilled evenly over a period, at most `burst` at one time."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     usd: float | None = Field(None, gt=0, allow_inf_nan=False)
     device_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Seconds of device time.")
@@ -85,7 +85,8 @@ class Budget(BaseModel):
 class TenantConfig(BaseModel):
     """Who may use the service, with what share of it, and for how much."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # an error must not show a key that was put where its hash belongs
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     key_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
@@ -106,7 +107,7 @@ class TenantConfig(BaseModel):
 class Config(BaseSettings):
     """Everything that can be set; nobody writes to it after start."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="FARSIGHT_")
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="FARSIGHT_", hide_input_in_errors=True)
 
     # where it listens
     host: str = "127.0.0.1"
@@ -123,7 +124,10 @@ class Config(BaseSettings):
         description="Replicas listen behind HAProxy on the 200 ports from here (100 HTTP, 100 gRPC). Two services on "
         "one machine need different ranges: Ray lets them share ports and mixes their traffic.",
     )
-    state_dir: Path = Field(Path(tempfile.gettempdir()) / "farsight", description="Where the metric files are kept.")
+    state_dir: Path = Field(
+        Path("~/.local/state/farsight"),
+        description="Where the ledger, its journals and the metric files are kept; on a disk that stays.",
+    )
     cache_dir: Path = Field(
         Path("~/.cache/farsight"), description="Where the measured speed of this device is kept between starts."
     )
@@ -232,6 +236,14 @@ class Config(BaseSettings):
         1.0, ge=0, le=1, description="Of requests whose caller has not decided (traceparent): how many are traced."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("state_dir")
+    @classmethod
+    def _expanded(cls, path: Path) -> Path:
+        try:
+            return path.expanduser()
+        except RuntimeError:  # nobody's home
+            return Path(tempfile.gettempdir()) / "farsight"
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
@@ -60,12 +59,12 @@ def add_routes(app: FastAPI, http: Http) -> None:
         if unknown:
             raise invalid(f"{next(iter(unknown))[:32]!r} is none of from, to, group_by")
         to_s = _moment(call, "to", time.time() + 1.0)  # what was accepted in this second is there
-        from_s = _moment(call, "from", to_s - DAY_S)
+        from_s = _moment(call, "from", max(0.0, to_s - DAY_S))
         if not from_s < to_s:
             raise invalid(f"from {time_of(from_s)} is not before to {time_of(to_s)}", param="from")
         group_by = group_names(call.query.get("group_by", "tenant,model"))
         tenant = None if call.tenant.is_admin else call.tenant.name
-        found = await asyncio.to_thread(engine.books.usage, from_s, to_s, group_by, tenant)
+        found = await engine.books.usage(from_s, to_s, group_by, tenant)
         return json_response(usage_document(found, from_s, to_s, group_by, is_whole=tenant is None))
 
     def parameter(name: str, text: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ class BankError(Exception):
     """The bank, or its database, does not answer now."""
 
 
+class RowsRefused(BankError):
+    """The database will never take one of these rows."""
+
+
 class Bank(Protocol):
     """What replicas ask: of `LocalBank`, or of the actor that holds one. Any call may raise BankError."""
 
@@ -49,10 +54,9 @@ class LocalBank:
     """
 
     def __init__(self, url: str, keep_days: float = 30.0, clock: Callable[[], float] = time.time) -> None:
-        try:
-            self._database, self._clock = store.connect(url), clock
-        except (sa.exc.SQLAlchemyError, OSError) as error:
-            raise BankError(f"the ledger cannot be opened: {getattr(error, 'orig', error)}") from None
+        self._url, self._clock = url, clock
+        self._opening = threading.Lock()
+        self._database: sa.Engine | None = None  # opened when it is first asked: it may be away when we start
         self._keep_s = keep_days * 86400
         self._folded_s = clock()
 
@@ -60,9 +64,9 @@ class LocalBank:
         """At least `least` of a tenant's budget and at most `wanted` (>= least), or nothing and when to come back."""
         now_s = self._clock()
         with self._transaction() as connection:
-            level = self._level(connection, tenant, budget, now_s)
+            level, at_s = self._level(connection, tenant, budget, now_s)
             granted = min(level, wanted) if level >= least - SETTLE_S else 0.0
-            self._set_level(connection, tenant, budget, level - granted, now_s)
+            self._set_level(connection, tenant, budget, level - granted, at_s)
         missing = 0.0 if granted or least <= 0 else least - level
         refill_s = missing * budget.period_s / budget.amount
         return Lease(granted, refill_s, (level - granted) / budget.capacity)
@@ -71,8 +75,8 @@ class LocalBank:
         """What a replica leased and did not spend; negative: what it spent beyond its lease."""
         now_s = self._clock()
         with self._transaction() as connection:
-            level = self._level(connection, tenant, budget, now_s)
-            self._set_level(connection, tenant, budget, min(budget.capacity, level + amount), now_s)
+            level, at_s = self._level(connection, tenant, budget, now_s)
+            self._set_level(connection, tenant, budget, min(budget.capacity, level + amount), at_s)
 
     def record(self, requests: Sequence[Mapping[str, Any]], capacity: Sequence[Mapping[str, Any]]) -> None:
         """Rows of a journal; those that are there already change nothing."""
@@ -82,7 +86,7 @@ class LocalBank:
         now_s = self._clock()
         if now_s - self._folded_s > FOLD_EVERY_S:
             self._folded_s = now_s
-            with self._transaction() as connection:
+            with self._transaction(is_folding=True) as connection:
                 store.fold(connection, now_s - self._keep_s)
 
     def usage(self, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None) -> dict[str, Any]:
@@ -97,28 +101,45 @@ class LocalBank:
             return store.singles(connection, from_s, to_s, most)
 
     def close(self) -> None:
-        self._database.dispose()
+        if self._database is not None:
+            self._database.dispose()
+
+    def _open(self) -> sa.Engine:
+        with self._opening:
+            if self._database is None:
+                self._database = store.connect(self._url)
+            return self._database
 
     @contextmanager
-    def _transaction(self, *, is_reading: bool = False) -> Iterator[sa.Connection]:
+    def _transaction(self, *, is_reading: bool = False, is_folding: bool = False) -> Iterator[sa.Connection]:
         try:
-            with self._database.execution_options(**{store.READING: is_reading}).begin() as connection:
+            engine = self._open().execution_options(**{store.READING: is_reading})
+            if is_folding and engine.dialect.name == "postgresql":
+                # what is deleted is what was summed; of two that fold at once one fails, and tries again in an hour
+                engine = engine.execution_options(isolation_level="REPEATABLE READ")
+            with engine.begin() as connection:
                 yield connection
+        except (sa.exc.IntegrityError, sa.exc.DataError) as error:
+            raise RowsRefused(f"{type(error).__name__}: {error.orig}") from None
+        except OSError as error:
+            raise BankError(f"the ledger cannot be opened: {error}") from None
         except sa.exc.SQLAlchemyError as error:
             # without its parameters: a row is nobody's business in a log
             raise BankError(f"{type(error).__name__}: {getattr(error, 'orig', error)}") from None
 
-    def _level(self, connection: sa.Connection, tenant: str, budget: Budget, now_s: float) -> float:
-        """Now: what was left, and what flowed in since. A budget that nobody has touched is full."""
+    def _level(self, connection: sa.Connection, tenant: str, budget: Budget, now_s: float) -> tuple[float, float]:
+        """What was left and what flowed in since, and the time that this holds for: never before one that was told,
+        whatever clocks do. A budget that nobody has touched is full."""
         table = store.budgets
         full = {"tenant": tenant, "budget": budget.name, "level": budget.capacity, "at_s": now_s}
         store.add_new(connection, table, [full])
         query = sa.select(table.c.level, table.c.at_s).where(table.c.tenant == tenant, table.c.budget == budget.name)
         found = connection.execute(query.with_for_update()).one()
-        since_s = max(0.0, now_s - found.at_s)
-        return float(min(budget.capacity, found.level + since_s * budget.amount / budget.period_s))
+        at_s = max(now_s, float(found.at_s))
+        level = float(found.level) + (at_s - float(found.at_s)) * budget.amount / budget.period_s
+        return min(budget.capacity, level), at_s
 
-    def _set_level(self, connection: sa.Connection, tenant: str, budget: Budget, level: float, now_s: float) -> None:
+    def _set_level(self, connection: sa.Connection, tenant: str, budget: Budget, level: float, at_s: float) -> None:
         table = store.budgets
         same = sa.and_(table.c.tenant == tenant, table.c.budget == budget.name)
-        connection.execute(table.update().where(same).values(level=level, at_s=now_s))
+        connection.execute(table.update().where(same).values(level=level, at_s=at_s))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,7 @@ class Books:
         self._capacity: Callable[[], Capacity] = lambda: Capacity(0.0, 0.0)
         self._ticks = 0
         self._shipping = threading.Lock()
+        self._reader = ThreadPoolExecutor(1, "ledger")
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="books", daemon=True)
 
@@ -129,14 +132,18 @@ class Books:
         except OSError as error:  # it is done and will be answered; this line is all that is left of it
             self._failed(f"a settled request cannot be written down: {row}", error)
 
-    def usage(self, from_s: float, to_s: float, group_by: tuple[str, ...], tenant: str | None) -> dict[str, Any]:
-        """What the ledger knows, of this replica to this moment and of others to a second or so before. Blocks.
+    async def usage(self, from_s: float, to_s: float, group_by: tuple[str, ...], tenant: str | None) -> dict[str, Any]:
+        """What the ledger knows, of this replica to this moment and of others to a second or so before.
 
         Raises FarsightError (UNAVAILABLE).
         """
-        try:
+
+        def ask() -> dict[str, Any]:
             self._journal_to_bank()
             return self._bank.usage(from_s, to_s, group_by, tenant)
+
+        try:  # one at a time: who asks in a loop waits for himself
+            return await asyncio.get_running_loop().run_in_executor(self._reader, ask)
         except BankError as error:
             raise FarsightError(Kind.UNAVAILABLE, "the ledger does not answer", retry_after_s=2.0) from error
 
@@ -146,6 +153,7 @@ class Books:
         if self._thread.is_alive():
             self._thread.join()
         self._tell_capacity()
+        self._reader.shutdown()
         self._purse.close()
         self._journal.close(self._bank)
 
@@ -158,17 +166,23 @@ class Books:
     def tick(self) -> None:
         """Every second; what fails is told and tried again."""
         self._ticks += 1
-        self._tenants.refresh()
-        self._export()
-        try:
-            if self._ticks % CAPACITY_EVERY == 0:
-                self._tell_capacity()
-            self._journal_to_bank()
-            self._purse.tend()
-            if self._ticks % ADOPT_EVERY == 1 and (lost := adopt(self._directory, self._bank)):
-                logger.warning("%d requests were lost with a replica that died; nobody pays for them", lost)
-        except (BankError, OSError) as error:
-            self._failed("the ledger is behind, and is tried again", error)
+        work = [self._tenants.refresh, self._export, self._journal_to_bank, self._purse.tend]
+        if self._ticks % CAPACITY_EVERY == 0:
+            work.insert(0, self._tell_capacity)
+        if self._ticks % ADOPT_EVERY == 1:
+            work.append(self._adopt)
+        for one in work:  # none keeps the next from its turn
+            try:
+                one()
+            except (BankError, OSError) as error:
+                self._failed("the ledger is behind, and is tried again", error)
+            except Exception as error:
+                self._metrics.ledger_errors.inc()
+                logger.error("a bug in the books", exc_info=error)
+
+    def _adopt(self) -> None:
+        if lost := adopt(self._directory, self._bank):
+            logger.warning("%d requests were lost with a replica that died; nobody pays for them", lost)
 
     def _export(self) -> None:
         now = self._capacity()
@@ -180,6 +194,7 @@ class Books:
         for holding in self._purse.holdings():
             self._metrics.budget_used(holding.tenant, holding.budget.name, 1 - holding.level)
         self._metrics.ledger_pending.set(self._journal.pending)
+        self._metrics.tell_memory()
 
     def _tell_capacity(self) -> None:
         now = self._capacity()

@@ -15,13 +15,14 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from service.billing.bank import Bank
+from service.billing.bank import Bank, RowsRefused
 
 logger = logging.getLogger("farsight")
 
@@ -46,11 +47,10 @@ class Journal:
     """Of one replica. Lines are written by one thread; `ship` is called by another."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.id = uuid.uuid4().hex
         self._directory = directory
-        self._lock = os.open(_lock_path(directory, self.id), os.O_WRONLY | os.O_CREAT, 0o600)  # held for life
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock = _held_for_life(_lock_path(directory, self.id))
         self._number = self._segments = 0
         self._guard = threading.Lock()
         self.pending = 0  # lines that the bank has not taken yet
@@ -87,8 +87,9 @@ class Journal:
                 if (path := self._unsettled.pop(row["number"], None)) is not None:
                     touched.add(path)
             for path in touched - set(self._unsettled.values()):
-                path.unlink()
+                path.unlink(missing_ok=True)
             del self._closed[0]
+        os.utime(self._lock)  # what cleans up old files by their age leaves it
 
     def close(self, bank: Bank) -> None:
         """Ship, and leave nothing behind where everything is settled."""
@@ -189,14 +190,39 @@ def _take_over(directory: Path, journal: str, bank: Bank) -> int:
         lost += len(gone)
         _record(bank, segment)
     for segment in segments:
-        segment.path.unlink()
+        segment.path.unlink(missing_ok=True)
     return lost
 
 
 def _record(bank: Bank, segment: _Segment) -> None:
     for start in range(0, max(len(segment.requests), len(segment.capacity)), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
-        bank.record(segment.requests[block], segment.capacity[block])
+        try:
+            bank.record(segment.requests[block], segment.capacity[block])
+        except RowsRefused:
+            for row in segment.requests[block]:
+                _record_alone(bank, row, is_capacity=False)
+            for row in segment.capacity[block]:
+                _record_alone(bank, row, is_capacity=True)
+
+
+def _record_alone(bank: Bank, row: dict[str, Any], *, is_capacity: bool) -> None:
+    """One that the database will never take must not keep the others out; the log is all that is left of it."""
+    try:
+        bank.record([] if is_capacity else [row], [row] if is_capacity else [])
+    except RowsRefused as error:
+        logger.error("the ledger refuses a row: %s: %s", error, row)
+
+
+def _held_for_life(path: Path) -> int:
+    """A new lock; again where somebody who cleans up was quicker than the lock."""
+    while True:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.fstat(file).st_ino == path.stat().st_ino:
+                return file
+        os.close(file)
 
 
 def _read(path: Path, journal: str) -> _Segment:
@@ -216,6 +242,9 @@ def _read(path: Path, journal: str) -> _Segment:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    if not path.exists():
+        logger.error("%s is gone, and what was in it", path)
+        return
     for line in path.read_bytes().rstrip(b"\0").splitlines():
         try:
             kind, number, row = orjson.loads(line)

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from service.billing.bank import Bank
+from service.billing.bank import Bank, BankError
 from service.config import Budget, TenantConfig
 from service.errors import FarsightError, Kind
 
 QUIET_S = 30.0  # without a request of the tenant: its lease goes back
+ASK_AGAIN_S = 2.0  # after the bank refused, or did not answer: others may have given something back
+MOST_LEASES = 2  # that are held; what refunds add beyond goes back
+LEVEL_EVERY = 10  # ticks between two looks at a budget that is not used here
 
 
 @dataclass(slots=True)
@@ -27,7 +30,8 @@ class Holding:
     level: float = 1.0  # of the whole budget, when the bank was last asked
     used_at_s: float = 0.0
     refused: float = float("inf")  # the bank had less than so much,
-    until_s: float = 0.0  # and has it then
+    until_s: float = 0.0  # has it then by itself,
+    ask_at_s: float = 0.0  # and may be asked again now
 
 
 Reserved = tuple[tuple[Holding, float], ...]
@@ -40,6 +44,8 @@ class Purse:
         self._bank, self._share, self._clock = bank, lease_share, clock
         self._holdings: dict[tuple[str, Budget], Holding] = {}
         self._guard = threading.Lock()
+        self._away_until_s = 0.0
+        self._ticks = 0
         self._asker = ThreadPoolExecutor(1, "bank")
 
     def holdings(self) -> list[Holding]:
@@ -88,7 +94,7 @@ class Purse:
         """Give everything back."""
         try:
             for holding in self.holdings():
-                self._give_back(holding)
+                self._give_back(holding, holding.balance)
         finally:
             self._asker.shutdown()
 
@@ -107,9 +113,11 @@ class Purse:
                 f"{budget.name} of tenant {holding.tenant!r} ever has at one time",
                 code="over_budget",
             )
-        left_s = holding.until_s - self._clock()
-        if left_s > 0 and amount - holding.balance >= holding.refused:
-            raise self._refusal(holding, amount, left_s)
+        now_s = self._clock()
+        if now_s < self._away_until_s:
+            raise BankError("the bank did not answer a moment ago")
+        if now_s < holding.ask_at_s and amount - holding.balance >= holding.refused:
+            raise self._refusal(holding, amount, max(0.0, holding.until_s - now_s))
 
     def _refusal(self, holding: Holding, amount: float, refill_s: float) -> FarsightError:
         budget = holding.budget
@@ -126,22 +134,34 @@ class Purse:
         missing = amount - holding.balance
         if missing <= 0:  # an answer to somebody else brought enough
             return
-        lease = self._bank.lease(
-            holding.tenant, holding.budget, missing, missing + self._share * holding.budget.capacity
-        )
+        if self._clock() < self._away_until_s:
+            raise BankError("the bank did not answer a moment ago")
+        try:
+            lease = self._bank.lease(
+                holding.tenant, holding.budget, missing, missing + self._share * holding.budget.capacity
+            )
+        except BankError:
+            self._away_until_s = self._clock() + ASK_AGAIN_S  # who waits behind this one need not wait as long
+            raise
         with self._guard:
             holding.level = lease.level
             if not lease.granted:
                 holding.refused, holding.until_s = missing, self._clock() + lease.refill_s
+                holding.ask_at_s = self._clock() + min(lease.refill_s, ASK_AGAIN_S)
                 raise self._refusal(holding, amount, lease.refill_s)
             holding.balance += lease.granted
-            holding.refused, holding.until_s = float("inf"), 0.0
+            holding.refused = float("inf")
 
     def _tend(self) -> None:
+        self._ticks += 1
         for holding in self.holdings():
             lease = self._share * holding.budget.capacity
             if self._clock() - holding.used_at_s > QUIET_S:
-                self._give_back(holding)
+                self._give_back(holding, holding.balance)
+                if holding.level < 1 and self._ticks % LEVEL_EVERY == 0:
+                    holding.level = self._bank.lease(holding.tenant, holding.budget, 0.0, 0.0).level
+            elif holding.balance > MOST_LEASES * lease:
+                self._give_back(holding, holding.balance - lease)
             elif holding.balance < lease / 2:
                 asked = lease - holding.balance
                 # of what there is, as much as there is
@@ -150,9 +170,9 @@ class Purse:
                     holding.balance += answer.granted
                     holding.level = answer.level
 
-    def _give_back(self, holding: Holding) -> None:
+    def _give_back(self, holding: Holding, amount: float) -> None:
         with self._guard:
-            amount, holding.balance = holding.balance, 0.0
+            holding.balance -= amount
         if amount:
             try:
                 self._bank.give_back(holding.tenant, holding.budget, amount)

@@ -84,7 +84,8 @@ def connect(url: str) -> sa.Engine:
     parsed = sa.make_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite and parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        Path(parsed.database).touch(0o600)
     engine = sa.create_engine(parsed, pool_pre_ping=not is_sqlite)
     if is_sqlite:
 
@@ -102,7 +103,10 @@ def connect(url: str) -> sa.Engine:
             is_reading = connection.get_execution_options().get(READING, False)
             connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")
 
-    tables.create_all(engine)
+    try:
+        tables.create_all(engine)
+    except sa.exc.DBAPIError:  # somebody else makes them at this moment
+        tables.create_all(engine)
     return engine
 
 

@@ -41,6 +41,7 @@ class Tenants:
         self._read_at = 0.0
         self._by_hash: dict[str, TenantConfig] = {}
         self.by_name: dict[str, TenantConfig] = {}
+        self.weights: dict[str, float] = {}  # the same object for ever: the scheduler looks into it
         self._set(config.tenants_file)
 
     @property
@@ -63,6 +64,14 @@ class Tenants:
         if tenant is None:
             raise FarsightError(Kind.UNAUTHENTICATED, "the API key is not known")
         return tenant
+
+    def named(self, name: str) -> TenantConfig:
+        """Of a request on its way; 401 where its tenant was removed meanwhile. In process nobody has a key."""
+        if name in self.by_name:
+            return self.by_name[name]
+        if not self.is_open and name != EVERYBODY.name:
+            raise FarsightError(Kind.UNAUTHENTICATED, "the tenant of this API key is no more")
+        return EVERYBODY
 
     def refresh(self) -> None:
         """Take a changed file in; one that cannot be used leaves things as they are, and is told."""
@@ -92,6 +101,7 @@ class Tenants:
         if file is not None and not by_name:
             raise ValueError(f"{file} names no tenant: the service would be open to everybody")
         self._by_hash, self.by_name = by_hash, by_name
+        self.weights.update({name: tenant.weight for name, tenant in by_name.items()})
 
 
 def _from_file(file: Path) -> list[TenantConfig]:

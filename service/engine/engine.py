@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import ValidationError
 
-from service.billing.tenants import EVERYBODY, Tenants
+from service.billing.tenants import Tenants
 from service.config import Config, ModelConfig
 from service.core import (
     Answer,
@@ -81,6 +81,7 @@ logger = logging.getLogger("farsight")
 
 # kept of a caller's timeout for writing the answer; Serve ends the same wait with a 408 of its own
 ANSWER_MARGIN_S = 0.05
+INLINE_ROWS = 64  # of a forward request that is priced on the event loop
 MAX_TIMEOUT_S = 86_400.0  # event loops have no timers for longer than some weeks
 
 
@@ -129,7 +130,7 @@ class Engine:
             config.target_slice_s,
             max_wait_s=config.max_queue_s,
             max_bytes=planner.max_peak_bytes(profile, config),
-            tenant_weights=config.tenant_weights,
+            tenant_weights=self.tenants.weights,
             order=config.order,
         )
         self._runner = BatchRunner(config, device, clock, self._between, self.energy)
@@ -148,6 +149,7 @@ class Engine:
         self._asked_s = clock()
         self._lost = False  # the device answers no more
         self._waiting: set[Job] = set()  # for their one result
+        self._done: dict[int, tuple[list[Job], list[Result]]] = {}  # by the device, and not told to the loop yet
         # last: its thread takes work at once. Its condition guards the scheduler, the stack and the audits
         self._executor = Executor(cpu_threads, self._next, self._died)
         self.books: Books | None = None
@@ -319,7 +321,7 @@ class Engine:
         """Price all plans of a forward pass: its inputs are tokenised (on the CPU), the device is not touched."""
         model = self.models.model(request.model)
         tokenized = await self._tokenize(model, request)
-        info, sizes, priced = self._forward_candidates(model, tokenized, request, everything=True)
+        info, sizes, priced = await self._priced_forward(model, tokenized, request, everything=True)
         try:
             plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
         except FarsightError as error:
@@ -336,7 +338,7 @@ class Engine:
             timeout_s = self._timeout_s(timeout_s)
             self.admission.admit(plan.predicted_s, ahead_s, timeout_s, is_long=is_long, asks_only=True)
             if self.books is not None:
-                self.books.check(self.tenants.by_name.get(tenant, EVERYBODY), plan)
+                self.books.check(self.tenants.named(tenant), plan)
         except FarsightError as error:
             return Estimate(priced, plan.kind, error.message, ahead_s, False, error.retry_after_s)
         return Estimate(priced, plan.kind, plan.reason, ahead_s, would_admit=True)
@@ -344,6 +346,8 @@ class Engine:
     def close(self) -> None:
         """End the threads once what is queued on them has run; later requests are refused as unavailable."""
         self._executor.stop()
+        for key in tuple(self._done):  # the loop that would do it may wait for us
+            self._finished(key)
         if self.books is not None:
             self.books.close()
         self._workers.shutdown()
@@ -361,15 +365,14 @@ class Engine:
         job = await self._job(request, arrived_s, arrived_s + timeout_s)
         if trail is not None:
             job.trail, trail.plan, trail.planned_s = trail, job.plan, job.queued_s
-        ahead_s, is_long = self._ahead_s(job.predicted_s), self._scheduler.is_long(job.predicted_s)
-        self.admission.admit(job.predicted_s, ahead_s, timeout_s, job.queued_s - arrived_s, is_long=is_long)
+        self._admit(job, timeout_s)
         if self.books is not None:
-            tenant = self.tenants.by_name.get(request.tenant, EVERYBODY)
-            label = self._label(request)
-            job.accepted = await self.books.accept(tenant, request.id, _endpoint(request), label, job.plan)
+            await self._accept(job, self.books)
         if trail is not None:
             trail.admitted_s = self._clock()
         try:
+            if self._clock() - job.queued_s > ANSWER_MARGIN_S:  # the bank was asked, and others came meanwhile
+                self._admit(job, timeout_s)
             return await self._run(job)
         except FarsightError as error:
             self._left(job, error.kind)
@@ -378,10 +381,22 @@ class Engine:
             self._left(job, Kind.CANCELLED)
             raise
 
+    def _admit(self, job: Job, timeout_s: float) -> None:
+        ahead_s, is_long = self._ahead_s(job.predicted_s), self._scheduler.is_long(job.predicted_s)
+        self.admission.admit(job.predicted_s, ahead_s, timeout_s, self._clock() - job.arrived_s, is_long=is_long)
+
+    async def _accept(self, job: Job, books: Books) -> None:
+        """Reserve and write down; as long as the caller waits, at most."""
+        request = job.request
+        tenant, label = self.tenants.named(request.tenant), self._label(request)
+        try:
+            async with asyncio.timeout(max(0.0, job.deadline_s - self._clock())):
+                job.accepted = await books.accept(tenant, request.id, _endpoint(request), label, job.plan)
+        except TimeoutError:
+            raise self._late(job, "asking for the budget") from None
+
     def _left(self, job: Job, kind: Kind) -> None:
         """A request ends without an answer. One that runs is settled when it has stopped: it used the device."""
-        if job.accepted is None:
-            return
         if not job.has_begun:
             self._settle(job, kind)
         elif not job.is_settled:
@@ -401,7 +416,7 @@ class Engine:
         tokenized = await self._tokenize(model, request, deadline_s)
         if self.trails is not None:
             self.trails.tokenized()
-        info, sizes, priced = self._forward_candidates(model, tokenized, request)
+        info, sizes, priced = await self._priced_forward(model, tokenized, request)
         plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
         key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
@@ -468,7 +483,9 @@ class Engine:
                 self._pace.learn(*unpaced([job.plan for job in batch.items]), used_s)
                 self.metrics.predicted(batch.items[0].plan.kind, batch.predicted_s, used_s)
             self._scheduler.finished(batch, used_s)
-        self._hand_over(batch.items[0], self._finished, batch.items, results)
+        done = batch.items, results
+        self._done[id(done)] = done
+        self._hand_over(batch.items[0], self._finished, id(done))
 
     def _between(self, used_s: float) -> float:
         """At a checkpoint of the innermost run, which has used `used_s`: run what has more claim to the device.
@@ -523,14 +540,18 @@ class Engine:
 
     # -- back on the event loop ---------------------------------------------------------------------------------
 
-    def _finished(self, jobs: list[Job], results: list[Result]) -> None:
+    def _finished(self, key: int) -> None:
+        if key not in self._done:  # done by `close`
+            return
+        jobs, results = self._done.pop(key)
         for job, result in zip(jobs, results, strict=True):
-            if self.trails is not None and job.trail is not None:
-                self.trails.ran(job.trail, result)
             try:
+                if self.trails is not None and job.trail is not None:
+                    self.trails.ran(job.trail, result)
                 self._end(job, result)
             except Exception as error:  # a bug, and not of its neighbours
                 logger.error("request %s cannot be accounted", job.request.id, exc_info=error)
+                self._settle(job, Kind.INTERNAL, result)
                 if not job.future.done():
                     job.future.set_exception(self._failure(job, error))
         if (model := jobs[0].model) is not None and isinstance(results[0].outcome, Outcome):
@@ -539,7 +560,7 @@ class Engine:
         self.metrics.batch(results, self._scheduler.queued_s)
 
     def _end(self, job: Job, result: Result) -> None:
-        if job.future.done():  # late or gone: already answered
+        if job.future.done() or job.future.get_loop().is_closed():  # late or gone: already answered
             self._settle(job, job.failed_as or Kind.CANCELLED, result)
         elif isinstance(result.outcome, Exception):
             failure = self._failure(job, result.outcome)
@@ -557,15 +578,17 @@ class Engine:
         self, job: Job, failure: Kind | None, result: Result | None = None, answer: Answer | None = None
     ) -> None:
         """What the request used, into the metrics and the ledger; it may have failed, or its caller left."""
+        if job.is_settled:
+            return
+        job.is_settled = True
         device_s = result.device_s if result else 0.0
         usd = cost_usd(device_s, self.hour_usd)
         plan = answer.plan if answer else job.plan
         if result is not None:
             model = self._label(job.request)
             self.metrics.spent(model, plan.kind.value, job.tenant, device_s, usd, result.joules)
-        if job.accepted is None or self.books is None or job.is_settled:
+        if job.accepted is None or self.books is None:
             return
-        job.is_settled = True
         used: dict[str, Any] = {"plan": plan.kind.value, "device_s": device_s, "cost_usd": usd}
         if result is not None:
             used["joules"] = result.joules
@@ -698,6 +721,13 @@ class Engine:
             raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
         assert isinstance(tokenized, Tokenized), "bug: tokenize returned something else"
         return tokenized
+
+    async def _priced_forward(
+        self, model: Model, tokenized: Tokenized, request: ForwardRequest, *, everything: bool = False
+    ) -> tuple[ModelInfo, list[Size], planner.Candidates]:
+        """Of a few inputs at once; thousands of lengths take tenths of a second, on a thread beside the loop."""
+        price = partial(self._forward_candidates, model, tokenized, request, everything=everything)
+        return await self.off_loop(price) if len(tokenized.rows) > INLINE_ROWS else price()
 
     def _forward_candidates(
         self, model: Model, tokenized: Tokenized, request: ForwardRequest, *, everything: bool = False

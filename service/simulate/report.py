@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from service.config import Config
 from service.engine.accounting import cost_usd
+from service.engine.executor import device_names, pick_device
 from service.simulate.cluster import Arrival, Replica
 
 
@@ -38,7 +39,7 @@ def row(trace: Sequence[Arrival], cluster: Sequence[Replica], config: Config) ->
     whole_s = duration_s * len(cluster)
     work_s = sum(one.predicted_s for one in trace)
     refused_s = work_s - sum(one.predicted_s for one in answered)
-    price = config.hour_usd("cpu")
+    price = config.hour_usd(*device_names(pick_device(config.device)))
     return Row(
         replicas=len(cluster),
         short_p50_s=percentile(short, 0.5),

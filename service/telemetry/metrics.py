@@ -79,7 +79,7 @@ class Metrics:
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(f"farsight_{name}", text, labels, registry=registry, buckets=buckets)
 
-        Mode = Literal["livesum", "livemax", "livemin", "mostrecent"]
+        Mode = Literal["livesum", "livemax", "livemin", "livemostrecent"]
 
         def gauge(name: str, text: str, mode: Mode, *labels: str) -> Gauge:
             return Gauge(f"farsight_{name}", text, labels, registry=registry, multiprocess_mode=mode)
@@ -100,7 +100,7 @@ class Metrics:
         self.idle_seconds = counter("device_idle_seconds", "Time that the device had nothing to do.")
         self.energy = counter("energy_joules", "Measured energy, shared over a batch.", "tenant", "model", "plan")
         self.budget_used_ratio = gauge(
-            "budget_used_ratio", "Spent of a budget, as a share of it.", "mostrecent", "tenant", "budget"
+            "budget_used_ratio", "Spent of a budget, as a share of it.", "livemostrecent", "tenant", "budget"
         )
         self.refused_by_budget = counter("budget_refused", "Requests refused because a budget was spent.", "tenant")
         self.ledger_pending = gauge("ledger_pending_rows", "Rows of the ledger that are not written yet.", "livesum")
@@ -134,7 +134,7 @@ class Metrics:
         )
         self.prediction = histogram("prediction_ratio", "Predicted over actual seconds of a run.", AROUND_ONE, "plan")
         self.memory_limit.set(memory_limit_bytes())
-        self._tell_memory()
+        self.tell_memory()
 
     @cached_property
     def idle_energy(self) -> Counter:
@@ -226,7 +226,7 @@ class Metrics:
             self.slice.observe(result.slice_s)
             self.paused.inc(result.paused_s)
         if time.monotonic() >= self._memory_told_s + 1:
-            self._tell_memory()
+            self.tell_memory()
 
     def idle(self, seconds: float, joules: float | None = None) -> None:
         """The device had nothing to do for `seconds`, and used `joules` where that is measured."""
@@ -245,7 +245,7 @@ class Metrics:
     def budget_refused(self, tenant: str) -> None:
         self.refused_by_budget.labels(self.tenant(tenant)).inc()
 
-    def _tell_memory(self) -> None:
+    def tell_memory(self) -> None:
         self._memory_told_s = time.monotonic()
         # ru_maxrss is in KiB on Linux
         self.peak_memory.set(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

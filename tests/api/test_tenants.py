@@ -107,12 +107,24 @@ def test_usage_is_ones_own_or_an_administrators(call: Any) -> None:
     assert hours["from"] == "2026-01-01T00:00:00Z"
     assert hours["data"][0]["day"].endswith("T00:00:00Z")
     assert call("GET", "/v1/usage?from=0&to=1000", headers=ROOT).json()["data"] == []
+    assert call("GET", "/v1/usage?to=1970-01-01", headers=ROOT).status_code == 422  # from and to are one
 
 
 @pytest.mark.parametrize(
-    "query", ["from=yesterday", "to=nan", "from=1e400", "from=2026-02-01&to=2026-01-01", "group_by=user", "tenant=a",
-              "group_by=plan,plan"],
-)  # fmt: skip
+    "query",
+    [
+        "from=yesterday",
+        "to=nan",
+        "from=1e400",
+        "from=0001-01-01T00:00:00%2B14:00",
+        "to=9999-12-31T23:59:59-12:00",
+        "to=0001-01-01",
+        "from=2026-02-01&to=2026-01-01",
+        "group_by=user",
+        "tenant=a",
+        "group_by=plan,plan",
+    ],
+)
 def test_questions_that_cannot_be_answered_are_422(call: Any, query: str) -> None:
     response = call("GET", f"/v1/usage?{query}", headers=SHOP)
     assert response.status_code == 422, response.text

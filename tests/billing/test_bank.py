@@ -156,5 +156,22 @@ def test_a_database_that_fails_says_so_without_the_rows(tmp_path: Path) -> None:
         bank.record([row(journal="j", number=1, tenant=None, request_id="private")], [])
     assert "NOT NULL" in str(caught.value)
     assert "private" not in str(caught.value)
-    with pytest.raises(BankError):
-        LocalBank("sqlite:////proc/nowhere/ledger.sqlite")
+    with pytest.raises(BankError, match="cannot be opened"):
+        LocalBank("sqlite:////proc/nowhere/ledger.sqlite").usage(0, 1, (), None)
+
+
+def test_the_refill_counts_time_once_whatever_clocks_do(tmp_path: Path) -> None:
+    clock, other = Clock(), Clock()
+    bank, behind = bank_at(tmp_path, clock), bank_at(tmp_path, other)
+    other.now_s -= 0.5
+    granted = bank.lease("a", MINUTE, 60, 60).granted - 60
+    for _ in range(60):
+        clock.now_s, other.now_s = clock.now_s + 1, other.now_s + 1
+        granted += bank.lease("a", MINUTE, 0, 60).granted + behind.lease("a", MINUTE, 0, 60).granted
+    assert granted == pytest.approx(60)
+
+
+def test_the_ledger_is_its_owners(tmp_path: Path) -> None:
+    bank_at(tmp_path / "new", Clock()).usage(0, 1, (), None)
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "new" / "ledger.sqlite").stat().st_mode & 0o077 == 0

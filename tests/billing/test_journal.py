@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -97,6 +98,51 @@ def test_a_line_cut_short_costs_only_itself(tmp_path: Path, caplog: pytest.LogCa
     assert adopt(directory, bank) == 1
     assert outcomes(bank) == {"ok": 2, "lost": 1}
     assert "cannot be read" in caplog.text
+
+
+def test_a_row_that_the_database_refuses_keeps_no_other_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bank, journal = bank_at(tmp_path, Clock()), Journal(tmp_path / "j")
+    for predicted_s in (1.0, float("inf"), 2.0):
+        journal.settled(journal.accepted(row()), row(predicted_s=predicted_s))
+    journal.ship(bank)
+    assert outcomes(bank) == {"ok": 2}
+    assert "refuses a row" in caplog.text
+    assert journal.pending == 0
+
+
+def test_a_file_that_was_removed_keeps_no_other_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bank, directory = Failing(f"sqlite:///{tmp_path}/ledger.sqlite"), tmp_path / "j"
+    journal = Journal(directory)
+    bank.failures = 1
+    journal.settled(journal.accepted(row()), row())
+    with pytest.raises(BankError):
+        journal.ship(bank)
+    min(directory.glob("*.jsonl")).unlink()
+    journal.settled(journal.accepted(row()), row())
+    journal.ship(bank)
+    assert outcomes(bank) == {"ok": 2}  # the bank had the first already
+    assert "is gone" in caplog.text
+
+
+def test_a_lock_that_was_removed_before_it_was_held_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another replica that looks for the dead meets ours between its making and its locking."""
+    lock, is_first = fcntl.flock, True
+
+    def late(file: int, how: int) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            next(tmp_path.glob("*.lock")).unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    journal = Journal(tmp_path)
+    monkeypatch.undo()
+    journal.accepted(row())
+    assert adopt(tmp_path, bank_at(tmp_path, Clock())) == 0
+    assert (tmp_path / f"{journal.id}.lock").exists()
 
 
 @pytest.mark.parametrize("shipped", [False, True])

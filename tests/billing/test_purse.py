@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from service.billing.bank import BankError, Lease, LocalBank
-from service.billing.purse import QUIET_S, Purse
+from service.billing.purse import ASK_AGAIN_S, LEVEL_EVERY, QUIET_S, Purse
 from service.config import Budget, TenantConfig
 from service.errors import FarsightError, Kind
 from tests.billing.common import Clock, bank_at
@@ -135,6 +135,49 @@ def test_quiet_tenants_hold_nothing(tmp_path: Path) -> None:
     assert bank.lease("a", MINUTE, 60, 60).granted == 60
 
 
+def test_what_comes_back_elsewhere_is_seen_soon(tmp_path: Path) -> None:
+    """A refusal is not kept for the hours that the refill would take: another replica may give back."""
+    clock = Clock()
+    bank, day = Counting(bank_at(tmp_path, clock)), TenantConfig(name="a", budgets=(Budget(device_s=100, per="day"),))
+    first, second = Purse(bank, 0.02, clock), Purse(bank, 0.02, clock)
+    reserved = asyncio.run(first.reserve(day, cost(70)))
+    with pytest.raises(FarsightError) as caught:
+        spend(second, 50, tenant=day)
+    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s > 10_000
+    first.settle(reserved, cost(0))
+    first.tend()  # refunds do not stay
+    clock.now_s += ASK_AGAIN_S
+    spend(second, 50, tenant=day)
+
+
+def test_the_level_of_a_budget_that_nobody_uses_is_looked_at(tmp_path: Path) -> None:
+    clock = Clock()
+    purse = Purse(Counting(bank_at(tmp_path, clock)), 0.02, clock)
+    spend(purse, 57)
+    assert purse.holdings()[0].level < 0.1
+    clock.now_s += 200
+    for _ in range(LEVEL_EVERY):
+        purse.tend()
+    assert purse.holdings()[0].level == 1
+
+
+def test_who_waits_behind_a_bank_that_is_away_need_not_wait_as_long(tmp_path: Path) -> None:
+    clock = Clock()
+    bank = Counting(bank_at(tmp_path, clock))
+    purse = Purse(bank, 0.02, clock)
+    bank.is_away = True
+
+    async def many() -> list[object]:
+        return await asyncio.gather(*(purse.reserve(TENANT, cost(1)) for _ in range(20)), return_exceptions=True)
+
+    assert all(isinstance(one, BankError) for one in asyncio.run(many()))
+    assert bank.asked == 1
+    bank.is_away = False
+    clock.now_s += ASK_AGAIN_S
+    spend(purse, 1)
+
+
 def test_a_bank_that_is_away_stops_only_what_is_beyond_the_lease(tmp_path: Path) -> None:
     clock = Clock()
     bank = Counting(bank_at(tmp_path, clock))
@@ -147,6 +190,7 @@ def test_a_bank_that_is_away_stops_only_what_is_beyond_the_lease(tmp_path: Path)
         spend(purse, 20)
     bank.is_away = False
     purse.tend()
+    clock.now_s += ASK_AGAIN_S
     spend(purse, 20)
 
 

@@ -56,12 +56,13 @@ def test_a_file_adds_tenants_and_changes_while_the_service_runs(tmp_path: Path) 
     file.write_text(json.dumps([{"name": "silver", "key_sha256": [key_hash("s1")]}]))
     tenants = Tenants(Config(tenants=(GOLD,), tenants_file=file))
     assert tenants.of("s1").name == "silver"
-    file.write_text(
-        json.dumps([{"name": "silver", "key_sha256": [key_hash("s2")], "budgets": [{"usd": 1, "per": "day"}]}])
-    )
+    weights, budget = tenants.weights, {"usd": 1, "per": "day"}
+    changed = {"name": "silver", "key_sha256": [key_hash("s2")], "budgets": [budget], "weight": 9}
+    file.write_text(json.dumps([changed]))
     os.utime(file, (1, 1))
     tenants.refresh()
     assert refusal(tenants, "s1") is Kind.UNAUTHENTICATED
+    assert weights == {"gold": 3.0, "silver": 9.0}  # seen by who looked before
     assert tenants.of("s2").budgets == (Budget(usd=1, per="day"),)
     assert tenants.of("gold-key") is GOLD
 

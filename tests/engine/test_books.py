@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from service.billing.bank import LocalBank
+from service.billing.bank import BankError, LocalBank
 from service.config import Budget, Config, TenantConfig
 from service.core import Answer, AttentionRequest
 from service.engine.engine import Engine
@@ -35,6 +36,7 @@ class Paid:
     engine: Engine
     bank: LocalBank
     registry: CollectorRegistry
+    is_closed: bool = False
 
     def requests(self, group_by: str = "outcome") -> dict[str, dict[str, Any]]:
         self.engine.books.tick()  # type: ignore[union-attr]
@@ -51,8 +53,10 @@ def paid(engine: Engine, tmp_path: Path) -> Iterator[Paid]:
     registry = CollectorRegistry()
     bank = LocalBank(config.ledger)
     other = Engine(config, Metrics(registry), engine.profile, engine.models, torch.device("cpu"), 2, bank=bank)
-    yield Paid(other, bank, registry)
-    other.close()
+    paid = Paid(other, bank, registry)
+    yield paid
+    if not paid.is_closed:
+        other.close()
     assert not list(config.journal_dir.iterdir())
 
 
@@ -197,6 +201,62 @@ def test_a_caller_who_leaves_pays_for_what_ran(paid: Paid) -> None:
     found = paid.requests()["cancelled"]
     assert found["device_s"] > 0.015
     assert found["charged_usd"] == found["cost_usd"] > 0
+
+
+def test_what_still_runs_at_the_close_is_paid_and_written_down(paid: Paid) -> None:
+    engine = paid.engine
+
+    async def leave_and_close() -> None:
+        work = asyncio.ensure_future(engine.submit(of("poor", attention(64))))
+        await work
+        work = asyncio.ensure_future(engine.submit(attention(8192, heads=8, mode="chunked")))
+        while not engine._stack:  # noqa: ASYNC110 (the engine has no event for tests)
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        engine.close()  # on the loop, as Serve does
+
+    run(leave_and_close())
+    paid.is_closed = True
+    found = {one["outcome"]: one for one in paid.bank.usage(0, 1e12, ("outcome",), None)["groups"]}
+    assert found["cancelled"]["device_s"] > 0.015
+    assert "lost" not in found
+    assert all(holding.balance == 0 for holding in engine.books.holdings())  # type: ignore[union-attr]
+
+
+def test_a_bank_that_is_slow_costs_no_more_than_the_timeout(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> Any:
+        time.sleep(0.3)
+        raise BankError("slow")
+
+    monkeypatch.setattr(paid.bank, "lease", slow)
+    with pytest.raises(FarsightError, match="asking for the budget") as caught:
+        run(paid.engine.submit(of("poor", attention(16, timeout_s=0.2))))
+    assert caught.value.kind is Kind.DEADLINE
+    assert paid.requests() == {}
+
+
+def test_a_request_that_cannot_be_accounted_is_settled(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(paid.engine, "_account", bug)
+    with pytest.raises(FarsightError) as caught:
+        run(paid.engine.submit(attention()))
+    assert caught.value.kind is Kind.INTERNAL
+    found = paid.requests()
+    assert found["internal"]["charged_usd"] == 0 < found["internal"]["cost_usd"]
+
+
+def test_a_bug_in_the_books_stops_nothing_else(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(paid.engine.books, "_export", bug)
+    run(paid.engine.submit(attention()))
+    assert set(paid.requests()) == {"ok"}
+    assert paid.metric("ledger_errors_total") >= 1
 
 
 def test_a_journal_that_cannot_be_written_refuses_and_gives_the_money_back(
