@@ -84,6 +84,7 @@ TYPOS = [
     ("components/gateway/routes.yaml", "port: 9000", "prot: 9000", "'port' is a required property"),
     ("overlays/gpu/workers.yaml", "volumes/2", "volumes/9", "volumes/9"),
     ("overlays/prod/kustomization.yaml", "MAX_REPLICAS", "MAX_REPLICA", "FARSIGHT_MAX_REPLICA is no setting"),
+    ("overlays/prod/network.yaml", "protocol:", "protocoll:", "'protocoll' was unexpected"),
     ("overlays/prod/rayservice.yaml", "idleTimeoutSeconds", "idleTimeoutSecond", "'idleTimeoutSecond' was unexpected"),
     ("../monitoring/podmonitors.yaml", "relabelings", "relabellings", "'relabellings' was unexpected"),
     ("../monitoring/prometheusrule.yaml", "annotations:", "anotations:", "'anotations' was unexpected"),
@@ -224,6 +225,11 @@ def test_the_example_has_every_secret_that_is_asked_for(secrets: dict[str, Json]
         assert all(PLACEHOLDER in value for value in secret["stringData"].values())
     for overlay in OVERLAYS:
         assert not of_kind(overlay, "Secret")
+
+
+def test_a_typo_in_the_example_is_found() -> None:
+    wrong = yaml.safe_load(EXAMPLE.read_text().partition("---")[0].replace("stringData", "stringDate"))
+    assert kinds.errors(wrong) == [": Additional properties are not allowed ('stringDate' was unexpected)"]
 
 
 def test_the_example_s_keys_keep_the_service_from_starting(secrets: dict[str, Json], tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ Json = dict[str, Any]
 CONFIG = Config()
 HTTP, GRPC = CONFIG.http_port, CONFIG.grpc_port
 METRICS, HAPROXY, STATS = CONFIG.metrics_port, CONFIG.haproxy_metrics_port, CONFIG.haproxy_stats_port
-DASHBOARD, RAY_METRICS = 8265, 8080
+DASHBOARD, RAY_METRICS, PLAIN = 8265, 8080, 80
 # GCS, object manager, agents, Ray's client, workers, replicas behind HAProxy (HTTP and gRPC)
 INTERNAL = {6379, 8076, 52365, 10001, 10002, 19999, 30000, 40000}
-PORTS = {HTTP, GRPC, METRICS, HAPROXY, STATS, DASHBOARD, RAY_METRICS} | INTERNAL
+PORTS = {HTTP, GRPC, METRICS, HAPROXY, STATS, DASHBOARD, RAY_METRICS, PLAIN} | INTERNAL
 
 OTHERS = {
     "pod of another application": ("here", {"app.kubernetes.io/name": "shop"}),
@@ -93,6 +93,17 @@ def test_gateways_reach_the_service_on_workers_and_nothing_else(overlay: str) ->
         assert reached(policies, worker, "here", gateway) == {HTTP, GRPC}
         assert reached(policies, head, "here", gateway) == set()
         assert reached(policies, worker, "shop", gateway) == set()
+
+
+def test_only_the_gateway_with_tls_reaches_the_one_without() -> None:
+    """KubeRay makes it for upgrades in steps: plain HTTP, and a load balancer of its own."""
+    policies = of_kind("prod", "NetworkPolicy")
+    name = "gateway.networking.k8s.io/gateway-name"
+    inner, front = ({name: one} for one in ("farsight-gateway", "farsight-front"))
+    assert reached(policies, inner, "here", front) == {PLAIN}
+    for namespace, labels in (*OTHERS.values(), ("shop", front)):
+        assert reached(policies, inner, namespace, labels) == set()
+    assert reached(of_kind("gpu", "NetworkPolicy"), inner, None, {}) == PORTS  # which is why it needs one
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
