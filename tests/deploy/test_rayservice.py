@@ -1,4 +1,4 @@
-"""deploy/rayservice.yaml: valid for KubeRay's own definition, and in agreement with serve.yaml, image and service."""
+"""The RayService of every overlay, in agreement with serve.yaml, the image and the service."""
 
 from __future__ import annotations
 
@@ -7,102 +7,52 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from service.app import build
 from service.cli import ray_environment
 from service.config import Config
+from tests.deploy import kinds
+from tests.deploy.kinds import groups
+from tests.deploy.rendered import OVERLAYS, of_kind, only
 
 ROOT = Path(__file__).parents[2]
-DEFINITION = ROOT.parent / "shared/kuberay/ray.io_rayservices.yaml"
 DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"  # on one machine nobody else must learn of it
+GPUS = {"gpu": "nvidia.com/gpu", "mig": "nvidia.com/mig-1g.10gb", "prod": "nvidia.com/gpu"}
+
+# Ray tells it of what service/app.py sets with max_replicas
+pytestmark = pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 
 Json = dict[str, Any]
 
 
-def strict(schema: Any) -> Any:
-    """An openAPIV3Schema of Kubernetes as a JSON schema that refuses what the API server would drop."""
-    if isinstance(schema, list):
-        return [strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if schema.get("x-kubernetes-int-or-string"):
-        return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
-    kept = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes-") and key != "default"}
-    if "properties" in kept:
-        # a property may be named like a keyword: its name is no schema
-        kept["properties"] = {name: strict(inner) for name, inner in kept["properties"].items()}
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            kept.setdefault("additionalProperties", False)
-    for key in ("items", "additionalProperties", "anyOf", "oneOf", "allOf", "not"):
-        if key in kept:
-            kept[key] = strict(kept[key])
-    return kept
+@pytest.fixture(params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def with_defaults(schema: Json, value: Any) -> Any:
-    """What the API server stores before it validates."""
-    if isinstance(value, list):
-        return [with_defaults(schema.get("items", {}), item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    filled = dict(value)
-    for name, inner in schema.get("properties", {}).items():
-        if name not in filled and "default" in inner:
-            filled[name] = copy.deepcopy(inner["default"])
-        if name in filled:
-            filled[name] = with_defaults(inner, filled[name])
-    return filled
+@pytest.fixture
+def manifest(overlay: str) -> Json:
+    return only(overlay, "RayService")
 
 
-@pytest.fixture(scope="module")
-def schema() -> Json:
-    if not DEFINITION.exists():
-        pytest.skip(f"KubeRay's definition is not at {DEFINITION}")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 1 MB: 15 s in pure Python
-    definition = yaml.load(DEFINITION.read_text(), Loader=loader)
-    [version] = [version for version in definition["spec"]["versions"] if version["name"] == "v1"]
-    whole = version["schema"]["openAPIV3Schema"]
-    # the definition says only `object`; these are the parts of ObjectMeta that a manifest writes
-    words = {"type": "object", "additionalProperties": {"type": "string"}}
-    whole["properties"]["metadata"] = {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 47, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"},
-            "namespace": {"type": "string"},
-            "labels": words,
-            "annotations": words,
-        },
-    }
-    return whole
+@pytest.fixture
+def config(overlay: str, manifest: Json, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+    """As Ray's builder makes it on a node: of the Serve configuration and the node's environment."""
+    for group in groups(manifest):
+        for name, value in environment(overlay, group).items():
+            if name.startswith("FARSIGHT_"):
+                monkeypatch.setenv(name, value)
+    application = call_user_app_builder_with_args_if_necessary(build, {**args(manifest), "state_dir": str(tmp_path)})
+    [config] = application._bound_deployment.init_args
+    return config
 
 
-@pytest.fixture(scope="module")
-def validator(schema: Json) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(strict(schema))
-
-
-@pytest.fixture(scope="module")
-def manifest() -> Json:
-    return yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text())
-
-
-@pytest.fixture(scope="module")
 def args(manifest: Json) -> Json:
     [application] = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
     return application["args"]
-
-
-def errors(validator: jsonschema.Draft202012Validator, schema: Json, manifest: Json) -> list[str]:
-    return [f"{e.json_path}: {e.message}" for e in validator.iter_errors(with_defaults(schema, manifest))]
-
-
-def groups(manifest: Json) -> tuple[Json, Json]:
-    cluster = manifest["spec"]["rayClusterConfig"]
-    [workers] = cluster["workerGroupSpecs"]
-    return cluster["headGroupSpec"], workers
 
 
 def pod(group: Json) -> Json:
@@ -110,20 +60,24 @@ def pod(group: Json) -> Json:
 
 
 def container(group: Json) -> Json:
-    [only] = pod(group)["containers"]
-    return only
+    [only_one] = pod(group)["containers"]
+    return only_one
 
 
-def environment(group: Json) -> dict[str, str]:
-    return {entry["name"]: entry["value"] for entry in container(group)["env"]}
+def environment(overlay: str, group: Json) -> dict[str, str]:
+    """All that is not secret."""
+    found: dict[str, str] = {}
+    for source in container(group)["envFrom"]:
+        found |= only(overlay, "ConfigMap", source["configMapRef"]["name"])["data"]
+    return found | {entry["name"]: entry["value"] for entry in container(group)["env"] if "value" in entry}
 
 
-def test_kuberay_accepts_it(validator: jsonschema.Draft202012Validator, schema: Json, manifest: Json) -> None:
-    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
-    assert errors(validator, schema, manifest) == []
+def gib(quantity: str) -> float:
+    number, unit = re.fullmatch(r"(\d+)([MG]i)", quantity).groups()
+    return int(number) / {"Gi": 1, "Mi": 1024}[unit]
 
 
-def planted(manifest: Json) -> list[tuple[str, Json]]:
+def with_a_typo(manifest: Json) -> list[tuple[str, Json]]:
     """Mistakes, each with a part of the message that must name it."""
     several = [(message, copy.deepcopy(manifest)) for message in ("serveConfigv2", "minReplicas", "terminat", "name")]
     several[0][1]["spec"]["serveConfigv2"] = ""
@@ -133,18 +87,18 @@ def planted(manifest: Json) -> list[tuple[str, Json]]:
     return several
 
 
-def test_a_typo_and_a_wrong_type_are_found(
-    validator: jsonschema.Draft202012Validator, schema: Json, manifest: Json
-) -> None:
-    for message, wrong in planted(manifest):
-        found = errors(validator, schema, wrong)
+def test_kuberay_finds_a_typo_and_a_wrong_type(manifest: Json) -> None:
+    if kinds.rayservice_schema() is None:
+        pytest.skip(f"KubeRay's definition is not at {kinds.DEFINITION}")
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    for message, wrong in with_a_typo(manifest):
+        found = kinds.errors(wrong)
         assert len(found) == 1, message
         assert message in found[0]
 
 
 def test_it_carries_serve_yaml(manifest: Json) -> None:
-    carried = yaml.safe_load(manifest["spec"]["serveConfigV2"])
-    assert carried == yaml.safe_load((ROOT / "deploy/serve.yaml").read_text())
+    assert manifest["spec"]["serveConfigV2"] == (ROOT / "deploy/serve.yaml").read_text()
 
 
 def test_ray_is_the_pinned_one(manifest: Json) -> None:
@@ -153,32 +107,91 @@ def test_ray_is_the_pinned_one(manifest: Json) -> None:
     assert manifest["spec"]["rayClusterConfig"]["rayVersion"] == pin[1]
 
 
-def test_head_and_workers_run_the_image_with_one_environment(manifest: Json, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_and_workers_have_one_environment_and_it_is_ray_s(
+    overlay: str, manifest: Json, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_SERVE_THROUGHPUT_OPTIMIZED", raising=False)
     head, workers = groups(manifest)
-    assert environment(head) == environment(workers)
-    assert container(head)["image"] == container(workers)["image"] == "farsight:cpu"
-    assert "--tag farsight:cpu" in (ROOT / "Makefile").read_text()
-    service, ours = ray_environment(Config()), environment(head)
+    assert container(head)["env"] == container(workers)["env"]
+    assert container(head)["envFrom"] == container(workers)["envFrom"]
+    # KubeRay copies `env` alone to its init container
+    assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in container(head)["env"]
+    service = ray_environment(Config())
+    ours = {name: value for name, value in environment(overlay, head).items() if name.startswith("RAY_")}
     assert {"RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", DRAINING} <= ours.keys() <= service.keys()
     image = next(iter((ROOT / "Dockerfile").read_text().split("FROM base AS final")[1:]))
     assert ours.keys() - {DRAINING} == set(re.findall(r"\b(RAY_\w+)=", image))
-    different = {name for name in ours if ours[name] != service[name]}
-    assert different == {DRAINING}
+    assert {name for name in ours if ours[name] != service[name]} == {DRAINING}
 
 
-def test_the_head_does_no_work_and_a_worker_is_one_device(manifest: Json, args: Json) -> None:
+def test_kubernetes_sets_no_variables_of_its_own(overlay: str, manifest: Json) -> None:
+    """The Service farsight-grpc would become FARSIGHT_GRPC_PORT=tcp://..., which is a setting of the service."""
+    clashing = {f"FARSIGHT_{name.upper()}" for name in Config.model_fields} & {
+        f"{service['metadata']['name'].upper().replace('-', '_')}_PORT" for service in of_kind(overlay, "Service")
+    }
+    assert clashing == {"FARSIGHT_GRPC_PORT"}
+    assert all(pod(group)["enableServiceLinks"] is False for group in groups(manifest))
+
+
+def test_the_image_is_that_of_the_device(overlay: str, manifest: Json, config: Config) -> None:
+    head, workers = groups(manifest)
+    device = "cuda" if overlay in GPUS else "cpu"
+    assert container(head)["image"] == container(workers)["image"] == f"farsight:{device}"
+    assert config.device == device
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"--tag farsight:{device}" in makefile or device == "cuda"
+
+
+def test_the_image_has_what_the_overlays_use() -> None:
+    """psycopg for the ledger, NVML for joules, OTLP for traces."""
+    [extras] = re.findall(r"'\.\[([\w,]+)\]'", (ROOT / "Dockerfile").read_text())
+    assert {"gpu", "postgres", "tracing"} <= set(extras.split(","))
+
+
+def test_the_head_does_no_work_and_a_worker_is_one_device(overlay: str, manifest: Json, config: Config) -> None:
     head, workers = groups(manifest)
     assert manifest["spec"]["excludeHeadPodFromServeSvc"] is True
     assert head["rayStartParams"]["num-cpus"] == "0"
     assert workers["rayStartParams"]["num-cpus"] == "1"
-    assert workers["minReplicas"] <= args["replicas"] <= workers["replicas"] <= workers["maxReplicas"]
     resources = container(workers)["resources"]
-    assert str(args["cpu_threads"]) == resources["limits"]["cpu"] == resources["requests"]["cpu"]
+    assert str(config.cpu_threads) == resources["limits"]["cpu"] == resources["requests"]["cpu"]
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+    gpus = {name: amount for name, amount in resources["limits"].items() if name.startswith("nvidia.com/")}
+    assert gpus == ({GPUS[overlay]: "1"} if overlay in GPUS else {})
+    assert workers["rayStartParams"].get("num-gpus") == ("1" if overlay in GPUS else None)
+    tolerated = {one["key"] for one in pod(workers).get("tolerations", ())}
+    assert tolerated == ({"nvidia.com/gpu"} if overlay in GPUS else set())
 
 
-def test_ports_are_those_of_the_service(manifest: Json, args: Json) -> None:
-    config = Config.model_validate(args)
+def test_there_is_a_worker_for_every_replica(overlay: str, manifest: Json, config: Config) -> None:
+    cluster = manifest["spec"]["rayClusterConfig"]
+    _, workers = groups(manifest)
+    autoscales = cluster.get("enableInTreeAutoscaling", False)
+    assert autoscales == (config.max_replicas is not None) == (overlay == "prod")
+    if autoscales:
+        assert (workers["minReplicas"], workers["maxReplicas"]) == (0, config.max_replicas)
+    else:
+        assert workers["minReplicas"] <= config.replicas == workers["replicas"] <= workers["maxReplicas"]
+
+
+def test_the_autoscaler_may_ask_kubernetes_and_nobody_else(overlay: str, manifest: Json) -> None:
+    head, workers = groups(manifest)
+    assert pod(head)["automountServiceAccountToken"] is (overlay == "prod")
+    assert pod(workers)["automountServiceAccountToken"] is False
+
+
+def test_production_spreads_over_two_zones(manifest: Json, overlay: str) -> None:
+    _, workers = groups(manifest)
+    spread = {one["topologyKey"]: one for one in pod(workers)["topologySpreadConstraints"]}
+    assert "kubernetes.io/hostname" in spread
+    zones = spread.get("topology.kubernetes.io/zone")
+    assert (zones is not None) == (overlay == "prod")
+    if zones is not None:
+        assert (zones["whenUnsatisfiable"], zones["maxSkew"], zones["minDomains"]) == ("DoNotSchedule", 1, 2)
+    assert all(one["matchLabelKeys"] == ["ray.io/cluster"] for one in spread.values())
+
+
+def test_ports_are_those_of_the_service(manifest: Json, config: Config) -> None:
     _, workers = groups(manifest)
     ports = {port["name"]: port["containerPort"] for port in container(workers)["ports"]}
     assert ports["serve"] == config.http_port
@@ -188,41 +201,85 @@ def test_ports_are_those_of_the_service(manifest: Json, args: Json) -> None:
     assert config.metrics_host == "0.0.0.0"
 
 
-def test_pods_meet_the_restricted_standard(manifest: Json) -> None:
+def test_pods_meet_the_restricted_standard(overlay: str, manifest: Json) -> None:
+    expected = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
     for group in groups(manifest):
         assert pod(group)["securityContext"]["runAsNonRoot"] is True
         assert pod(group)["securityContext"]["runAsUser"] == 1000
         assert pod(group)["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert pod(group)["automountServiceAccountToken"] is False
-        assert container(group)["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-        }
+        assert container(group)["securityContext"] == expected
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & pod(group).keys()
+        assert {kind for volume in pod(group)["volumes"] for kind in volume} <= {"name", "emptyDir", "secret"}
+    if overlay == "prod":  # the sidecar is KubeRay's, but for this
+        assert manifest["spec"]["rayClusterConfig"]["autoscalerOptions"]["securityContext"] == expected
 
 
-def test_shared_memory_is_memory_and_mounted(manifest: Json) -> None:
+def test_what_is_written_to_can_be_written(manifest: Json) -> None:
+    """The root is read-only: Ray's session and HAProxy's sockets are under /tmp, caches under the home of the image."""
+    [home] = re.findall(r"^WORKDIR (/home/.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     for group in groups(manifest):
-        [volume] = pod(group)["volumes"]
-        assert volume["emptyDir"]["medium"] == "Memory"
-        assert {"name": volume["name"], "mountPath": "/dev/shm"} in container(group)["volumeMounts"]
+        writable = {mount["mountPath"] for mount in container(group)["volumeMounts"] if not mount.get("readOnly")}
+        assert writable == {"/dev/shm", "/tmp", home}
+        assert str(Config.model_fields["cache_dir"].default).startswith("~/")
+        assert Config.model_fields["state_dir"].default.is_relative_to("/tmp")
+        volumes = {volume["name"]: volume for volume in pod(group)["volumes"]}
+        disk = [gib(volumes[name]["emptyDir"]["sizeLimit"]) for name in ("tmp", "home")]
+        assert sum(disk) <= gib(container(group)["resources"]["limits"]["ephemeral-storage"])
 
 
-def test_probes_need_only_what_the_image_has(manifest: Json, args: Json) -> None:
+def test_shared_memory_is_memory_and_holds_the_object_store(manifest: Json) -> None:
+    for group in groups(manifest):
+        volumes = {volume["name"]: volume for volume in pod(group)["volumes"]}
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container(group)["volumeMounts"]
+        assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+        share = gib(volumes["shm"]["emptyDir"]["sizeLimit"]) / gib(container(group)["resources"]["limits"]["memory"])
+        assert 0.3 <= share < 0.5  # Ray takes 30 % of the memory
+
+
+def test_probes_need_only_what_the_image_has(manifest: Json, config: Config) -> None:
     head, workers = groups(manifest)
     for group in (head, workers):
         for probe in ("livenessProbe", "readinessProbe"):
             shell, flag, command = container(group)[probe]["exec"]["command"]
             assert (shell, flag) == ("bash", "-c")
             assert {part.split()[0] for part in re.split(r"&&|\|", command)} == {"wget", "grep"}
-    port = Config.model_validate(args).http_port
-    assert f"localhost:{port}/-/healthz" in container(workers)["readinessProbe"]["exec"]["command"][2]
+    assert f"localhost:{config.http_port}/-/healthz" in container(workers)["readinessProbe"]["exec"]["command"][2]
     assert container(workers)["readinessProbe"]["failureThreshold"] == 1
 
 
-def test_a_pod_outlives_its_replica_s_shutdown_and_the_draining(manifest: Json, args: Json, tmp_path: Path) -> None:
-    application = build(Config.model_validate({**args, "state_dir": tmp_path}))
+def test_a_pod_outlives_its_replica_s_shutdown_and_the_draining(overlay: str, manifest: Json, config: Config) -> None:
+    application = build(config)
     shutdown_s = application._bound_deployment._deployment_config.graceful_shutdown_timeout_s
     _, workers = groups(manifest)
     hard_stop_s = 120  # Ray's RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S
-    needed_s = shutdown_s + float(environment(workers)[DRAINING]) + hard_stop_s
+    needed_s = shutdown_s + float(environment(overlay, workers)[DRAINING]) + hard_stop_s
     assert pod(workers)["terminationGracePeriodSeconds"] > needed_s
+
+
+def test_keys_are_a_mounted_secret_and_the_ledger_is_a_database(overlay: str, manifest: Json, config: Config) -> None:
+    """Everywhere but in `dev`, which is open."""
+    assert (config.tenants_file is not None) == (overlay != "dev")
+    for group in groups(manifest):
+        secret = {v["name"]: v["secret"]["secretName"] for v in pod(group)["volumes"] if "secret" in v}
+        mounted = [mount for mount in container(group)["volumeMounts"] if mount["name"] in secret]
+        references = {e["name"]: e["valueFrom"]["secretKeyRef"] for e in container(group)["env"] if "valueFrom" in e}
+        if config.tenants_file is None:
+            assert (secret, mounted, references) == ({}, [], {})
+            continue
+        assert secret == {"tenants": "farsight-tenants"}
+        # the whole folder: a file mounted by subPath never changes
+        assert mounted == [{"name": "tenants", "mountPath": str(config.tenants_file.parent), "readOnly": True}]
+        assert references == {"FARSIGHT_LEDGER_URL": {"name": "farsight-ledger", "key": "url"}}
+    assert "LEDGER" not in manifest["spec"]["serveConfigV2"].upper().replace("KEYS, LEDGER", "")
+
+
+def test_production_s_head_may_be_lost(manifest: Json, overlay: str) -> None:
+    options = manifest["spec"]["rayClusterConfig"].get("gcsFaultToleranceOptions")
+    assert (options is not None) == (overlay == "prod")
+    if options is not None:
+        assert options["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "farsight-redis"
+        assert "value" not in options["redisPassword"]

@@ -105,12 +105,17 @@ def test_the_arguments_are_a_configuration(document: dict[str, Any], args: dict[
         Config.model_validate({**args, "replica": 2})
 
 
-def test_ray_s_own_builder_builds_the_application(args: dict[str, Any], tmp_path: Path) -> None:
-    """Ray hands `args` over as a Config only where it can read the builder's annotation as a class."""
+def test_ray_s_own_builder_builds_the_application(
+    args: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray hands `args` over as a Config only where it can read the builder's annotation as a class; what they leave out
+    comes from the node's environment."""
+    for name, value in (("DEVICE", "cpu"), ("REPLICAS", "2"), ("CPU_THREADS", "3")):
+        monkeypatch.setenv(f"FARSIGHT_{name}", value)
     application = call_user_app_builder_with_args_if_necessary(build, {**args, "state_dir": str(tmp_path)})
     deployment = application._bound_deployment
     [config] = deployment.init_args
     assert deployment.name == "Farsight"
-    assert config.cpu_threads == args["cpu_threads"]
-    assert deployment.num_replicas == args["replicas"]
+    assert config.cpu_threads == 3
+    assert deployment.num_replicas == 2
     assert deployment.ray_actor_options["num_gpus"] == 0

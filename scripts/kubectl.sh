@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# kubectl for the tests of deploy/kustomize (it renders without a cluster): that of the PATH, else Debian's, unpacked
+# into .tools/ (no root, nothing installed). Debian 13's on any Debian: 12 has 1.20, which is too old for these files.
+# Where there is neither, says so and goes on: those tests are skipped then, and fail under CI=true.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if command -v kubectl > /dev/null || [ -x .tools/kubectl ]; then exit 0; fi
+keys=/usr/share/keyrings/debian-archive-keyring.gpg
+if ! { command -v apt-get && command -v dpkg && [ -r $keys ]; } > /dev/null; then
+    echo "scripts/kubectl.sh: neither kubectl nor Debian's apt-get here; manifests will not be tested" >&2
+    exit 0
+fi
+mkdir -p .tools
+work=$(realpath "$(mktemp -d .tools/XXXXXX)")
+trap 'rm -rf "$work"' EXIT
+echo "deb [signed-by=$keys] $(apt-get indextargets --format "$(REPO_URI)" "Created-By: Packages" | grep -m 1 "/debian/$") trixie main" > "$work/sources.list"
+own=(-qq -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State::lists=$work/lists"
+    -o "Dir::Cache=$work" -o APT::Sandbox::User=root -o Debug::NoLocking=true)
+mkdir -p "$work/lists/partial" "$work/archives/partial"
+if (cd "$work" && apt-get "${own[@]}" update && apt-get "${own[@]}" download kubectl/trixie) 2> "$work/log"; then
+    dpkg -x "$work"/kubectl_*.deb "$work/unpacked"
+    mv -T "$work/unpacked/usr/bin/kubectl" .tools/kubectl # at once: what was cut short is not taken for whole
+else
+    cat "$work/log" >&2
+    echo "scripts/kubectl.sh: Debian's kubectl cannot be had here; manifests will not be tested" >&2
+fi
