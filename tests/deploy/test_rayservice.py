@@ -219,7 +219,7 @@ def test_pods_meet_the_restricted_standard(overlay: str, manifest: Json) -> None
 
 
 def test_what_is_written_to_can_be_written(manifest: Json) -> None:
-    """The root is read-only: Ray's session and HAProxy's sockets are under /tmp, state and caches under the image's home."""
+    """The root is read-only: Ray's session and HAProxy's sockets are under /tmp, state and caches in the home."""
     [home] = re.findall(r"^WORKDIR (/home/.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     for group in groups(manifest):
         writable = {mount["mountPath"] for mount in container(group)["volumeMounts"] if not mount.get("readOnly")}
