@@ -16,7 +16,7 @@ from service.errors import FarsightError, Kind
 QUIET_S = 30.0  # without a request of the tenant: its lease goes back
 ASK_AGAIN_S = 2.0  # after the bank refused, or did not answer: others may have given something back
 MOST_LEASES = 2  # that are held; what refunds add beyond goes back
-LEVEL_EVERY = 10  # ticks between two looks at a budget that is not used here
+LEVEL_EVERY = 10  # ticks between two looks at how full a budget is
 
 
 @dataclass(slots=True)
@@ -158,8 +158,6 @@ class Purse:
             lease = self._share * holding.budget.capacity
             if self._clock() - holding.used_at_s > QUIET_S:
                 self._give_back(holding, holding.balance)
-                if holding.level < 1 and self._ticks % LEVEL_EVERY == 0:
-                    holding.level = self._bank.lease(holding.tenant, holding.budget, 0.0, 0.0).level
             elif holding.balance > MOST_LEASES * lease:
                 self._give_back(holding, holding.balance - lease)
             elif holding.balance < lease / 2:
@@ -169,6 +167,8 @@ class Purse:
                 with self._guard:
                     holding.balance += answer.granted
                     holding.level = answer.level
+            if holding.level < 1 and self._ticks % LEVEL_EVERY == 0:  # it refills, and others use it
+                holding.level = self._bank.lease(holding.tenant, holding.budget, 0.0, 0.0).level
 
     def _give_back(self, holding: Holding, amount: float) -> None:
         with self._guard:

@@ -51,7 +51,6 @@ from service.engine.batch import (
 from service.engine.calibration import DeviceProfile
 from service.engine.cost import (
     Size,
-    attention_effort,
     attention_pairs,
     pair_flops,
     returned_rows,
@@ -650,8 +649,8 @@ class Engine:
             extra = work.flops - pair_flops(work.pairs, shape.head_dim, shape.value_dim)
             flops = extra + pair_flops(outcome.pairs_scored, shape.head_dim, shape.value_dim)
             if outcome.plan.kind is PlanKind.SPARSE:
-                dense = attention_effort(PlanKind.DENSE, shape, request.options, block_size=self.config.block_size)
-                dense_s = self.profile.attention_s(PlanKind.DENSE, dense, shape.dtype)
+                dense = self._candidates(shape, request.options)[PlanKind.DENSE]
+                dense_s = self._pace.factor(dense.path) * dense.predicted_s
         finished_s = self._clock()
         tokenized = job.tokenized
         return Answer(
