@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -185,7 +186,7 @@ class Http:
                 headers = dict(request.headers)
                 tenant = self._caller(headers, access)
                 with ExitStack() as held:
-                    body = await self._read(request, held)
+                    body = await self._read_in_time(request, held)
                     query = request.scope.get("query_string", b"")
                     call = Call(request_id, headers, body, request.path_params, received_s, tenant, query)
                     response = await handle(call)
@@ -221,6 +222,16 @@ class Http:
         if access is Access.ADMINS and not tenant.is_admin:
             raise FarsightError(Kind.FORBIDDEN, f"tenant {tenant.name!r} is no administrator")
         return tenant
+
+    async def _read_in_time(self, request: Request, held: ExitStack) -> Body:
+        """No upload holds its bytes for longer than a request may take."""
+        limit_s = self.engine.config.default_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self._read(request, held)
+        except TimeoutError:
+            message = f"the body was not here after {limit_s:g} s"
+            raise FarsightError(Kind.DEADLINE, message, code="slow_upload") from None
 
     async def _read(self, request: Request, held: ExitStack) -> Body:
         """The whole body; its bytes count as in flight until `held` is closed."""

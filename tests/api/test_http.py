@@ -530,6 +530,28 @@ def test_a_client_that_leaves_its_upload_is_no_bug(engine: Engine, registry: Col
     assert registry.get_sample_value("farsight_requests_total", {**labels, "code": "499"}) == before + 1
 
 
+def test_an_upload_that_does_not_end_is_ended(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "config", engine.config.model_copy(update={"default_timeout_s": 0.05}))
+    scope = {"type": "http", "method": "POST", "path": "/v1/attention", "headers": [(b"content-length", b"1000")]}
+    messages: list[Any] = []
+    is_first = True
+
+    async def receive() -> dict[str, Any]:
+        nonlocal is_first
+        if not is_first:
+            await asyncio.sleep(3600)
+        is_first = False
+        return {"type": "http.request", "body": b"{", "more_body": True}
+
+    async def send(message: Any) -> None:
+        messages.append(message)
+
+    asyncio.run(create_app(engine)(scope, receive, send))
+    assert messages[0]["status"] == 504
+    assert b"slow_upload" in messages[1]["body"]
+    assert engine.admission.inflight_bytes == 0
+
+
 @pytest.mark.parametrize(("said", "sent"), [(b"1000", 3), (b"2", 3), (b"00000000000000000000003", 3)])
 def test_a_body_is_as_long_as_it_says(engine: Engine, said: bytes, sent: int) -> None:
     scope = {"type": "http", "method": "POST", "path": "/v1/attention", "headers": [(b"content-length", said)]}
