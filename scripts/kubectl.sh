@@ -13,7 +13,9 @@ fi
 mkdir -p .tools
 work=$(realpath "$(mktemp -d .tools/XXXXXX)")
 trap 'rm -rf "$work"' EXIT
-echo "deb [signed-by=$keys] $(apt-get indextargets --format "$(REPO_URI)" "Created-By: Packages" | grep -m 1 "/debian/$") trixie main" > "$work/sources.list"
+# from where this machine has its own packages
+mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/$' || true)
+echo "deb [signed-by=$keys] ${mirror:-no://mirror/} trixie main" > "$work/sources.list"
 own=(-qq -o "Dir::Etc::sourcelist=$work/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State::lists=$work/lists"
     -o "Dir::Cache=$work" -o APT::Sandbox::User=root -o Debug::NoLocking=true)
 mkdir -p "$work/lists/partial" "$work/archives/partial"
