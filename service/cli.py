@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service import bench, cost_cli
+from service.billing.tenants import Tenants
 from service.config import Config, ModelConfig
 from service.models.files import directory_of, task_of
 
@@ -64,6 +65,10 @@ def serve(
         _fail(f"port taken: {', '.join(taken)}; by another service, or the HAProxy of one that was killed")
     if len(str(config.haproxy_dir)) > MAX_HAPROXY_DIR:
         _fail(f"{config.haproxy_dir} is too long for HAProxy's socket ({MAX_HAPROXY_DIR} characters); set TMPDIR")
+    try:
+        Tenants(config)
+    except (OSError, ValueError) as error:
+        _fail(f"tenants: {error}")
     shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run
     shutil.rmtree(config.haproxy_dir, ignore_errors=True)
     config.metrics_dir.mkdir(parents=True)

@@ -96,10 +96,12 @@ def usage(
         writer.writeheader()
         writer.writerows(rows)
         return
-    table = Table(*names, *COLUMNS, title=f"{time_of(from_s)} to {time_of(to_s)}")
+    table = Table(title=f"{time_of(from_s)} to {time_of(to_s)}")
+    for name in (*names, *COLUMNS):  # folded, never cut: 1.76e-06 without its end is another amount
+        table.add_column(name, overflow="fold")
     for row in found["groups"]:
         keys = [time_of(row[name]) if name in ("hour", "day") else row[name] for name in names]
-        table.add_row(*keys, *(f"{row[name]:.6g}" for name in COLUMNS))
+        table.add_row(*keys, *(f"{row[name]:.4g}" for name in COLUMNS))
     console.print(table)
     capacity = found["capacity"]
     console.print(
@@ -152,6 +154,8 @@ def _period(from_: str | None, to: str | None) -> tuple[float, float]:
 def _url(given: str | None, config: Config) -> str:
     """Of a ledger that is there: SQLite would make a new one."""
     url = given or config.ledger
+    if "://" not in url:
+        raise ValueError(f"{url!r} is no URL of a ledger, such as {config.ledger}")
     path = url.removeprefix("sqlite:///")
     if path != url and not Path(path).exists():
         raise ValueError(f"there is no ledger at {path}")

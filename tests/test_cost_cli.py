@@ -65,6 +65,9 @@ def test_usage_is_a_table_of_what_was_asked_for(ledger: str) -> None:
     assert "2026-11-21T00:00:00Z" in run(*arguments, "--group-by", "day,plan")
     assert "none of tenant" in run(*arguments, "--group-by", "user", code=1)
     assert "neither a date" in run("usage", "--ledger", ledger, "--from", "monday", code=1)
+    assert "no URL of a ledger" in run("report", "--from", "2026-11-01", code=1)
+    narrow = run(*arguments, "--group-by", "tenant,model", COLUMNS="60")
+    assert "…" not in narrow
     assert "there is no ledger" in run("usage", "--ledger", "sqlite:////tmp/none/none.sqlite", code=1)
 
 

@@ -23,7 +23,7 @@ from service.telemetry.metrics import Metrics
 logger = logging.getLogger("farsight")
 
 TICK_S = 1.0
-ADOPT_EVERY, CAPACITY_EVERY = 5, 30  # ticks
+ADOPT_EVERY, CAPACITY_EVERY = 5, 5  # ticks
 # failures that the caller does not pay for
 OURS = frozenset({Kind.INTERNAL, Kind.OUT_OF_MEMORY, Kind.UNAVAILABLE})
 
@@ -139,6 +139,7 @@ class Books:
         """
 
         def ask() -> dict[str, Any]:
+            self._tell_capacity()
             self._journal_to_bank()
             return self._bank.usage(from_s, to_s, group_by, tenant)
 
@@ -197,11 +198,12 @@ class Books:
         self._metrics.tell_memory()
 
     def _tell_capacity(self) -> None:
-        now = self._capacity()
-        used_s, idle_s = now.used_s - self._told.used_s, now.idle_s - self._told.idle_s
-        usd = (used_s + idle_s) * self._hour_usd / 3600
-        self._journal.capacity({"at_s": self._clock(), "used_s": used_s, "idle_s": idle_s, "usd": usd})
-        self._told = now
+        with self._shipping:
+            now = self._capacity()
+            used_s, idle_s = now.used_s - self._told.used_s, now.idle_s - self._told.idle_s
+            usd = (used_s + idle_s) * self._hour_usd / 3600
+            self._journal.capacity({"at_s": self._clock(), "used_s": used_s, "idle_s": idle_s, "usd": usd})
+            self._told = now
 
     def _journal_to_bank(self) -> None:
         with self._shipping:

@@ -184,6 +184,7 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> N
     assert "'mine': /no/such/model/config.json is missing" in failing_start(tmp_path, 27500, FARSIGHT_MODELS=models)
     assert "FARSIGHT_HTPP_PORT" in failing_start(tmp_path, 27500, FARSIGHT_HTPP_PORT="1")
     assert "http_port" in failing_start(tmp_path, 27500, FARSIGHT_HTTP_PORT="99999")
+    assert "/no/tenants.json" in failing_start(tmp_path, 27500, FARSIGHT_TENANTS_FILE="/no/tenants.json")
 
 
 def test_ctrl_c_while_it_starts_ends_it(tmp_path: Path) -> None:
