@@ -86,6 +86,7 @@ def queue(run: Run) -> Figure:
     times = [last_s * index / 200 for index in range(201)]
     right.step(times, in_flight(run.samples, times), color="0.6", lw=1, where="post", label="in flight (right)")
     right.set_ylabel("requests in flight")
+    _from_zero(axes, right)
     return _over_time(figure, axes, run, right)
 
 
@@ -100,6 +101,7 @@ def batches(run: Run) -> Figure:
     axes.plot(times, requests, "-", color="tab:blue", label="requests (left)")
     right.plot(times, tokens, "-", color="tab:orange", alpha=0.7, label="tokens (right)")
     right.set_ylabel("tokens of a batch, mean")
+    _from_zero(axes, right)
     return _over_time(figure, axes, run, right)
 
 
@@ -136,20 +138,19 @@ def cores(run: Run) -> Figure:
     figure, axes = _figure("cores in use")
     _moments(axes, run.moments, lambda one: one.service_cores, "service", "tab:blue")
     _moments(axes, run.moments, lambda one: one.client_cores, "client", "tab:orange")
-    axes.set_ylim(bottom=0)
     right = _right(axes)
     parts = windows(run.samples, run.duration_s, run.duration_s / PARTS)
     late = [1e3 * percentile([one.sent_s - one.at_s for one in part], 99) for _, part in parts]
     right.plot([at for at, _ in parts], late, ":", color="0.4", label="sent late, p99 (right)")
     right.set_ylabel("ms after it was due")
-    right.set_ylim(bottom=0)
+    _from_zero(axes, right)
     return _over_time(figure, axes, run, right)
 
 
 def memory(run: Run) -> Figure:
     figure, axes = _figure("MiB resident, all replicas")
     _moments(axes, run.moments, lambda one: one.service_bytes / 2**20, "memory (left)", "tab:blue")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     right = _right(axes)
     _moments(right, run.moments, lambda one: float(one.replicas), "replica processes (right)", "0.6")
     right.set_ylim(0, 1 + max((one.replicas for one in run.moments), default=1))
@@ -220,6 +221,11 @@ def _right(axes: Axes) -> Axes:
     right = axes.twinx()
     right.spines["top"].set_visible(False)
     return right
+
+
+def _from_zero(*scales: Axes) -> None:
+    for axes in scales:
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-3))
 
 
 def _seconds(axes: Axes) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loadtests import page, report, samples, thresholds
+from loadtests import charts, page, report, samples, thresholds
 from loadtests.place import Service, running, started
 from loadtests.run import Options, Run, run
 from loadtests.scenarios import SCENARIOS
@@ -60,10 +60,9 @@ def one(options: Options, target: Target, limits: Path, directory: Path, step: C
     checks = thresholds.judge(found.samples, own, known.slo_s)
     summary = report.summary(found, checks, known.slo_s)
     name = options.scenario
-    written = _write(directory, name, summary, page.of_run(found, checks, known.slo_s, _about()))
-    samples.write(directory / f"{name}.ndjson", found.samples)
-    told = report.text(found, checks, known.slo_s)
-    return Result(summary["passed"], told, json.dumps(summary), (*written, directory / f"{name}.ndjson"))
+    html, chart = page.of_run(found, checks, known.slo_s, _about()), page.png(charts.requests(found))
+    written = _write(directory, name, summary, html, chart, [found])
+    return Result(summary["passed"], report.text(found, checks, known.slo_s), json.dumps(summary), written)
 
 
 def saturation(options: Options, target: Target, limits: Path, directory: Path, step: Callable[[str], None]) -> Result:
@@ -83,7 +82,8 @@ def saturation(options: Options, target: Target, limits: Path, directory: Path, 
         "knee": None if found is None else _step(found, known),
         "steps": [_step(each, known) for each in sorted(runs, key=lambda each: each.offered_per_s)],
     }
-    written = _write(directory, name, summary, page.of_sweep(runs, known.slo_s, _about()))
+    html, chart = page.of_sweep(runs, known.slo_s, _about()), page.png(charts.sweep_latencies(runs, known.slo_s))
+    written = _write(directory, name, summary, html, chart, runs)
     told = "no load was sustained" if found is None else f"knee: {found.offered_per_s:.2f} requests/s"
     rows = [f"{each.offered_per_s:8.2f}/s {'sustained' if is_sustained(each, known.slo_s) else '-'}" for each in runs]
     return Result(found is not None, "\n".join([*rows, told]), json.dumps(summary), written)
@@ -102,9 +102,14 @@ def _about() -> dict[str, str]:
     return {"hardware": told["hardware"], "python": told["python"], "versions": versions, "command": told["command"]}
 
 
-def _write(directory: Path, name: str, figures: dict[str, Any], html: str) -> tuple[Path, Path]:
+def _write(
+    directory: Path, name: str, figures: dict[str, Any], html: str, chart: bytes, runs: Sequence[Run]
+) -> tuple[Path, ...]:
+    """The samples of several runs are one file, in their order."""
     directory.mkdir(parents=True, exist_ok=True)
-    files = directory / f"{name}.html", directory / f"{name}.json"
+    files = tuple(directory / f"{name}.{ending}" for ending in ("html", "png", "json", "ndjson"))
     files[0].write_text(html)
-    files[1].write_text(json.dumps(document(figures), indent=1) + "\n")
+    files[1].write_bytes(chart)
+    files[2].write_text(json.dumps(document(figures), indent=1) + "\n")
+    samples.write(files[3], [one for each in runs for one in each.samples])
     return files

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -132,9 +131,7 @@ class GrpcUser(OpenLoop):
         host = urlsplit(self.host or "").hostname or "127.0.0.1"
         self.channel = grpc.insecure_channel(f"{host}:{RUN.options.grpc_port}", options=UNLIMITED)
         # bodies are serialized before the run
-        self.infer: Callable[..., Any] = self.channel.unary_unary(
-            INFER, response_deserializer=pb.ModelInferResponse.FromString
-        )
+        self.infer: Any = self.channel.unary_unary(INFER, response_deserializer=pb.ModelInferResponse.FromString)
 
     def on_stop(self) -> None:
         self.channel.close()
@@ -143,7 +140,9 @@ class GrpcUser(OpenLoop):
         metadata = [("authorization", f"Bearer {key_of(planned.tenant)}")] if planned.tenant else []
         size = 0
         try:
-            response = self.infer(RUN.bodies[planned.endpoint, planned.length], timeout=TIMEOUT_S, metadata=metadata)
+            # as a future: each plain call would hold one of gevent's ten threads until it is answered
+            call = self.infer.future(RUN.bodies[planned.endpoint, planned.length], timeout=TIMEOUT_S, metadata=metadata)
+            response = call.result()
         except grpc.RpcError as error:
             trailing = dict(error.trailing_metadata() or ())
             # device memory that ran out has the same code, but no time to come back

@@ -106,11 +106,12 @@ def plan_of(trace: Path, duration_s: float, scale: float = 1.0) -> list[Planned]
     entries = [one for one in read(trace) if one.at_s / scale < duration_s]
     if not entries:
         raise ValueError(f"{trace} has no requests within {duration_s:g} s")
-    return [_planned(one, scale) for one in entries]
+    return [_planned(one, scale, number) for number, one in enumerate(entries)]
 
 
-def _planned(entry: Entry, scale: float) -> Planned:
+def _planned(entry: Entry, scale: float, number: int) -> Planned:
+    """Attention takes both transports in turn."""
     length = max(1, round(1.05 ** round(math.log(entry.tokens, 1.05))))
-    endpoint = Endpoint.EMBEDDINGS if entry.model else Endpoint.ATTENTION
+    endpoint = Endpoint.EMBEDDINGS if entry.model else (Endpoint.ATTENTION, Endpoint.INFER)[number % 2]
     tenant = "" if entry.tenant == "default" else entry.tenant
     return Planned(entry.at_s / scale, endpoint, length, tenant)

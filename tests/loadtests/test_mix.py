@@ -60,14 +60,15 @@ def test_streams_do_not_disturb_each_other_and_are_in_order() -> None:
 
 def test_a_trace_is_played_as_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
-    path.write_text("at_s,tokens,model,tenant\n0.5,100,mini,free\n1.5,5000,,default\n9.0,7,mini,free\n")
+    path.write_text("at_s,tokens,model,tenant\n0.5,100,mini,free\n1.5,5000,,default\n2.5,5000,,\n9.0,7,mini,free\n")
     planned = plan_of(path, 5.0)
     assert [(one.at_s, one.endpoint, one.tenant) for one in planned] == [
         (0.5, Endpoint.EMBEDDINGS, "free"),
-        (1.5, Endpoint.ATTENTION, ""),
+        (1.5, Endpoint.INFER, ""),
+        (2.5, Endpoint.ATTENTION, ""),
     ]
-    assert [one.length for one in planned] == pytest.approx([100, 5000], rel=0.03)
-    assert [one.at_s for one in plan_of(path, 5.0, scale=2)] == [0.25, 0.75, 4.5]
+    assert [one.length for one in planned] == pytest.approx([100, 5000, 5000], rel=0.03)
+    assert [one.at_s for one in plan_of(path, 5.0, scale=2)] == [0.25, 0.75, 1.25, 4.5]
     with pytest.raises(ValueError, match=r"no requests within 0\.1 s"):
         plan_of(path, 0.1)
 
