@@ -238,8 +238,9 @@ def _over_time(figure: Figure, axes: Axes, run: Run, right: Axes | None = None) 
     last_s = max(run.duration_s, *(one.ended_s for one in run.samples), *(one.at_s for one in run.moments))
     axes.set_xlim(0, last_s)
     axes.axvspan(run.duration_s, last_s, color="0.94", lw=0, zorder=0)
-    for at_s, what in run.happened:
+    for at_s, done_s, what in run.happened:
         axes.axvline(at_s, color=FAILED, lw=1)
+        axes.axvspan(at_s, done_s, color=FAILED, alpha=0.08, lw=0)
         axes.annotate(f" {what}", (at_s, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color=FAILED)
     axes.set_xlabel("seconds since the run began")
     _legend(axes, right)

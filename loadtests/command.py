@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from loadtests.scenarios import SCENARIOS
 from loadtests.sweep import is_sustained, knee, sweep
 from loadtests.thresholds import Limits, Thresholds
 from service.bench.cli import document
+from service.bench.servers.process import handling
 
 MOST_STEPS = 8  # of a sweep
 
@@ -54,7 +56,7 @@ def one(options: Options, target: Target, limits: Path, directory: Path, step: C
     """Runs a scenario and judges it by `limits`, a file of thresholds; a trace is judged only by its failures."""
     known = thresholds.read(limits)
     step("starting")
-    with target.service(options.scenario) as service:
+    with handling(signal.default_int_handler), target.service(options.scenario) as service:
         found = run(options, service, step)
     own = known.scenarios.get(options.scenario, Limits()) if options.trace is None else Limits()
     checks = thresholds.judge(found.samples, own, known.slo_s)
@@ -69,7 +71,7 @@ def saturation(options: Options, target: Target, limits: Path, directory: Path, 
     """Finds the knee; passed where there is one."""
     known = thresholds.read(limits)
     step("starting")
-    with target.service(options.scenario) as service:
+    with handling(signal.default_int_handler), target.service(options.scenario) as service:
 
         def measure(scale: float) -> Run:
             step(f"scale {scale:.2f}")

@@ -37,7 +37,14 @@ HEADERS = {
 USERS = 2
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT_S = 300.0  # the service's own default
-UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+# HAProxy 2.8 reads one connection's frames in order, the permission to send more among them: where large messages go
+# both ways at once, each may wait behind the other for ever. With a window as large as the answers none is needed
+CHANNEL = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.http2.lookahead_bytes", 256 * 1024 * 1024),
+    ("grpc.http2.bdp_probe", 0),
+]
 
 init_gevent()  # before any channel: grpc would otherwise block every other greenlet
 
@@ -129,7 +136,7 @@ class GrpcUser(OpenLoop):
 
     def on_start(self) -> None:
         host = urlsplit(self.host or "").hostname or "127.0.0.1"
-        self.channel = grpc.insecure_channel(f"{host}:{RUN.options.grpc_port}", options=UNLIMITED)
+        self.channel = grpc.insecure_channel(f"{host}:{RUN.options.grpc_port}", options=CHANNEL)
         # bodies are serialized before the run
         self.infer: Any = self.channel.unary_unary(INFER, response_deserializer=pb.ModelInferResponse.FromString)
 

@@ -39,12 +39,12 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`happened`: (second of the run, what) of the scenario's event, when it began and when it was done."""
+    """`happened`: (from, to, what) of the scenario's event, in seconds of the run."""
 
     options: Options
     samples: list[Sample]
     moments: list[Moment]
-    happened: list[tuple[float, str]]
+    happened: list[tuple[float, float, str]]
 
     @property
     def duration_s(self) -> float:
@@ -97,18 +97,18 @@ def _command(options: Options, service: Service, begun: Path, found: Path) -> li
 
 def _watched(
     options: Options, service: Service, client: subprocess.Popen[bytes], begun: Path
-) -> tuple[list[Moment], list[tuple[float, str]]]:
+) -> tuple[list[Moment], list[tuple[float, float, str]]]:
     """Until the client ends."""
     moments: list[Moment] = []
-    happened: list[tuple[float, str]] = []
+    happened: list[tuple[float, float, str]] = []
     if client.poll() is not None:
         return moments, happened
     start_s = float(begun.read_text())
 
     def happen(event: Callable[[], str]) -> None:
-        happened.append((time.perf_counter() - start_s, "begins"))
+        begun_s = time.perf_counter() - start_s
         done = event()
-        happened.append((time.perf_counter() - start_s, done))
+        happened.append((begun_s, time.perf_counter() - start_s, done))
 
     event = service.happen and threading.Thread(target=happen, args=(service.happen,))
     watch = Watch(client.pid, service.leader, service.metrics_port)

@@ -67,10 +67,10 @@ SCENARIOS = {
             Stream(4.0, EMBEDDINGS, tenant="modest"),
             Stream(2.0, TENSORS, 512, tenant="modest"),
         ),
-        settings={"FARSIGHT_TENANTS": tenants(greedy=1.0, modest=1.0)},
+        settings={"FARSIGHT_TENANTS": tenants(greedy=1.0, modest=1.0), "FARSIGHT_MAX_QUEUE_S": "10"},
     ),
     "rolling-update": Scenario(
-        "two replicas are replaced under load", (Stream(4.0),), settings=REPLICAS, event="update"
+        "two replicas are replaced under load", (Stream(6.0),), settings=REPLICAS, event="update"
     ),
-    "chaos": Scenario("one of two replicas is killed (-9) under load", (Stream(4.0),), settings=REPLICAS, event="kill"),
+    "chaos": Scenario("one of two replicas is killed (-9)", (Stream(10.0),), settings=REPLICAS, event="kill"),
 }

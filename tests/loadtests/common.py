@@ -31,4 +31,4 @@ def run(samples: list[Sample], duration_s: float = 10.0, scale: float = 1.0) -> 
     moments = [
         Moment(float(at), 0.25, 1.5, 6e8, 1, 0.5 * at, 10.0 * at, 20.0 * at, 3000.0 * at) for at in range(1, 13)
     ] + [Moment(13.0, nan, nan, nan, 0, nan, nan, nan, nan)]
-    return Run(Options("smoke", duration_s, scale), samples, moments, [(3.0, "begins"), (5.0, "done")])
+    return Run(Options("smoke", duration_s, scale), samples, moments, [(3.0, 5.0, "kill -9 of a replica")])
