@@ -38,7 +38,10 @@ img { width: 100% }
 TENANT_HEADER = ("tenant", "offered/s", "in time/s", "in time", "refused", "failed", "p50", "p99", "device s")
 SHARED = (
     "Client and service ran on the same cores, so that each took time from the other: latencies are higher than with a "
-    "client elsewhere. The load is open: every request has a second at which it is due, drawn before the run, and "
+    "client elsewhere."
+)
+OPEN = (
+    "The load is open: every request has a second at which it is due, drawn before the run, and "
     "its latency counts from then, however late it was sent."
 )
 
@@ -76,7 +79,7 @@ def of_run(run: Run, checks: Sequence[Check], slo_s: Seconds, about: Mapping[str
     }
     tiles = "".join(f"<div><b>{seen}</b><span>{name}</span></div>" for name, seen in figures.items())
     body = [
-        f"<h1>Load test: {escape(run.options.scenario)}</h1><p>{escape(scenario.about.capitalize())}. {SHARED}</p>",
+        f"<h1>Load test: {escape(run.options.scenario)}</h1><p>{escape(scenario.about.capitalize())}. {_how(run)}</p>",
         f'<div class="figures">{tiles}</div>',
         _checks(checks),
         "<main>" + "".join(_figure(*one) for one in drawn) + "</main>",
@@ -101,7 +104,7 @@ def of_sweep(runs: Sequence[Run], slo_s: Seconds, about: Mapping[str, str]) -> s
     ordered = sorted(runs, key=lambda one: one.offered_per_s)
     body = [
         f"<h1>Saturation sweep: {escape(name)}</h1>",
-        f"<p><b>{told}</b> {escape(SCENARIOS[name].about.capitalize())}. {SHARED}</p>",
+        f"<p><b>{told}</b> {escape(SCENARIOS[name].about.capitalize())}. {_how(runs[0])}</p>",
         "<main>" + "".join(_figure(*one) for one in drawn) + "</main>",
         "<h2>Steps</h2>" + _table(head, [_step(one, slo_s) for one in ordered]),
         "<h2>By length</h2>",
@@ -116,6 +119,11 @@ def png(figure: Figure) -> bytes:
     target = io.BytesIO()
     figure.savefig(target, dpi=130)
     return target.getvalue()
+
+
+def _how(run: Run) -> str:
+    """A service that is not ours may be elsewhere."""
+    return OPEN if math.isnan(service(run)["cores_mean"]) else f"{SHARED} {OPEN}"
 
 
 def _tenant(name: str, samples: Sequence[Sample], duration_s: float, slo_s: Seconds) -> tuple[str, ...]:
