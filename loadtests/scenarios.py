@@ -69,8 +69,6 @@ SCENARIOS = {
         ),
         settings={"FARSIGHT_TENANTS": tenants(greedy=1.0, modest=1.0), "FARSIGHT_MAX_QUEUE_S": "10"},
     ),
-    "rolling-update": Scenario(
-        "two replicas are replaced under load", (Stream(6.0),), settings=REPLICAS, event="update"
-    ),
+    "rolling-update": Scenario("two replicas are replaced under load", (Stream(6.0),), 90.0, REPLICAS, "update"),
     "chaos": Scenario("one of two replicas is killed (-9)", (Stream(10.0),), settings=REPLICAS, event="kill"),
 }
