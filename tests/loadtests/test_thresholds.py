@@ -46,7 +46,7 @@ def test_a_tenant_is_judged_by_its_own_requests() -> None:
 def test_the_file_in_the_repository_is_read() -> None:
     known = read(DEFAULT)
     assert known.slo_s == SLO_S
-    assert known.scenarios["tenants"].tenants["modest"].refused == 0.0
+    assert known.scenarios["tenants"].tenants["modest"].refused == 0.05
 
 
 @pytest.mark.parametrize(
