@@ -20,7 +20,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 loadtest: $(STAMP)
-	$(BIN)/locust --headless -f loadtests/locustfile.py --host http://127.0.0.1:8000 --run-time 60s --users 16 --spawn-rate 16
+	$(BIN)/farsight loadtest --scenario smoke
 
 protos: $(STAMP)
 	PYTHON=$(BIN)/python scripts/protos.sh

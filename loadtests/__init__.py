@@ -1,1 +1,1 @@
-"""Load on a running service: `make loadtest`. `payloads` and `report` are plain Python and change nothing on import."""
+"""Load on a service: `make loadtest`, `farsight loadtest`. Only `locustfile` changes anything on import."""

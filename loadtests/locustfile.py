@@ -1,156 +1,223 @@
-"""A mixed load over HTTP and gRPC, and a table by endpoint, length and plan at its end: `make loadtest`.
+"""A scenario's requests over HTTP and gRPC, open loop: what `farsight loadtest` runs beside the service.
 
-Closed loop: a user sends its next request when it has its answer, so latencies are those of `--users` callers at a
-time, not of a given arrival rate. One process only: each would have a report of its own. gRPC goes to the host's
-port FARSIGHT_GRPC_PORT (9000).
+Locust's users are closed loops: whoever waits for an answer sends nothing. Here there is one user for each transport,
+and its only task starts a greenlet for every request at the second that was drawn for it (`schedule`). Locust's events
+get the latencies since those seconds, and `--samples` all of them unrounded.
 """
 
 from __future__ import annotations
 
-import os
-import random
+import gc
 import time
-from collections.abc import Mapping
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
 import grpc
+from gevent.event import Event
 from grpc.experimental.gevent import init_gevent
-from locust import FastHttpUser, User, constant, events, task
+from locust import FastHttpUser, User, events, task
 from locust.env import Environment
 
-from loadtests.payloads import Payload, Pools, build
-from loadtests.report import Outcome, Report, Sample, answered
+from loadtests import samples
+from loadtests.mix import Endpoint, Planned, plan, plan_of
+from loadtests.payloads import Bodies, build
+from loadtests.samples import Outcome, Sample, Sent
+from loadtests.scenarios import SCENARIOS, key_of
+from loadtests.schedule import MOST_IN_FLIGHT, drive
 from service.api.proto import open_inference_grpc_pb2 as pb
 
 SAFETENSORS = "application/x-safetensors"
+HEADERS = {
+    Endpoint.ATTENTION: {"content-type": SAFETENSORS, "accept": SAFETENSORS},
+    Endpoint.EMBEDDINGS: {"content-type": "application/json"},
+}
+USERS = 2
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-GRPC_PORT = int(os.environ.get("FARSIGHT_GRPC_PORT", "9000"))
 TIMEOUT_S = 300.0  # the service's own default
-UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+# HAProxy 2.8 reads one connection's frames in order, the permission to send more among them: where large messages go
+# both ways at once, each may wait behind the other for ever. With a window as large as the answers none is needed
+CHANNEL = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.http2.lookahead_bytes", 256 * 1024 * 1024),
+    ("grpc.http2.bdp_probe", 0),
+]
 
-init_gevent()  # before any channel: grpc would otherwise block every other user
-
-# what one run shares; Locust gives user classes no other place
-REPORT = Report()
-POOLS: Pools = build()
-DRAW = random.Random(0)
-
-gevent.get_hub().loop.update_now()  # its clock stood still meanwhile, and --run-time would count those seconds
-
-
-def pause(sample: Sample, headers: Mapping[str, str]) -> None:
-    """A refused caller comes back when the service says; a failed one not at once."""
-    if sample.outcome is not Outcome.ANSWERED:
-        gevent.sleep(float(headers.get("retry-after", 1)))
+init_gevent()  # before any channel: grpc would otherwise block every other greenlet
 
 
-class HttpUser(FastHttpUser):
+class Run:
+    """What its two users share; Locust gives user classes no other place."""
+
+    options: Namespace
+    planned: list[Planned]
+    bodies: Bodies
+
+    def __init__(self) -> None:
+        self.start_s = time.perf_counter()
+        self.started = Event()
+        self.samples: list[Sample] = []
+        self.warm = self.done = 0  # users
+
+    def begin(self) -> None:
+        self.start_s = time.perf_counter() + 0.5
+        if self.options.started:
+            self.options.started.write_text(f"{self.start_s}")
+        self.started.set()
+
+    def now_s(self) -> float:
+        return time.perf_counter() - self.start_s
+
+
+RUN = Run()
+
+
+class OpenLoop(User):
+    """Sends its transport's part of the plan."""
+
     abstract = True
-    wait_time = constant(0)
+    fixed_count = 1
+    endpoints: tuple[Endpoint, ...] = ()
+
+    @task
+    def arrivals(self) -> None:
+        mine = [one for one in RUN.planned if one.endpoint in self.endpoints]
+        for one in first_ones(mine):
+            self.send(one, Sent(one.endpoint, one.length, 0.0, 0.0, one.tenant))
+        RUN.warm += 1
+        if RUN.warm == USERS:
+            RUN.begin()
+        RUN.started.wait()
+        RUN.samples += drive(mine, RUN.start_s, self.send)
+        RUN.done += 1
+        if RUN.done == USERS:
+            gevent.spawn(self.environment.runner.quit)  # not from here: it ends this user first
+        gevent.sleep(2 * TIMEOUT_S)  # until Locust ends it; a second round would be another run
+
+    def send(self, planned: Planned, sent: Sent) -> Sample:
+        raise NotImplementedError
+
+
+class HttpUser(OpenLoop, FastHttpUser):
+    endpoints = (Endpoint.ATTENTION, Endpoint.EMBEDDINGS)
+    concurrency = MOST_IN_FLIGHT
     network_timeout = TIMEOUT_S
     connection_timeout = TIMEOUT_S
+    max_retries = 0
 
-    def send(self, endpoint: str, payload: Payload, headers: dict[str, str]) -> None:
-        REPORT.sent += 1
-        started_s = time.perf_counter()
-        body: Any = payload.body  # Locust's annotation knows no bytes
-        with self.client.post(endpoint, data=body, headers=headers, catch_response=True) as response:
-            ended_s = time.perf_counter()
-            where = (endpoint, payload.length)
-            if response.status_code == 200 and response.content:
-                sample = answered(*where, started_s, ended_s, response.headers)
+    def send(self, planned: Planned, sent: Sent) -> Sample:
+        body: Any = RUN.bodies[planned.endpoint, planned.length]  # Locust's annotation knows no bytes
+        headers = dict(HEADERS[planned.endpoint])
+        if planned.tenant:
+            headers["authorization"] = f"Bearer {key_of(planned.tenant)}"
+        with self.client.post(f"/v1/{planned.endpoint}", data=body, headers=headers, catch_response=True) as response:
+            ended_s = RUN.now_s()
+            error = response.request_meta["exception"]  # of the connection, the status or the body
+            if error is None and response.content:
+                sample = sent.answered(ended_s, response.headers)
             elif response.status_code == 429:
-                sample = Sample(*where, Outcome.REFUSED, started_s, ended_s)
+                sample = sent.refused(ended_s)
             else:
-                reason = f"{response.status_code} {response.error or ''} {response.text or ''}"[:200]
-                sample = Sample(*where, Outcome.FAILED, started_s, ended_s, reason=reason)
-            REPORT.add(sample)
+                told = response.text if response.status_code >= 400 else ""
+                sample = sent.failed(ended_s, f"{response.status_code} {error!r} {told}"[:200])
+            response.request_meta["response_time"] = 1000 * sample.latency_s
             if sample.outcome is Outcome.FAILED:
                 response.failure(sample.reason)
             else:
                 response.success()
-        pause(sample, response.headers)
+        return sample
 
 
-class AttentionUser(HttpUser):
-    """Tensors of mixed lengths as safetensors."""
-
-    weight = 2
-
-    @task
-    def attention(self) -> None:
-        headers = {"content-type": SAFETENSORS, "accept": SAFETENSORS}
-        self.send("/v1/attention", DRAW.choice(POOLS.attention), headers)
-
-
-class EmbeddingsUser(HttpUser):
-    """Short texts, which long attention requests must not stop."""
-
-    weight = 1
-
-    @task
-    def embeddings(self) -> None:
-        self.send("/v1/embeddings", DRAW.choice(POOLS.embeddings), {"content-type": "application/json"})
-
-
-class GrpcUser(User):
-    """The tensors of `AttentionUser` as raw contents of ModelInfer."""
-
-    weight = 1
-    wait_time = constant(0)
+class GrpcUser(OpenLoop):
+    endpoints = (Endpoint.INFER,)
 
     def on_start(self) -> None:
         host = urlsplit(self.host or "").hostname or "127.0.0.1"
-        self.channel = grpc.insecure_channel(f"{host}:{GRPC_PORT}", options=UNLIMITED)
-        # bodies are serialized once, in the pool
-        self.infer = self.channel.unary_unary(INFER, response_deserializer=pb.ModelInferResponse.FromString)
+        self.channel = grpc.insecure_channel(f"{host}:{RUN.options.grpc_port}", options=CHANNEL)
+        # bodies are serialized before the run
+        self.infer: Any = self.channel.unary_unary(INFER, response_deserializer=pb.ModelInferResponse.FromString)
 
     def on_stop(self) -> None:
         self.channel.close()
 
-    @task
-    def attention(self) -> None:
-        payload = DRAW.choice(POOLS.infer)
-        REPORT.sent += 1
-        started_s = time.perf_counter()
-        length, failure = 0, None
-        trailing: dict[str, str] = {}
-        where = ("grpc ModelInfer", payload.length)
+    def send(self, planned: Planned, sent: Sent) -> Sample:
+        metadata = [("authorization", f"Bearer {key_of(planned.tenant)}")] if planned.tenant else []
+        size = 0
         try:
-            response = self.infer(payload.body, timeout=TIMEOUT_S)
+            # as a future: each plain call would hold one of gevent's ten threads until it is answered
+            call = self.infer.future(RUN.bodies[planned.endpoint, planned.length], timeout=TIMEOUT_S, metadata=metadata)
+            response = call.result()
         except grpc.RpcError as error:
-            ended_s = time.perf_counter()
-            trailing = {key: str(value) for key, value in error.trailing_metadata() or ()}
+            trailing = dict(error.trailing_metadata() or ())
             # device memory that ran out has the same code, but no time to come back
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "retry-after" in trailing:
-                sample = Sample(*where, Outcome.REFUSED, started_s, ended_s)
+                sample = sent.refused(RUN.now_s())
             else:
-                reason = f"{error.code().name} {error.details()}"[:200]
-                sample = Sample(*where, Outcome.FAILED, started_s, ended_s, reason=reason)
+                sample = sent.failed(RUN.now_s(), f"{error.code().name} {error.details()}"[:200])
         else:
-            ended_s = time.perf_counter()
-            length = sum(map(len, response.raw_output_contents))
-            parameters = {name: value.string_param for name, value in response.parameters.items()}
-            sample = answered(*where, started_s, ended_s, parameters)
-        REPORT.add(sample)
-        if sample.outcome is Outcome.FAILED:
-            failure = RuntimeError(sample.reason)
+            ended_s = RUN.now_s()
+            size = sum(map(len, response.raw_output_contents))
+            sample = sent.answered(ended_s, {name: one.string_param for name, one in response.parameters.items()})
         self.environment.events.request.fire(
             request_type="gRPC",
-            name="ModelInfer",
+            name=sample.endpoint,
             response_time=1000 * sample.latency_s,
-            response_length=length,
-            exception=failure,
+            response_length=size,
+            exception=RuntimeError(sample.reason) if sample.outcome is Outcome.FAILED else None,
             context={},
         )
-        pause(sample, trailing)
+        return sample
 
 
-def finish(environment: Environment, **_: object) -> None:
-    print(f"\n{REPORT.text()}")
-    environment.process_exit_code = REPORT.exit_code
+def first_ones(planned: list[Planned]) -> list[Planned]:
+    """What warms the service and the connections up: the shortest, the middle and the longest of each endpoint."""
+    found = []
+    for endpoint in Endpoint:
+        by_length = sorted((one for one in planned if one.endpoint is endpoint), key=lambda one: one.length)
+        found += [by_length[place] for place in sorted({0, len(by_length) // 2, len(by_length) - 1}) if by_length]
+    return found
 
 
-events.quitting.add_listener(finish)  # type: ignore[no-untyped-call]
+def _options(parser: Any) -> None:
+    group = parser.add_argument_group("Farsight")
+    group.add_argument("--scenario", choices=list(SCENARIOS), default="smoke")
+    group.add_argument("--duration", type=float, help="Seconds; default: the scenario's.")
+    group.add_argument("--scale", type=float, default=1.0, help="Times the scenario's rates.")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--trace", type=Path, help="CSV of `farsight simulate` instead of the scenario's streams.")
+    group.add_argument("--grpc-port", type=int, default=9000)
+    group.add_argument("--samples", type=Path, help="Where the samples go, as NDJSON.")
+    group.add_argument("--started", type=Path, help="Written when the first request is due: its time.perf_counter.")
+    parser.set_defaults(headless=True, num_users=USERS, spawn_rate=USERS)
+
+
+def _prepare(environment: Environment, **_: object) -> None:
+    options = environment.parsed_options
+    assert options is not None, "bug: run as a library"
+    RUN.options = options
+    scenario = SCENARIOS[options.scenario]
+    duration_s = options.duration or scenario.duration_s
+    if options.trace:
+        RUN.planned = plan_of(options.trace, duration_s, options.scale)
+    else:
+        RUN.planned = plan(scenario.streams, duration_s, options.seed, options.scale)
+    RUN.bodies = build(RUN.planned, options.seed)
+    gc.freeze()  # the bodies stay: they need not be looked at again
+
+
+def _finish(environment: Environment, **_: object) -> None:
+    RUN.samples.sort(key=lambda one: one.at_s)
+    if RUN.options.samples:
+        samples.write(RUN.options.samples, RUN.samples)
+    environment.process_exit_code = 0  # thresholds are judged by who reads the samples
+
+
+for event, listener in (
+    (events.init_command_line_parser, _options),
+    (events.init, _prepare),
+    (events.quitting, _finish),
+):
+    event.add_listener(listener)  # type: ignore[no-untyped-call]

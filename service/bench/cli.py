@@ -447,15 +447,18 @@ def hardware() -> str:
     return f"{os.cpu_count()} cores {platform.machine()}"
 
 
-def _write(output: Path | None, figures: dict[str, Any]) -> None:
-    if output is None:
-        return
+def document(figures: dict[str, Any]) -> dict[str, Any]:
+    """A result with what it takes to read it: hardware, versions and command."""
     versions = {name: version(name) for name in ("farsight", "ray", "torch", "transformers")}
-    document = {
+    return {
         "hardware": hardware(),
         "python": platform.python_version(),
         "versions": versions,
         "command": shlex.join(["farsight", *sys.argv[1:]]),
         "figures": figures,
     }
-    output.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _write(output: Path | None, figures: dict[str, Any]) -> None:
+    if output is not None:
+        output.write_bytes(orjson.dumps(document(figures), option=orjson.OPT_INDENT_2) + b"\n")

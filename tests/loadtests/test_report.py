@@ -1,106 +1,110 @@
-"""The report against samples counted by hand."""
+"""Samples as lines, the report in words, and the summary as JSON."""
 
 from __future__ import annotations
 
-import math
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from loadtests.report import NO_PLAN, Outcome, Report, Sample, answered, bucket_name, bucket_of, percentile
+from loadtests import samples
+from loadtests.report import client, reasons, rows, service, summary, text
+from loadtests.samples import NO_PLAN, Outcome, Sent
+from loadtests.thresholds import Limits, judge
+from tests.loadtests.common import SLO_S, run, sample
 
-HEADERS = {"x-attention-plan": "dense", "x-device-seconds": "0.250000", "x-cost-usd": "7.000e-06"}
-
-
-def filled(*samples: Sample) -> Report:
-    report = Report()
-    for sample in samples:
-        report.sent += 1
-        report.add(sample)
-    return report
-
-
-def test_percentiles_are_latencies_that_were_seen() -> None:
-    hundred = [float(number) for number in range(1, 101)]
-    assert [percentile(hundred, p) for p in (50, 95, 99, 100)] == [50, 95, 99, 100]
-    assert [percentile([0.123456, 7.0], p) for p in (50, 95)] == [0.123456, 7.0]
-    assert percentile([3.0], 1) == percentile([3.0], 99) == 3.0
-    assert math.isnan(percentile([], 50))
+HEADERS = {
+    "x-attention-plan": "sparse",
+    "x-queue-seconds": "0.125",
+    "x-device-seconds": "0.250000",
+    "x-cost-usd": "7.000e-06",
+}
+SENT = Sent("attention", 100, 1.0, 1.25, "shop")
 
 
-@pytest.mark.parametrize(
-    ("length", "bucket"),
-    [(1, 1), (3, 1), (4, 4), (63, 16), (64, 64), (255, 64), (256, 256), (8191, 4096), (8192, 4096)],
-)
-def test_buckets_are_powers_of_four(length: int, bucket: int) -> None:
-    assert bucket_of(length) == bucket
-    low, high = map(int, bucket_name(bucket).split("-"))
-    assert low <= length <= high
-
-
-def test_rows_are_apart_by_endpoint_bucket_and_plan_and_in_order() -> None:
-    samples = [
-        answered("a", 100, 0.0, 0.1, HEADERS),
-        answered("a", 200, 1.0, 1.3, HEADERS),
-        answered("a", 5000, 1.0, 2.0, {**HEADERS, "x-attention-plan": "sparse"}),
-        answered("a", 5000, 1.0, 4.0, HEADERS),
-        answered("b", 100, 1.0, 3.0, HEADERS),
-    ]
-    rows = filled(*samples).rows()
-    assert [(row.endpoint, row.bucket, row.plan, row.answered) for row in rows] == [
-        ("a", 64, "dense", 2),
-        ("a", 4096, "dense", 1),
-        ("a", 4096, "sparse", 1),
-        ("b", 64, "dense", 1),
-    ]
-    assert rows[0].p50_s == pytest.approx(0.1)
-    assert rows[0].p99_s == pytest.approx(0.3)
-    assert rows[0].device_s == pytest.approx(0.5)
-
-
-def test_refused_and_failed_are_counted_apart_and_have_no_latency() -> None:
-    report = filled(
-        answered("a", 100, 0.0, 0.5, HEADERS),
-        Sample("a", 100, Outcome.REFUSED, 0.0, 9.0),
-        Sample("a", 100, Outcome.FAILED, 0.0, 9.0, reason="500 no"),
-    )
-    answers, rest = sorted(report.rows(), key=lambda row: row.plan, reverse=True)
-    assert (rest.plan, rest.answered, rest.refused, rest.failed) == (NO_PLAN, 0, 1, 1)
-    assert (answers.answered, answers.p99_s) == (1, 0.5)
-    assert math.isnan(rest.p50_s)
-    assert "failed 1x: 500 no" in report.text()
-
-
-def test_totals_are_those_of_the_answers() -> None:
-    report = filled(*(answered("a", 100, 0.25 * at, 0.25 * at + 0.25, HEADERS) for at in range(8)))
-    report.sent += 3
-    text = report.text()
-    assert "8 answers in 2.0 s: 4.00 requests/s; 0 refused, 0 failed, 3 cut off" in text
-    assert "device 2.000 s, cost 5.600e-05 USD" in text
-
-
-def test_the_exit_code_fails_on_failures_and_on_nothing() -> None:
-    good = answered("a", 100, 0.0, 0.1, HEADERS)
-    refused = Sample("a", 100, Outcome.REFUSED, 0.0, 0.1)
-    failed = Sample("a", 100, Outcome.FAILED, 0.0, 0.1)
-    assert filled().exit_code == 1
-    assert filled(refused).exit_code == 1
-    assert filled(good).exit_code == 0
-    assert filled(good, refused).exit_code == 0
-    assert filled(good, failed).exit_code == 1
-    assert "0 answers in 0.0 s" in filled().text()
+def test_a_sample_has_what_the_answer_says_and_counts_from_when_it_was_due() -> None:
+    one = SENT.answered(3.0, HEADERS)
+    assert (one.plan, one.queue_s, one.device_s, one.cost_usd, one.tenant) == ("sparse", 0.125, 0.25, 7e-6, "shop")
+    assert one.latency_s == 2.0  # and not 1.75
 
 
 @pytest.mark.parametrize("headers", [{}, {**HEADERS, "x-device-seconds": "soon"}])
 def test_an_answer_without_its_headers_is_a_failure(headers: dict[str, str]) -> None:
-    assert answered("a", 100, 0.0, 0.1, headers).outcome is Outcome.FAILED
+    assert SENT.answered(3.0, headers).outcome is Outcome.FAILED
+
+
+def test_samples_are_kept_as_they_were(tmp_path: Path) -> None:
+    kept = [SENT.answered(1.123456789012345, HEADERS), SENT.refused(2.0), SENT.failed(3.0, 'no "way"\n')]
+    samples.write(tmp_path / "samples.ndjson", kept)
+    assert samples.read(tmp_path / "samples.ndjson") == kept
+
+
+def test_rows_are_apart_by_bucket_and_plan_and_in_order() -> None:
+    found = rows(
+        [
+            sample(latency_s=0.1),
+            sample(latency_s=0.3, length=200),
+            sample(length=5000, plan="sparse"),
+            sample(length=5000),
+            sample(length=600, outcome=Outcome.REFUSED),
+        ]
+    )
+    assert [row[1:6] for row in found] == [
+        ("1 to 512", "dense", "2", "0", "0"),
+        ("513 to 4,096", NO_PLAN, "0", "1", "0"),
+        ("4,097 to 32,768", "dense", "1", "0", "0"),
+        ("4,097 to 32,768", "sparse", "1", "0", "0"),
+    ]
+    assert found[0][6:] == ("100.00", "300.00", "300.00", "0.500")
+    assert found[1][6:9] == ("-", "-", "-")
+
+
+def test_the_text_has_totals_failures_and_verdicts() -> None:
+    made = run([*[sample(at) for at in range(8)], sample(9.0, outcome=Outcome.FAILED, reason="500 no")])
+    told = text(made, judge(made.samples, Limits(goodput=0.5), SLO_S), SLO_S)
+    assert "9 requests in 10 s, 0.90/s: 8 answered, 0.80/s of them in time; 0 refused, 1 failed" in told
+    assert "device 2.000 s" in told
+    assert "client: 0.25 cores, 0.0 ms late" in told
+    assert "failed 1x: 500 no" in told
+    assert "ok     goodput" in told
+    assert "MISSED failed" in told
+
+
+def test_reasons_are_counted_and_few() -> None:
+    made = [sample(outcome=Outcome.FAILED, reason=f"{number % 7}") for number in range(20)]
+    assert reasons(made)[0] == ("0", 3)
+    assert len(reasons(made)) == 5
+
+
+def test_the_summary_is_one_line_of_json_without_nan() -> None:
+    made = run([sample(tenant="a"), sample(1.0, length=600, tenant="b", outcome=Outcome.REFUSED)])
+    line = json.dumps(summary(made, judge(made.samples, Limits(refused=0.0), SLO_S), SLO_S), allow_nan=False)
+    assert "\n" not in line
+    told = json.loads(line)
+    assert told["passed"] is False
+    assert (told["offered_per_s"], told["goodput_per_s"]) == (0.2, 0.1)
+    assert told["by_length"]["4096"]["p99_s"] is None
+    assert told["by_tenant"]["a"]["good"] == 1
+    assert told["plans"] == {"dense": 1}
+
+
+def test_what_was_watched_leaves_out_what_was_not_seen() -> None:
+    made = run([sample()])
+    assert client(made) == {"cores_mean": 0.25, "cores_max": 0.25, "late_p50_s": 0.0, "late_p99_s": 0.0}
+    assert service(made) == {
+        "cores_mean": 1.5,
+        "queue_max_s": 6.0,  # after the last request was due, too
+        "resident_max_bytes": 6e8,
+        "requests_per_batch": 2.0,
+    }
 
 
 def test_importing_the_helpers_patches_nothing() -> None:
     code = (
         "import socket, sys; before = socket.socket\n"
-        "import loadtests.payloads, loadtests.report\n"
+        "import loadtests.command\n"
         "assert socket.socket is before\n"
         "assert not {'gevent', 'locust', 'ray'} & sys.modules.keys()"
     )

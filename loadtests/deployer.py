@@ -47,7 +47,7 @@ def main() -> None:
                 sys.exit(f"not deployed: {status}")
             time.sleep(0.1)
         print("deployed", flush=True)
-    serve.shutdown()
+    serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
 
 

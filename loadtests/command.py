@@ -1,0 +1,117 @@
+"""`farsight loadtest`: a scenario or a sweep, judged, and written as page, samples and JSON."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loadtests import charts, page, report, samples, thresholds
+from loadtests.place import Service, running, started
+from loadtests.run import Options, Run, run
+from loadtests.scenarios import SCENARIOS
+from loadtests.sweep import is_sustained, knee, sweep
+from loadtests.thresholds import Limits, Thresholds
+from service.bench.cli import document
+from service.bench.servers.process import handling
+
+MOST_STEPS = 8  # of a sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the load goes. Without a URL a service is started on 300 ports from `first_port`."""
+
+    url: str | None
+    grpc_port: int
+    metrics_port: int
+    first_port: int
+
+    @contextmanager
+    def service(self, scenario: str) -> Iterator[Service]:
+        if self.url is not None:
+            if SCENARIOS[scenario].event:
+                raise ValueError(f"{scenario} does something to its service, and needs one that it starts itself")
+            yield running(self.url, self.grpc_port, self.metrics_port)
+        else:
+            with started(SCENARIOS[scenario], self.first_port) as service:
+                yield service
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`told`: for a terminal; `line`: one JSON line; `files`: what was written."""
+
+    passed: bool
+    told: str
+    line: str
+    files: tuple[Path, ...]
+
+
+def one(options: Options, target: Target, limits: Path, directory: Path, step: Callable[[str], None]) -> Result:
+    """Runs a scenario and judges it by `limits`, a file of thresholds; a trace is judged only by its failures."""
+    known = thresholds.read(limits)
+    step("starting")
+    with handling(signal.default_int_handler), target.service(options.scenario) as service:
+        found = run(options, service, step)
+    own = known.scenarios.get(options.scenario, Limits()) if options.trace is None else Limits()
+    checks = thresholds.judge(found.samples, own, known.slo_s)
+    summary = report.summary(found, checks, known.slo_s)
+    name = options.scenario
+    html, chart = page.of_run(found, checks, known.slo_s, _about()), page.png(charts.requests(found))
+    written = _write(directory, name, summary, html, chart, [found])
+    return Result(summary["passed"], report.text(found, checks, known.slo_s), json.dumps(summary), written)
+
+
+def saturation(options: Options, target: Target, limits: Path, directory: Path, step: Callable[[str], None]) -> Result:
+    """Finds the knee; passed where there is one."""
+    known = thresholds.read(limits)
+    step("starting")
+    with handling(signal.default_int_handler), target.service(options.scenario) as service:
+
+        def measure(scale: float) -> Run:
+            step(f"scale {scale:.2f}")
+            return run(replace(options, scale=scale), service)
+
+        runs = list(sweep(measure, known.slo_s, options.scale, MOST_STEPS))
+    name, found = f"sweep-{options.scenario}", knee(runs, known.slo_s)
+    summary = {
+        "scenario": options.scenario,
+        "knee": None if found is None else _step(found, known),
+        "steps": [_step(each, known) for each in sorted(runs, key=lambda each: each.offered_per_s)],
+    }
+    html, chart = page.of_sweep(runs, known.slo_s, _about()), page.png(charts.sweep_latencies(runs, known.slo_s))
+    written = _write(directory, name, summary, html, chart, runs)
+    told = "no load was sustained" if found is None else f"knee: {found.offered_per_s:.2f} requests/s"
+    rows = [f"{each.offered_per_s:8.2f}/s {'sustained' if is_sustained(each, known.slo_s) else '-'}" for each in runs]
+    return Result(found is not None, "\n".join([*rows, told]), json.dumps(summary), written)
+
+
+def _step(each: Run, known: Thresholds) -> dict[str, Any]:
+    summary = report.summary(each, [], known.slo_s)
+    left_out = ("checks", "passed", "happened", "slo_s", "scenario", "by_tenant")
+    return {name: value for name, value in summary.items() if name not in left_out}
+
+
+def _about() -> dict[str, str]:
+    """Of this machine and command."""
+    told = document({})
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    return {"hardware": told["hardware"], "python": told["python"], "versions": versions, "command": told["command"]}
+
+
+def _write(
+    directory: Path, name: str, figures: dict[str, Any], html: str, chart: bytes, runs: Sequence[Run]
+) -> tuple[Path, ...]:
+    """The samples of several runs are one file, in their order."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = tuple(directory / f"{name}.{ending}" for ending in ("html", "png", "json", "ndjson"))
+    files[0].write_text(html)
+    files[1].write_bytes(chart)
+    files[2].write_text(json.dumps(document(figures), indent=1) + "\n")
+    samples.write(files[3], [one for each in runs for one in each.samples])
+    return files

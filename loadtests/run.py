@@ -1,0 +1,124 @@
+"""One scenario on one service: the client in a process of its own, what happens meanwhile, and all that was seen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from loadtests import samples
+from loadtests.place import Service
+from loadtests.samples import Sample
+from loadtests.scenarios import SCENARIOS
+from loadtests.watch import EVERY_S, Moment, Watch
+from service.bench.servers.process import last_line, stop
+
+LOCUSTFILE = Path(__file__).parent / "locustfile.py"
+EVENT_PART = 1 / 3  # of the run
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The command line."""
+
+    scenario: str = "smoke"
+    duration_s: float | None = None
+    scale: float = 1.0
+    seed: int = 0
+    trace: Path | None = None
+
+    @property
+    def whole_s(self) -> float:
+        return self.duration_s or SCENARIOS[self.scenario].duration_s
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`happened`: (from, to, what) of the scenario's event, in seconds of the run."""
+
+    options: Options
+    samples: list[Sample]
+    moments: list[Moment]
+    happened: list[tuple[float, float, str]]
+
+    @property
+    def duration_s(self) -> float:
+        """While requests were due; answers may come later."""
+        return self.options.whole_s
+
+    @property
+    def offered_per_s(self) -> float:
+        return len(self.samples) / self.duration_s
+
+
+class ClientFailed(Exception):
+    """It ended without samples; the message is the last line that it wrote."""
+
+
+def run(options: Options, service: Service, step: Callable[[str], None] = lambda _: None) -> Run:
+    with TemporaryDirectory(prefix="farsight-loadtest-") as folder:
+        begun, found, log = (Path(folder) / name for name in ("begun", "samples.ndjson", "client.log"))
+        with log.open("wb") as output:
+            client = subprocess.Popen(
+                _command(options, service, begun, found),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            step("preparing")
+            while not (begun.exists() and begun.read_text()) and client.poll() is None:
+                time.sleep(0.05)
+            if client.poll() is None:
+                step("running")
+            moments, happened = _watched(options, service, client, begun)
+        finally:
+            stop(client)
+        if not found.exists():
+            raise ClientFailed(last_line(log))
+        return Run(options, samples.read(found), moments, happened)
+
+
+def _command(options: Options, service: Service, begun: Path, found: Path) -> list[str]:
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", service.url, "--only-summary"]
+    command += ["--grpc-port", f"{service.grpc_port}", "--scenario", options.scenario, "--seed", f"{options.seed}"]
+    command += ["--duration", f"{options.whole_s}", "--scale", f"{options.scale}"]
+    command += ["--started", str(begun), "--samples", str(found)]
+    if options.trace is not None:
+        command += ["--trace", str(options.trace)]
+    return command
+
+
+def _watched(
+    options: Options, service: Service, client: subprocess.Popen[bytes], begun: Path
+) -> tuple[list[Moment], list[tuple[float, float, str]]]:
+    """Until the client ends."""
+    moments: list[Moment] = []
+    happened: list[tuple[float, float, str]] = []
+    if client.poll() is not None:
+        return moments, happened
+    start_s = float(begun.read_text())
+
+    def happen(event: Callable[[], str]) -> None:
+        begun_s = time.perf_counter() - start_s
+        done = event()
+        happened.append((begun_s, time.perf_counter() - start_s, done))
+
+    event = service.happen and threading.Thread(target=happen, args=(service.happen,))
+    watch = Watch(client.pid, service.leader, service.metrics_port)
+    watch.look(start_s)  # the first has no cores: they are since the one before
+    while client.poll() is None:
+        time.sleep(EVERY_S)
+        if event and not event.ident and time.perf_counter() - start_s > EVENT_PART * options.whole_s:
+            event.start()
+        if client.poll() is None:
+            moments.append(watch.look(start_s))
+    if event and event.ident:
+        event.join()
+    return moments, happened

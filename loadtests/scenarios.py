@@ -1,0 +1,74 @@
+"""The named load tests: which streams, for how long, on a service with which settings, and what happens to it.
+
+Rates are for 2 cores, which client and service share; `--scale` multiplies them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from loadtests.mix import Endpoint, Stream
+
+EMBEDDINGS = {Endpoint.EMBEDDINGS: 1.0}
+TENSORS = {Endpoint.ATTENTION: 1.0, Endpoint.INFER: 1.0}
+REPLICAS = {"FARSIGHT_REPLICAS": "2"}
+
+
+def key_of(tenant: str) -> str:
+    """Of a service that is started for a load test and listens on loopback: no secret."""
+    return f"loadtest-{tenant}"
+
+
+def tenants(**weights: float) -> str:
+    """FARSIGHT_TENANTS."""
+    hashes = {name: hashlib.sha256(key_of(name).encode()).hexdigest() for name in weights}
+    return json.dumps([{"name": name, "key_sha256": [hashes[name]], "weight": weights[name]} for name in weights])
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`event` happens after a third of `duration_s`: a replica is killed (-9), or all are replaced one by one."""
+
+    about: str
+    streams: tuple[Stream, ...]
+    duration_s: float = 60.0
+    settings: Mapping[str, str] = field(default_factory=dict)  # FARSIGHT_* of the service
+    event: Literal["kill", "update"] | None = None
+
+
+SCENARIOS = {
+    "smoke": Scenario("a light load on everything", (Stream(6.0),)),
+    "mixed": Scenario("all endpoints, log-uniform lengths, both transports", (Stream(12.0),), 120.0),
+    "chat-and-book": Scenario(
+        "bimodal lengths over a day of changing load", (Stream(8.0, TENSORS, "bimodal", "diurnal"),), 120.0
+    ),
+    "long-beside-short": Scenario(
+        "short texts, and every eight seconds attention over 32,768 tokens",
+        (
+            Stream(15.0, EMBEDDINGS),
+            Stream(0.125, {Endpoint.ATTENTION: 1.0}, 32768, "even"),
+        ),
+    ),
+    "burst": Scenario("five times the quiet rate in a quarter of the time", (Stream(12.0, shape="bursts"),)),
+    "overload": Scenario(
+        "more than the service can do",
+        (Stream(60.0, TENSORS, "lognormal"),),
+        settings={"FARSIGHT_MAX_QUEUE_S": "10"},
+    ),
+    "soak": Scenario("half an hour, memory watched", (Stream(8.0, lengths="lognormal", shape="diurnal"),), 1800.0),
+    "tenants": Scenario(
+        "one tenant asks for more than there is, another of equal weight for little",
+        (
+            Stream(30.0, TENSORS, "lognormal", tenant="greedy"),
+            Stream(4.0, EMBEDDINGS, tenant="modest"),
+            Stream(2.0, TENSORS, 512, tenant="modest"),
+        ),
+        settings={"FARSIGHT_TENANTS": tenants(greedy=1.0, modest=1.0), "FARSIGHT_MAX_QUEUE_S": "10"},
+    ),
+    "rolling-update": Scenario("two replicas are replaced under load", (Stream(6.0),), 90.0, REPLICAS, "update"),
+    "chaos": Scenario("one of two replicas is killed (-9)", (Stream(10.0),), settings=REPLICAS, event="kill"),
+}

@@ -1,0 +1,94 @@
+"""What a run does to its machine and its service, looked at from a third process: cores, memory, queue and batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from math import nan
+from urllib.request import urlopen
+
+import psutil
+
+from service.bench.servers.process import replicas, session
+
+EVERY_S = 1.0
+SCRAPE_S = 2.0  # timeout: a busy service answers late, and the next look must not
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """At `at_s` of the run. NaN where it is not known: a remote service has no processes here."""
+
+    at_s: float
+    client_cores: float  # since the moment before
+    service_cores: float
+    service_bytes: float  # resident, of its replicas
+    replicas: int
+    queue_s: float  # predicted device seconds that wait
+    batches: float  # counters: so many so far
+    batched_requests: float
+    batched_tokens: float
+
+
+class Watch:
+    """`look` at least every few seconds: what a process that ended has used since the last one is not seen."""
+
+    def __init__(self, client: int, leader: int | None, metrics_port: int) -> None:
+        self._client, self._leader, self._port = client, leader, metrics_port
+        self._last_s = time.perf_counter()
+        self._client_s: dict[int, float] = {}
+        self._service_s: dict[int, float] = {}
+
+    def look(self, start_s: float) -> Moment:
+        """`start_s`: of the run, by time.perf_counter."""
+        now_s = time.perf_counter()
+        since_s, self._last_s = now_s - self._last_s, now_s
+        client, self._client_s = _worked([psutil.Process(self._client)], self._client_s)
+        service, resident, count = nan, nan, 0
+        if self._leader is not None:
+            service, self._service_s = _worked(session(self._leader), self._service_s)
+            own = replicas(self._leader)
+            resident, count = _resident(own), len(own)
+        seen = counters(self._scraped())
+        return Moment(
+            at_s=now_s - start_s,
+            client_cores=client / since_s,
+            service_cores=service / since_s,
+            service_bytes=resident,
+            replicas=count,
+            queue_s=seen.get("farsight_queue_predicted_seconds", nan),
+            batches=seen.get("farsight_batch_requests_count", nan),
+            batched_requests=seen.get("farsight_batch_requests_sum", nan),
+            batched_tokens=seen.get("farsight_batch_tokens_sum", nan),
+        )
+
+    def _scraped(self) -> str:
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=SCRAPE_S) as answer:
+            return str(answer.read(), "utf-8")
+        return ""
+
+
+def counters(text: str) -> dict[str, float]:
+    """Series without labels of a Prometheus page."""
+    lines = (line.split(" ") for line in text.splitlines() if not line.startswith("#") and "{" not in line)
+    return {name: float(value) for name, value, *_ in lines}
+
+
+def _worked(processes: Iterable[psutil.Process], before: dict[int, float]) -> tuple[float, dict[int, float]]:
+    """Processor seconds since `before`, and what is the next one's `before`."""
+    now: dict[int, float] = {}
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            times = one.cpu_times()
+            now[one.pid] = times.user + times.system
+    return sum(seconds - before.get(pid, seconds) for pid, seconds in now.items()), now
+
+
+def _resident(processes: Iterable[psutil.Process]) -> float:
+    total = 0
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            total += one.memory_info().rss
+    return float(total)
