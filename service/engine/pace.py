@@ -22,7 +22,6 @@ MEMORY_S = 1.0  # of device time: how long the machine's own pace is remembered
 MACHINE_RATE, KIND_RATE = 0.25, 0.1  # the least part of what is left of a run's error that a correction takes
 SURPRISE = 0.5  # log seconds: a larger error of one run counts as this
 BOUNDS = math.log(0.25), math.log(8.0)
-MACHINE_BOUND = math.log(2.0)  # what is wrong with one kind must not be told of those that never ran
 FADE_S = 600.0  # of device time: what did not run for so long is hardly corrected, and may be tried again
 MOST_KINDS = 4096
 
@@ -63,7 +62,7 @@ class Pace:
         error = math.log(used_s / predicted_s) - self._machine - self._of_kind(path)
         error = min(SURPRISE, max(-SURPRISE, error))
         step = error * max(MACHINE_RATE, 1.0 - math.exp(-used_s / MEMORY_S))
-        self._machine = min(MACHINE_BOUND, max(-MACHINE_BOUND, self._machine + step))
+        self._machine += step
         error -= step
         self._now_s += used_s
         for end in range(1, len(path) + 1):

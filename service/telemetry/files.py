@@ -17,8 +17,7 @@ from uuid import uuid4
 from prometheus_client import values
 from prometheus_client.mmap_dict import MmapedDict
 
-LATEST = "gauge_mostrecent"
-KEPT = ("counter", "histogram", LATEST)  # what outlives its process
+KEPT = ("counter", "histogram")  # what outlives its process
 
 
 def share_files(directory: Path) -> None:
@@ -92,21 +91,17 @@ def _archive(directory: Path, kind: str, living: set[str]) -> Path | None:
 
 def _taken_in(archive: Path | None, file: Path, kind: str) -> Path:
     sequence = int(_process(archive).split("-")[0]) + 1 if archive else 0
-    merged: dict[str, tuple[float, float]] = {}  # value and time, by series
+    merged: dict[str, float] = {}  # by series
     for source in filter(None, (archive, file)):
         if source.stat().st_size == 0:  # killed before it wrote anything
             continue
-        for key, value, at_s, _ in MmapedDict.read_all_values_from_file(str(source)):  # type: ignore[no-untyped-call]
-            before, before_s = merged.get(key, (0.0, 0.0))
-            if kind != LATEST:
-                merged[key] = before + value, 0.0
-            elif at_s >= before_s:
-                merged[key] = value, at_s
+        for key, value, _, _ in MmapedDict.read_all_values_from_file(str(source)):  # type: ignore[no-untyped-call]
+            merged[key] = merged.get(key, 0.0) + value
     new = file.parent / "archive" / "new"
     new.unlink(missing_ok=True)  # of a fold that was killed
     target = MmapedDict(str(new))  # type: ignore[no-untyped-call]
-    for key, (value, at_s) in merged.items():
-        target.write_value(key, value, at_s)  # type: ignore[no-untyped-call]
+    for key, value in merged.items():
+        target.write_value(key, value, 0.0)  # type: ignore[no-untyped-call]
     target.close()  # type: ignore[no-untyped-call]
     after = new.with_name(f"{kind}_{sequence:09d}-{_process(file)}.db")
     new.rename(after)  # from here on `file` is in the archive
