@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -18,8 +17,6 @@ NAMESPACE = "farsight"
 ANSWER_S = 10.0  # that a replica waits for the bank
 # budgets wait for nothing else, and rows not for a long look into the ledger
 MONEY, LEDGER, LOOKS = "money", "ledger", "looks"
-
-logger = logging.getLogger("farsight")
 
 
 class _Actor:

@@ -337,6 +337,10 @@ class Answer:
     details: Any = None  # what the task tells beside tensors, as JSON
 
 
+def cost_usd(device_s: float, hour_usd: float) -> float:
+    return device_s * hour_usd / 3600
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """Seconds of one device since its replica started: for requests, and for nobody; joules of the latter."""

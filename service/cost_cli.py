@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service.billing.periods import moment, time_of
+from service.billing.question import DAY_S, HOUR_S, WIDTHS_S, group_names, moment, time_of
 from service.billing.tenants import key_hash
 from service.config import Config
-from service.core import AttentionOptions, AttentionShape
+from service.core import AttentionOptions, AttentionShape, cost_usd
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -59,7 +59,7 @@ def estimate(
     options = AttentionOptions(is_causal=causal, max_error=max_error)
     table = Table("plan", "FLOPs", "peak memory", "seconds", "USD", "", title=f"{device_names(device)[0]}")
     for kind, one in planner.candidates(shape, options, profile, config).items():
-        usd = one.predicted_s * hour_usd / 3600
+        usd = cost_usd(one.predicted_s, hour_usd)
         told = f"{one.work.flops:.3g}", f"{one.work.peak_bytes / 2**20:.0f} MiB", f"{one.predicted_s:.3g}", f"{usd:.3g}"
         table.add_row(kind.value, *told, one.reason)
     console.print(table)
@@ -76,16 +76,13 @@ def usage(
     ] = False,
 ) -> None:
     """What was used and what it cost, from the ledger. Running replicas write to it every second."""
-    from service.billing import focus, store
+    from service.billing import focus
     from service.billing.bank import BankError, LocalBank
 
     config = _config()
-    names = ("day", "tenant", "model", "plan") if as_csv else tuple(name for name in group_by.split(",") if name)
     try:
         from_s, to_s = _period(from_, to)
-        for name in names:
-            if name not in store.GROUPS:
-                raise ValueError(f"group_by: {name!r} is none of {', '.join(store.GROUPS)}")
+        names = ("day", "tenant", "model", "plan") if as_csv else group_names(group_by)
         found = LocalBank(_url(ledger, config)).usage(from_s, to_s, names, None)
     except (ValueError, BankError) as error:
         _fail(str(error))
@@ -100,7 +97,7 @@ def usage(
     for name in (*names, *COLUMNS):  # folded, never cut: 1.76e-06 without its end is another amount
         table.add_column(name, overflow="fold")
     for row in found["groups"]:
-        keys = [time_of(row[name]) if name in ("hour", "day") else row[name] for name in names]
+        keys = [time_of(row[name]) if name in WIDTHS_S else row[name] for name in names]
         table.add_row(*keys, *(f"{row[name]:.4g}" for name in COLUMNS))
     console.print(table)
     capacity = found["capacity"]
@@ -126,12 +123,12 @@ def report(
     try:
         from_s, to_s = _period(since, until)
         bank = LocalBank(_url(ledger, _config()))
-        slot = "hour" if to_s - from_s <= MOST_HOURS * 3600 else "day"
+        slot = "hour" if to_s - from_s <= MOST_HOURS * HOUR_S else "day"
         found = bank.usage(from_s, to_s, ("tenant", "plan", "outcome", slot), None)
         singles = bank.singles(from_s, to_s, MOST_SINGLES)
     except (ValueError, BankError) as error:
         _fail(str(error))
-    slot_s = 3600.0 if slot == "hour" else 86_400.0
+    slot_s = float(WIDTHS_S[slot])
     output.write_text(page(Ledger(from_s, to_s, slot_s, found["groups"], slot, singles, found["capacity"])))
     console.print(f"written to {output}", soft_wrap=True)
 
@@ -145,7 +142,7 @@ def key() -> None:
 
 def _period(from_: str | None, to: str | None) -> tuple[float, float]:
     to_s = time.time() + 1.0 if to is None else moment(to)
-    from_s = to_s - 86_400.0 if from_ is None else moment(from_)
+    from_s = to_s - DAY_S if from_ is None else moment(from_)
     if not from_s < to_s:
         raise ValueError(f"{time_of(from_s)} is not before {time_of(to_s)}")
     return from_s, to_s

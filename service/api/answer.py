@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.core import Answer, Plan
-from service.engine.accounting import cost_usd
+from service.core import Answer, Plan, cost_usd
 from service.engine.engine import Estimate
 
 

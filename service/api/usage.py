@@ -9,11 +9,8 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from service.api.http import Call, Http, error_responses, json_response
-from service.billing.periods import moment, time_of
+from service.billing.question import DAY_S, GROUPS, WIDTHS_S, group_names, moment, time_of
 from service.errors import FarsightError, Kind, invalid
-
-DAY_S = 86_400.0
-GROUPS = ("tenant", "endpoint", "model", "plan", "outcome", "hour", "day")
 
 
 def _moment(call: Call, name: str, default_s: float) -> float:
@@ -21,16 +18,6 @@ def _moment(call: Call, name: str, default_s: float) -> float:
         return moment(call.query[name]) if name in call.query else default_s
     except ValueError as error:
         raise invalid(f"{name}: {error}", param=name) from None
-
-
-def group_names(text: str) -> tuple[str, ...]:
-    names = tuple(name for name in text.split(",") if name)
-    for name in names:
-        if name not in GROUPS:
-            raise invalid(f"group_by: {name[:32]!r} is none of {', '.join(GROUPS)}", param="group_by")
-    if len(set(names)) != len(names):
-        raise invalid("group_by: a name is there twice", param="group_by")
-    return names
 
 
 def usage_document(
@@ -41,7 +28,7 @@ def usage_document(
     used_usd = capacity["usd"] * capacity["used_s"] / (capacity["used_s"] + capacity["idle_s"] or 1.0)
     data = []
     for row in found["groups"]:
-        told = {name: time_of(value) if name in ("hour", "day") else value for name, value in row.items()}
+        told = {name: time_of(value) if name in WIDTHS_S else value for name, value in row.items()}
         if used_usd and is_whole:
             told["allocated_usd"] = row["cost_usd"] * capacity["usd"] / used_usd
         data.append(told)
@@ -62,7 +49,10 @@ def add_routes(app: FastAPI, http: Http) -> None:
         from_s = _moment(call, "from", max(0.0, to_s - DAY_S))
         if not from_s < to_s:
             raise invalid(f"from {time_of(from_s)} is not before to {time_of(to_s)}", param="from")
-        group_by = group_names(call.query.get("group_by", "tenant,model"))
+        try:
+            group_by = group_names(call.query.get("group_by", "tenant,model"))
+        except ValueError as error:
+            raise invalid(str(error), param="group_by") from None
         tenant = None if call.tenant.is_admin else call.tenant.name
         found = await engine.books.usage(from_s, to_s, group_by, tenant)
         return json_response(usage_document(found, from_s, to_s, group_by, is_whole=tenant is None))

@@ -16,7 +16,7 @@ from service.billing.journal import LOST, Journal, adopt
 from service.billing.purse import Holding, Purse, Reserved
 from service.billing.tenants import Tenants
 from service.config import Config, TenantConfig
-from service.core import Capacity, Plan
+from service.core import Capacity, Plan, cost_usd
 from service.errors import FarsightError, Kind
 from service.telemetry.metrics import Metrics
 
@@ -117,7 +117,7 @@ class Books:
 
     def _costs(self, plan: Plan) -> dict[str, float]:
         """By unit of a budget."""
-        return {"usd": plan.predicted_s * self._hour_usd / 3600, "device_s": plan.predicted_s}
+        return {"usd": cost_usd(plan.predicted_s, self._hour_usd), "device_s": plan.predicted_s}
 
     def settle(self, accepted: Accepted, failure: Kind | None, **used: Any) -> None:
         """Pay for `used` (columns of the ledger; left out: nothing), but for no failure of ours."""
@@ -191,7 +191,7 @@ class Books:
         joules = None if now.idle_j is None else max(0.0, now.idle_j - (self._exported.idle_j or 0.0))
         self._exported = now
         self._metrics.idle(max(0.0, idle_s), joules)  # not less than nothing: rounding
-        self._metrics.allocated((used_s + idle_s) * self._hour_usd / 3600)
+        self._metrics.allocated(cost_usd(used_s + idle_s, self._hour_usd))
         for holding in self._purse.holdings():
             self._metrics.budget_used(holding.tenant, holding.budget.name, 1 - holding.level)
         self._metrics.ledger_pending.set(self._journal.pending)
@@ -201,7 +201,7 @@ class Books:
         with self._shipping:
             now = self._capacity()
             used_s, idle_s = now.used_s - self._told.used_s, now.idle_s - self._told.idle_s
-            usd = (used_s + idle_s) * self._hour_usd / 3600
+            usd = cost_usd(used_s + idle_s, self._hour_usd)
             self._journal.capacity({"at_s": self._clock(), "used_s": used_s, "idle_s": idle_s, "usd": usd})
             self._told = now
 

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from service.billing.periods import time_of
+from service.billing.question import time_of
 
 MOST_NAMES = 8  # of a chart; the rest is one
 OTHERS = "others"

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-HOUR_S = 3600
+from service.billing.question import HOUR_S, KEYS, WIDTHS_S
 
 tables = sa.MetaData()
 
@@ -40,7 +40,6 @@ requests = sa.Table(
     sa.Column("error_upper", sa.Float(53)),
 )
 
-KEYS = ("tenant", "endpoint", "model", "plan", "outcome")
 SUMS = ("tokens", "flops", "flops_dense", "device_s", "joules", "cost_usd", "charged_usd", "saved_usd")
 
 # older requests, an hour of one kind in one row
@@ -76,7 +75,6 @@ budgets = sa.Table(
 )
 
 READING = "is_reading"  # execution option of a connection that only looks
-GROUPS = (*KEYS, "hour", "day")
 
 
 def connect(url: str) -> sa.Engine:
@@ -127,33 +125,25 @@ def fold(connection: sa.Connection, before_s: float) -> None:
     found = connection.execute(sums.where(old).group_by(hour, *keys)).all()
     connection.execute(requests.delete().where(old))
     for row in found:
-        _add_sums(connection, dict(zip(("at_s", *KEYS, "requests", *SUMS), row, strict=True)))
+        key = dict(zip(("at_s", *KEYS), row, strict=False))
+        _add(connection, hours, key, dict(zip(("requests", *SUMS), row[len(key) :], strict=True)))
     stretches = capacity.c.at_s < until_s
     told = [sa.func.sum(capacity.c[name]) for name in ("used_s", "idle_s", "usd")]
     slot = _slot(capacity.c.at_s, HOUR_S)
     summed = connection.execute(sa.select(slot, *told).where(stretches, capacity.c.journal != "").group_by(slot)).all()
     connection.execute(capacity.delete().where(stretches, capacity.c.journal != ""))
     for at_s, used_s, idle_s, usd in summed:
-        _add_capacity(connection, {"at_s": at_s, "used_s": used_s, "idle_s": idle_s, "usd": usd})
+        # the sum of an hour has no journal; its number is the hour
+        key = {"journal": "", "number": int(at_s) // HOUR_S, "at_s": at_s}
+        _add(connection, capacity, key, {"used_s": used_s, "idle_s": idle_s, "usd": usd})
 
 
-def _add_sums(connection: sa.Connection, row: dict[str, Any]) -> None:
+def _add(connection: sa.Connection, table: sa.Table, key: dict[str, Any], sums: dict[str, Any]) -> None:
     """An hour that came in parts, because a node was away, is one row all the same."""
-    same = sa.and_(*(hours.c[name] == row[name] for name in ("at_s", *KEYS)))
-    more = {
-        name: sa.func.coalesce(hours.c[name], 0) + row[name] for name in ("requests", *SUMS) if row[name] is not None
-    }
-    if not connection.execute(hours.update().where(same).values(more)).rowcount:
-        connection.execute(hours.insert().values(row))
-
-
-def _add_capacity(connection: sa.Connection, row: dict[str, Any]) -> None:
-    """The sum of an hour has no journal; its number is the hour."""
-    key = {"journal": "", "number": int(row["at_s"]) // HOUR_S}
-    same = sa.and_(capacity.c.journal == "", capacity.c.number == key["number"])
-    more = {name: capacity.c[name] + row[name] for name in ("used_s", "idle_s", "usd")}
-    if not connection.execute(capacity.update().where(same).values(more)).rowcount:
-        connection.execute(capacity.insert().values({**row, **key}))
+    same = sa.and_(*(table.c[name] == value for name, value in key.items()))
+    more = {name: sa.func.coalesce(table.c[name], 0) + value for name, value in sums.items() if value is not None}
+    if not connection.execute(table.update().where(same).values(more)).rowcount:
+        connection.execute(table.insert().values({**key, **sums}))
 
 
 def _slot(column: sa.ColumnElement[float], width_s: int) -> sa.ColumnElement[float]:
@@ -172,9 +162,8 @@ def usage(
         columns = [table.c[name] for name in ("at_s", *KEYS, *SUMS)]
         parts.append(sa.select(*columns, count.label("requests")).where(*where))
     both = sa.union_all(*parts).subquery()
-    widths = {"hour": HOUR_S, "day": 24 * HOUR_S}
     by = [
-        _slot(both.c.at_s, widths[name]).label(name) if name in widths else both.c[name].label(name)
+        _slot(both.c.at_s, WIDTHS_S[name]).label(name) if name in WIDTHS_S else both.c[name].label(name)
         for name in group_by
     ]
     sums = [sa.func.sum(both.c[name]).label(name) for name in ("requests", *SUMS)]

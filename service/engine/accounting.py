@@ -10,7 +10,3 @@ def shares(total_s: float, flops: Sequence[int]) -> list[float]:
     total = sum(flops)
     parts = [total_s * count / total if total else total_s / len(flops) for count in flops[:-1]]
     return [*parts, max(0.0, total_s - sum(parts))]
-
-
-def cost_usd(device_s: float, hour_usd: float) -> float:
-    return device_s * hour_usd / 3600

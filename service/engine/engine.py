@@ -34,9 +34,9 @@ from service.core import (
     Request,
     Timing,
     Usage,
+    cost_usd,
 )
 from service.engine import planner
-from service.engine.accounting import cost_usd
 from service.engine.admission import Admission
 from service.engine.batch import (
     BatchRunner,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.config import Config
-from service.engine.accounting import cost_usd
+from service.core import cost_usd
 from service.engine.executor import device_names, pick_device
 from service.simulate.cluster import Arrival, Replica
 

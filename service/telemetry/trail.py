@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from service.config import Config
-from service.core import Answer, Plan
+from service.core import Answer, Plan, cost_usd
 from service.errors import CODES, Kind
 from service.telemetry.energy import carbon_g
 
@@ -220,7 +220,7 @@ def _unanswered(trail: Trail, config: Config, hour_usd: float) -> dict[str, Fiel
             "queue_s": 0.0 if trail.admitted_s is None else round(max(0.0, began_s - trail.planned_s), 6),
             "device_s": round(trail.device_s, 6),
             "paused_s": round(sum(run.paused_s for run in trail.runs), 6),
-            "cost_usd": trail.device_s * hour_usd / 3600,
+            "cost_usd": cost_usd(trail.device_s, hour_usd),
             "joules": trail.joules,
             "carbon_g": carbon_g(trail.joules, config.carbon_g_per_kwh),
         }

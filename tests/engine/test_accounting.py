@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.accounting import cost_usd, shares
+from service.core import cost_usd
+from service.engine.accounting import shares
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -1,9 +1,13 @@
-"""Moments as people write them."""
+"""What may be asked of the ledger, as people write it: a time, and what to sum by."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
+HOUR_S, DAY_S = 3600, 86_400
+WIDTHS_S = {"hour": HOUR_S, "day": DAY_S}  # of time that is summed
+KEYS = ("tenant", "endpoint", "model", "plan", "outcome")
+GROUPS = (*KEYS, *WIDTHS_S)
 LAST_S = 250_000_000_000.0  # in the year 9892; later ones cannot be written
 
 
@@ -21,3 +25,14 @@ def moment(text: str) -> float:
 
 def time_of(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def group_names(text: str) -> tuple[str, ...]:
+    """Any of `GROUPS`, with commas. Raises ValueError."""
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in GROUPS:
+            raise ValueError(f"group_by: {name[:32]!r} is none of {', '.join(GROUPS)}")
+    if len(set(names)) != len(names):
+        raise ValueError("group_by: a name is there twice")
+    return names
