@@ -7,6 +7,8 @@ FROM python:3.11-slim-bookworm AS base
 
 FROM base AS build
 ARG DEVICE=cpu
+# of the build for the CPU: PyTorch's own or a mirror of it
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/farsight
@@ -16,7 +18,7 @@ COPY constraints.txt ./
 # libraries; pip then finds torch installed and takes everything else from PyPI.
 RUN case "${DEVICE}" in \
         cpu) /opt/farsight/bin/pip install --constraint constraints.txt --no-deps \
-                --index-url https://download.pytorch.org/whl/cpu torch ;; \
+                --index-url "${TORCH_INDEX_URL}" torch ;; \
         cuda) /opt/farsight/bin/pip install --constraint constraints.txt torch ;; \
         *) echo "DEVICE: expected cpu or cuda, got '${DEVICE}'" >&2; exit 1 ;; \
     esac
@@ -53,6 +55,8 @@ ENV PATH=/opt/farsight/bin:$PATH \
     RAY_SERVE_HAPROXY_H2_BE_INITIAL_WINDOW_SIZE=16777216 \
     RAY_SERVE_HAPROXY_H2_MAX_FRAME_SIZE=65536 \
     RAY_SERVE_HAPROXY_TUNE_BUFSIZE=65536 \
+    RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS=1024 \
+    RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response" \
     RAY_SERVE_GRPC_MAX_MESSAGE_SIZE=269484032 \
     FARSIGHT_HOST=0.0.0.0 \
     FARSIGHT_METRICS_HOST=0.0.0.0

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check loadtest protos manifests image clean
+.PHONY: serve test check loadtest protos manifests image image-test clean
 
 serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
@@ -27,6 +27,10 @@ protos: $(STAMP)
 
 manifests: $(STAMP)
 	$(BIN)/python scripts/manifests.py
+
+# the built image, run on a read-only root; as root, with Debian's buildah and debootstrap
+image-test: $(STAMP)
+	scripts/image_test.sh $(BUILD_FLAGS)
 
 image:
 	docker build --build-arg DEVICE=cpu --tag farsight:cpu .

@@ -235,7 +235,7 @@ def _seconds(axes: Axes) -> None:
 
 def _over_time(figure: Figure, axes: Axes, run: Run, right: Axes | None = None) -> Figure:
     """Seconds of the run; what happened as lines, and after the last request grey."""
-    last_s = max(run.duration_s, *(one.ended_s for one in run.samples), *(one.at_s for one in run.moments))
+    last_s = max([run.duration_s, *(one.ended_s for one in run.samples), *(one.at_s for one in run.moments)])
     axes.set_xlim(0, last_s)
     axes.axvspan(run.duration_s, last_s, color="0.94", lw=0, zorder=0)
     for at_s, done_s, what in run.happened:

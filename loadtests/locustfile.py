@@ -37,14 +37,7 @@ HEADERS = {
 USERS = 2
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT_S = 300.0  # the service's own default
-# HAProxy 2.8 reads one connection's frames in order, the permission to send more among them: where large messages go
-# both ways at once, each may wait behind the other for ever. With a window as large as the answers none is needed
-CHANNEL = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.http2.lookahead_bytes", 256 * 1024 * 1024),
-    ("grpc.http2.bdp_probe", 0),
-]
+CHANNEL = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 init_gevent()  # before any channel: grpc would otherwise block every other greenlet
 

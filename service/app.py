@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS, RAY_SERVE_GRPC_MAX_MESSAGE_SIZE
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from service.api.grpc import GrpcMethods
@@ -22,6 +23,15 @@ GRPC_SERVICERS = [
     "service.api.grpc_health.add_health_to_server",
 ]
 POLICY = "service.autoscaling:policy"
+
+# A replica's gRPC server takes whole messages without being asked for more of them. HAProxy 2.8 reads a connection's
+# frames strictly in order, the permission to send more among them: where large messages went both ways, requests
+# waited for the permission that waited behind answers, which waited behind requests, for ever.
+# Serve has no setting for it; this list is what it makes servers with, later in the same process.
+DEFAULT_GRPC_SERVER_OPTIONS += [
+    ("grpc.http2.lookahead_bytes", min(RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, 2**31 - 1)),
+    ("grpc.http2.bdp_probe", 0),  # it would choose a smaller window
+]
 
 
 class Farsight(GrpcMethods):

@@ -174,7 +174,8 @@ class Config(BaseSettings):
     max_queue_s: float = Field(
         30.0,
         gt=0,
-        description="Predicted device seconds that may wait; what has waited longer than this goes first.",
+        description="Predicted device seconds that may be ahead of a request; of other tenants' no more counts than "
+        "their shares let pass. What has waited longer than this goes first.",
     )
     default_timeout_s: float = Field(300.0, gt=0)
 

@@ -186,7 +186,7 @@ class Http:
                 headers = dict(request.headers)
                 tenant = self._caller(headers, access)
                 with ExitStack() as held:
-                    body = await self._read_in_time(request, held)
+                    body = await self._read_in_time(request, held, tenant.name)
                     query = request.scope.get("query_string", b"")
                     call = Call(request_id, headers, body, request.path_params, received_s, tenant, query)
                     response = await handle(call)
@@ -223,17 +223,17 @@ class Http:
             raise FarsightError(Kind.FORBIDDEN, f"tenant {tenant.name!r} is no administrator")
         return tenant
 
-    async def _read_in_time(self, request: Request, held: ExitStack) -> Body:
+    async def _read_in_time(self, request: Request, held: ExitStack, tenant: str) -> Body:
         """No upload holds its bytes for longer than a request may take."""
         limit_s = self.engine.config.default_timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                return await self._read(request, held)
+                return await self._read(request, held, tenant)
         except TimeoutError:
             message = f"the body was not here after {limit_s:g} s"
             raise FarsightError(Kind.DEADLINE, message, code="slow_upload") from None
 
-    async def _read(self, request: Request, held: ExitStack) -> Body:
+    async def _read(self, request: Request, held: ExitStack, tenant: str) -> Body:
         """The whole body; its bytes count as in flight until `held` is closed."""
         limit = self.engine.config.max_request_bytes
         encoding = request.headers.get("content-encoding", "identity")
@@ -245,7 +245,7 @@ class Http:
         if declared is not None and declared > limit:
             raise too_large("request body", declared, limit, "bytes")
         if declared is None or declared > INLINE_BYTES:
-            self.engine.check_open()  # before it is sent for nothing
+            self.engine.check_open(tenant)  # before it is sent for nothing
         admission, size = self.engine.admission, 0
         held.callback(lambda: admission.give_back(size))
         body = bytearray()

@@ -16,7 +16,7 @@ class Admission:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._inflight_bytes = 0
-        self._closed = {False: False, True: False}  # for short and long work: it was full, and drains
+        self._closed: set[tuple[str, bool]] = set()  # of a tenant, for short or long work: it was full, and drains
 
     @property
     def inflight_bytes(self) -> int:
@@ -46,10 +46,10 @@ class Admission:
         self._inflight_bytes -= size
         assert self._inflight_bytes >= 0, "bug: more bytes given back than taken"
 
-    def check_open(self, ahead_s: float) -> None:
+    def check_open(self, ahead_s: float, tenant: str) -> None:
         """Before a body is read: refuse what a full queue of short work would not take, whatever it is."""
         low_s = (1 - DRAINED) * self._config.max_queue_s
-        if self._closed[False] and ahead_s > low_s:
+        if (tenant, False) in self._closed and ahead_s > low_s:
             raise FarsightError(
                 Kind.OVERLOADED,
                 f"{ahead_s:.3g} predicted device seconds are queued, and a full queue first drains to {low_s:g} s",
@@ -63,22 +63,26 @@ class Admission:
         timeout_s: float,
         spent_s: float = 0.0,
         *,
+        tenant: str,
         is_long: bool = False,
         asks_only: bool = False,
     ) -> None:
         """Let a request of `predicted_s` queue behind `ahead_s` device seconds, or refuse it now.
 
-        `spent_s` of its timeout went by before: its body was sent and read. A queue that is full is closed until it has
-        drained by a fifth: so it is known when it takes the next one, and it is told. A request over the queue limit by
-        itself is taken when nothing is ahead of it. `asks_only`: nobody queues, an estimate wants to know.
+        `spent_s` of its timeout went by before: its body was sent and read. A queue that is full for a tenant is closed
+        to it until it has drained by a fifth: so it is known when it takes the next one, and it is told. A request over
+        the queue limit by itself is taken when nothing is ahead of it. `asks_only`: nobody queues, an estimate wants to
+        know.
         """
+        queue = tenant, is_long
         limit_s = self._config.max_queue_s
         low_s = (1 - DRAINED) * limit_s
         is_over = ahead_s > 0 and ahead_s + predicted_s > limit_s
         # with more than that of its own a request waits for as much as there is
         opens_at_s = max(0.0, low_s - predicted_s)
-        if is_over or (self._closed[is_long] and ahead_s > opens_at_s):
-            self._closed[is_long] |= not asks_only
+        if is_over or (queue in self._closed and ahead_s > opens_at_s):
+            if not asks_only:
+                self._closed.add(queue)
             raise FarsightError(
                 Kind.OVERLOADED,
                 f"{ahead_s:.3g} predicted device seconds are queued; {predicted_s:.3g} more are over the limit of "
@@ -87,7 +91,7 @@ class Admission:
                 retry_after_s=ahead_s - opens_at_s,
             )
         if not asks_only:
-            self._closed[is_long] = False
+            self._closed.discard(queue)
         if spent_s + ahead_s + predicted_s > timeout_s:
             raise FarsightError(
                 Kind.DEADLINE,

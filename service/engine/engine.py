@@ -188,21 +188,22 @@ class Engine:
 
     def ahead_s(self) -> float:
         """Predicted device seconds of all that waits or runs."""
-        return self._ahead_s(math.inf)
+        with self._executor.condition:
+            return self._scheduler.backlog_s(self._stack)
 
-    def _ahead_s(self, predicted_s: float) -> float:
+    def _ahead_s(self, predicted_s: float, tenant: str) -> float:
         """Predicted device seconds before a request of `predicted_s` could start."""
         with self._executor.condition:
-            return self._scheduler.ahead_s(predicted_s, self._stack)
+            return self._scheduler.ahead_s(predicted_s, tenant, self._stack)
 
     @property
     def auditing(self) -> bool:
         """An answer is being audited, or waits for it."""
         return self._auditing is not None or len(self._audits) > 0
 
-    def check_open(self) -> None:
+    def check_open(self, tenant: str) -> None:
         """Refuse a request whose body is not read yet, where the queue would not take it anyhow."""
-        self.admission.check_open(self._ahead_s(0.0))
+        self.admission.check_open(self._ahead_s(0.0, tenant), tenant)
 
     def busy_share(self) -> float:
         """Share of the time since the last call that the device worked for requests."""
@@ -331,11 +332,11 @@ class Engine:
     def _estimated(
         self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None, tenant: str
     ) -> Estimate:
-        priced, ahead_s = planner.paced(priced, self._pace), self._ahead_s(plan.predicted_s)
+        priced, ahead_s = planner.paced(priced, self._pace), self._ahead_s(plan.predicted_s, tenant)
         try:
             is_long = self._scheduler.is_long(plan.predicted_s)
             timeout_s = self._timeout_s(timeout_s)
-            self.admission.admit(plan.predicted_s, ahead_s, timeout_s, is_long=is_long, asks_only=True)
+            self.admission.admit(plan.predicted_s, ahead_s, timeout_s, tenant=tenant, is_long=is_long, asks_only=True)
             if self.books is not None:
                 self.books.check(self.tenants.named(tenant), plan)
         except FarsightError as error:
@@ -381,8 +382,9 @@ class Engine:
             raise
 
     def _admit(self, job: Job, timeout_s: float) -> None:
-        ahead_s, is_long = self._ahead_s(job.predicted_s), self._scheduler.is_long(job.predicted_s)
-        self.admission.admit(job.predicted_s, ahead_s, timeout_s, self._clock() - job.arrived_s, is_long=is_long)
+        ahead_s, is_long = self._ahead_s(job.predicted_s, job.tenant), self._scheduler.is_long(job.predicted_s)
+        spent_s = self._clock() - job.arrived_s
+        self.admission.admit(job.predicted_s, ahead_s, timeout_s, spent_s, tenant=job.tenant, is_long=is_long)
 
     async def _accept(self, job: Job, books: Books) -> None:
         """Reserve and write down; as long as the caller waits, at most."""

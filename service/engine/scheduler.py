@@ -176,6 +176,7 @@ class Scheduler(Generic[Item]):
         self._waiting: dict[int, tuple[Flow[Item], Item]] = {}  # by id(item), in order of arrival: its leaf, itself
         self._groups: dict[tuple[Priority, Hashable], _Group[Item]] = {}
         self._short_s = self._long_s = 0.0
+        self._of_tenants: dict[bool, dict[str, float]] = {False: {}, True: {}}  # predicted seconds of short, long work
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -185,13 +186,31 @@ class Scheduler(Generic[Item]):
         """Predicted device seconds that wait."""
         return max(0.0, self._short_s + self._long_s) if self._waiting else 0.0
 
-    def ahead_s(self, predicted_s: float, running: Sequence[Batch[Item]]) -> float:
-        """Predicted device seconds before a request of `predicted_s` could start: long work lets short work pass."""
-        if self._by_arrival or self.is_long(predicted_s):
-            return self.queued_s + sum(batch.remaining_s for batch in running)
+    def backlog_s(self, running: Sequence[Batch[Item]]) -> float:
+        """Predicted device seconds of all that waits or runs."""
+        return self.queued_s + sum(batch.remaining_s for batch in running)
+
+    def ahead_s(self, predicted_s: float, tenant: str, running: Sequence[Batch[Item]]) -> float:
+        """Predicted device seconds before a request of `predicted_s` could start, at most.
+
+        Long work lets short work pass, up to its share. Of what other tenants have queued no more counts than theirs
+        let pass while this one's work is done (generalised processor sharing, Parekh and Gallager 1993): who asks for
+        little does not wait behind who asks for much.
+        """
+        if self._by_arrival:
+            return self.backlog_s(running)
         running_s = sum(batch.remaining_s for batch in running if not batch.is_long)
         queued_s = max(0.0, self._short_s) if self._waiting else 0.0
-        return queued_s + running_s + (SLICE_S if running else 0.0)
+        if not self.is_long(predicted_s):
+            passing_s = self._passing_s(self._of_tenants[False], tenant, predicted_s)
+            return running_s + min(queued_s, passing_s) + (SLICE_S if running else 0.0)
+        of_tenants = self._of_tenants[True].copy()
+        for batch in running:
+            if batch.is_long and batch.items:
+                name = batch.items[0].tenant
+                of_tenants[name] = of_tenants.get(name, 0.0) + batch.remaining_s
+        passing_s = self._passing_s(of_tenants, tenant, predicted_s)
+        return running_s + passing_s + min(queued_s, SHORT_SHARE / LONG_SHARE * (passing_s + predicted_s))
 
     def is_long(self, predicted_s: float) -> bool:
         return predicted_s > self._target_slice_s
@@ -201,6 +220,8 @@ class Scheduler(Generic[Item]):
         leaf.enter()
         leaf.lines.setdefault(_step(item.predicted_s), {})[id(item)] = item
         self._waiting[id(item)] = leaf, item
+        of_tenants = self._of_tenants[self.is_long(item.predicted_s)]
+        of_tenants[item.tenant] = of_tenants.get(item.tenant, 0.0) + item.predicted_s
         if self.is_long(item.predicted_s):
             self._long_s += item.predicted_s
             return
@@ -275,7 +296,17 @@ class Scheduler(Generic[Item]):
     def _flow(self, priority: Priority, is_long: bool, tenant: str) -> Flow[Item]:
         of_class = self._root.child(priority, CLASS_SHARES[priority])
         of_size = of_class.child(is_long, LONG_SHARE if is_long else SHORT_SHARE)
-        return of_size.child(tenant, self._tenant_weights.get(tenant, 1.0))
+        return of_size.child(tenant, self._weight(tenant))
+
+    def _weight(self, tenant: str) -> float:
+        return self._tenant_weights.get(tenant, 1.0)
+
+    def _passing_s(self, of_tenants: Mapping[str, float], tenant: str, predicted_s: float) -> float:
+        """The tenant's own seconds, and those of each other one that pass before they and `predicted_s` are done."""
+        own_s = of_tenants.get(tenant, 0.0)
+        turns = (own_s + predicted_s) / self._weight(tenant)
+        others = ((name, seconds) for name, seconds in of_tenants.items() if name != tenant)
+        return own_s + sum(min(seconds, turns * self._weight(name)) for name, seconds in others)
 
     def _urgency(self, item: Item, now_s: float, used_s: float = 0.0) -> tuple[bool, float]:
         wait_s = now_s - item.arrived_s - used_s
@@ -331,6 +362,11 @@ class Scheduler(Generic[Item]):
         del line[id(item)]
         if not line:
             del leaf.lines[step]
+        for is_long, of_tenants in self._of_tenants.items():
+            if not self._waiting:
+                of_tenants.clear()  # and with it what rounding has left
+            elif is_long == self.is_long(item.predicted_s):
+                of_tenants[item.tenant] -= item.predicted_s
         if self.is_long(item.predicted_s):
             self._long_s -= item.predicted_s
             return leaf

@@ -1,4 +1,4 @@
-"""The Dockerfile, parsed: there is no daemon here to build it. What it sets must agree with what the service sets."""
+"""The Dockerfile, parsed; `make image-test` builds it. What it sets must agree with what the service sets."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def test_a_broken_structure_is_found(text: str, old: str, new: str, expected: st
 def test_both_devices_and_only_they_are_built(text: str) -> None:
     run = next(run for run in parse(text)[1].all("RUN") if "${DEVICE}" in run)
     cpu, cuda, other = (branch.split(")", 1)[1] for branch in run.split(" in ", 1)[1].split(";;")[:3])
-    assert "--index-url https://download.pytorch.org/whl/cpu" in cpu
+    assert '--index-url "${TORCH_INDEX_URL}"' in cpu
+    assert "TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu" in parse(text)[1].all("ARG")
     assert "--index-url" not in cuda
     assert "exit 1" in other
     assert all("--constraint constraints.txt" in line for line in (cpu, cuda))

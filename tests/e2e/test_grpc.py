@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import grpc
@@ -64,6 +65,16 @@ def test_hidden_states_of_a_transformer(channel: grpc.Channel) -> None:
     assert shapes == {"hidden_states": [8, 384], "lengths": [2]}
     lengths = torch.frombuffer(bytearray(answer.raw_output_contents[1]), dtype=torch.int64)
     assert lengths.tolist() == [5, 3]
+
+
+def test_many_large_messages_go_both_ways_on_one_connection(channel: grpc.Channel) -> None:
+    call = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+    generator = random.Random(0)
+    lengths = [generator.randint(100, 1000) for _ in range(20)]
+    requests = [infer(*torch.randn(3, 1, 8, length, 64)) for length in lengths]
+    under_way = [(index % 20, call.future(requests[index % 20], timeout=60)) for index in range(300)]
+    shapes = [(index, list(answer.result().outputs[0].shape)) for index, answer in under_way]
+    assert shapes == [(index, [1, 8, lengths[index], 64]) for index, _ in under_way]
 
 
 def test_a_tensor_of_32_mib_travels(channel: grpc.Channel) -> None:

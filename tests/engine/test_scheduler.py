@@ -245,8 +245,41 @@ def test_long_work_lets_short_work_pass_and_waits_for_all() -> None:
     scheduler.served(long, 4.0)
     scheduler.add(Item("next", "b", 5.0))
     scheduler.add(Item("short", "c", 0.02))
-    assert scheduler.ahead_s(0.01, [long]) == pytest.approx(0.02 + SLICE_S)
-    assert scheduler.ahead_s(1.0, [long]) == pytest.approx(6.0 + 5.0 + 0.02)
+    assert scheduler.ahead_s(0.01, "default", [long]) == pytest.approx(0.02 + SLICE_S)
+    assert scheduler.ahead_s(1.0, "default", [long]) == pytest.approx(6.0 + 5.0 + 0.02)
+    assert scheduler.backlog_s([long]) == pytest.approx(6.0 + 5.0 + 0.02)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 1.0])
+def test_who_asks_for_little_is_not_told_to_wait_for_who_asks_for_much(seconds: float) -> None:
+    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05, tenant_weights={"gold": 2.0})
+    for index in range(100):
+        scheduler.add(Item(f"{index}", f"{index}", seconds, tenant="greedy"))
+    assert scheduler.ahead_s(seconds, "greedy", []) == pytest.approx(100 * seconds)
+    assert scheduler.ahead_s(seconds, "modest", []) == pytest.approx(seconds)  # turn by turn
+    assert scheduler.ahead_s(seconds, "gold", []) == pytest.approx(seconds / 2)  # of its three turns it has two
+    scheduler.add(Item("own", "own", seconds, tenant="modest"))
+    assert scheduler.ahead_s(seconds, "modest", []) == pytest.approx(3 * seconds)
+    # of both others: all that the modest one has, twice as much for each of its seconds from gold, which has nothing
+    assert scheduler.ahead_s(seconds, "greedy", []) == pytest.approx(101 * seconds)
+    while (batch := scheduler.next_batch(0.0)) is not None:
+        scheduler.finished(batch, batch.predicted_s)
+    assert scheduler.ahead_s(seconds, "greedy", []) == 0.0
+
+
+def test_long_work_of_others_that_runs_counts_up_to_its_share() -> None:
+    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
+    long = begun(scheduler, Item("long", "a", 10.0, tenant="greedy"))
+    assert scheduler.ahead_s(2.0, "modest", [long]) == pytest.approx(2.0)
+    assert scheduler.ahead_s(2.0, "greedy", [long]) == pytest.approx(10.0)
+
+
+def test_short_work_delays_long_work_up_to_its_share() -> None:
+    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
+    for index in range(1000):
+        scheduler.add(Item(f"{index}", f"{index}", 0.05))
+    assert scheduler.ahead_s(1.0, "default", []) == pytest.approx(1.0 * 0.75 / 0.25)
+    assert scheduler.ahead_s(100.0, "default", []) == pytest.approx(50.0)
 
 
 def test_queued_seconds_follow_every_change() -> None:
