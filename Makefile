@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check loadtest protos manifests image image-test clean
+.PHONY: serve test check loadtest soak chaos protos manifests image image-test clean
 
 serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
@@ -21,6 +21,16 @@ check: $(STAMP)
 
 loadtest: $(STAMP)
 	$(BIN)/farsight loadtest --scenario smoke
+
+# half an hour, memory watched
+soak: $(STAMP)
+	$(BIN)/farsight loadtest --scenario soak
+
+# what must not lose requests: a killed replica, new replicas for old ones, a lost node (this one as root)
+chaos: $(STAMP)
+	$(BIN)/farsight loadtest --scenario chaos
+	$(BIN)/farsight loadtest --scenario rolling-update
+	$(BIN)/farsight loadtest --scenario node-lost
 
 protos: $(STAMP)
 	PYTHON=$(BIN)/python scripts/protos.sh

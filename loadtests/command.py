@@ -60,6 +60,7 @@ def one(options: Options, target: Target, limits: Path, directory: Path, step: C
         found = run(options, service, step)
     own = known.scenarios.get(options.scenario, Limits()) if options.trace is None else Limits()
     checks = thresholds.judge(found.samples, own, known.slo_s)
+    checks += thresholds.judge_memory(report.service(found)["resident_growth"], own)
     summary = report.summary(found, checks, known.slo_s)
     name = options.scenario
     html, chart = page.of_run(found, checks, known.slo_s, _about()), page.png(charts.requests(found))

@@ -1,5 +1,6 @@
-"""Deploys what it is told on a Ray of its own: each line of its input is a Serve configuration as JSON.
+"""Deploys what it is told: `python -m loadtests.deployer [ADDRESS]`, on the Ray at ADDRESS or on one of its own.
 
+Each line of its input is a Serve application as JSON, or the number of replicas to wait for. It answers `done`.
 Its own process: Ray reads its environment when it is imported. `serve deploy` does the same through the dashboard.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 from service.cli import ray_environment
 from service.config import Config
@@ -27,26 +29,39 @@ def main() -> None:
 
     from service.app import GRPC_SERVICERS
 
-    config = Config()
+    config, address = Config(), sys.argv[1] if len(sys.argv) > 1 else "local"
     config.metrics_dir.mkdir(parents=True, exist_ok=True)
     config.haproxy_dir.mkdir(parents=True, exist_ok=True)
-    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=128 * 1024**2)
+    own: dict[str, Any] = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 128 * 1024**2}
+    ray.init(address=address, **(own if address == "local" else {}))
     serve.start(
-        proxy_location="HeadOnly",
+        proxy_location="HeadOnly" if address == "local" else "EveryNode",
         http_options=HTTPOptions(host=config.host, port=config.http_port),
         grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=GRPC_SERVICERS),
     )
     client = _get_global_client()
     assert client is not None
-    for line in sys.stdin:
-        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [json.loads(line)]}))
+
+    def wait_for(replicas: int | None) -> None:
         deadline = time.monotonic() + TIMEOUT_S
-        time.sleep(1)
-        while (status := serve.status().applications["farsight"]).status != "RUNNING":
-            if time.monotonic() > deadline or status.status == "DEPLOY_FAILED":
-                sys.exit(f"not deployed: {status}")
+        while True:
+            application = serve.status().applications["farsight"]
+            states = [pair for one in application.deployments.values() for pair in one.replica_states.items()]
+            if application.status == "RUNNING" and (replicas is None or states == [("RUNNING", replicas)]):
+                return
+            if time.monotonic() > deadline or application.status == "DEPLOY_FAILED":
+                sys.exit(f"not deployed: {application}")
             time.sleep(0.1)
-        print("deployed", flush=True)
+
+    for line in sys.stdin:
+        told = json.loads(line)
+        if isinstance(told, int):
+            wait_for(told)
+        else:
+            client.deploy_apps(ServeDeploySchema.model_validate({"applications": [told]}))
+            time.sleep(1)
+            wait_for(None)
+        print("done", flush=True)
     serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()
 

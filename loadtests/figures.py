@@ -113,6 +113,18 @@ def by_load(samples: Sequence[Sample], duration_s: float, levels: int = 5) -> li
     return found
 
 
+def growth(values: Sequence[tuple[float, float]], duration_s: float) -> float:
+    """Of (seconds, value): the median of the run's last quarter over that of its second one, less 1; NaN without them.
+
+    The first quarter warms up, and a median does not see one large request.
+    """
+    before, after = (
+        [value for at_s, value in values if part <= at_s / duration_s < part + 0.25 and not math.isnan(value)]
+        for part in (0.25, 0.75)
+    )
+    return percentile(after, 50) / percentile(before, 50) - 1 if before and after else math.nan
+
+
 def in_flight(samples: Iterable[Sample], times_s: Sequence[float]) -> list[int]:
     """Requests that were due and not yet ended at these moments."""
     begun, ended = sorted(one.at_s for one in samples), sorted(one.ended_s for one in samples)

@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 
+from loadtests.nodes import HEAD
 from loadtests.scenarios import Scenario
 from service.bench.servers.lineup import Place, farsight_environment
 from service.bench.servers.process import Unavailable, last_line, ours, replicas, stop
@@ -19,17 +22,23 @@ from service.cli import DEMO_MODEL
 
 READY = b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 STOP_S = 120.0
+LOCAL = "127.0.0.1"
+LOSS_IS_SEEN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Where it listens; its processes are the session of `leader`, where it is ours."""
+    """Where it listens, all on the host of `url`; its processes are the session of `leader`, where it is ours."""
 
     url: str
     grpc_port: int
     metrics_port: int
     leader: int | None = None
     happen: Callable[[], str] | None = None  # the scenario's event; returns what was done, once it is
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{urlsplit(self.url).hostname}:{self.metrics_port}/metrics"
 
 
 def running(url: str, grpc_port: int, metrics_port: int) -> Service:
@@ -39,8 +48,8 @@ def running(url: str, grpc_port: int, metrics_port: int) -> Service:
 @contextmanager
 def started(scenario: Scenario, first_port: int) -> Iterator[Service]:
     """With the scenario's settings, on the 300 ports from `first_port`. Unavailable: it does not start."""
-    if scenario.event == "update":
-        with deployed(scenario.settings, first_port) as service:
+    if scenario.event in ("update", "lose-node"):
+        with deployed(scenario, first_port) as service:
             yield service
         return
     with ours(Path(), first_port, scenario.settings, READY) as (place, leader):
@@ -49,15 +58,21 @@ def started(scenario: Scenario, first_port: int) -> Iterator[Service]:
 
 
 @contextmanager
-def deployed(settings: Mapping[str, str], first_port: int) -> Iterator[Service]:
-    """By a Serve configuration, as on a cluster; its event is a second one, which replaces all replicas."""
+def deployed(scenario: Scenario, first_port: int) -> Iterator[Service]:
+    """By a Serve configuration, as on a cluster, on one node or several.
+
+    Its event is a second configuration, which replaces all replicas, or the loss of a node, which lasts until there are
+    as many replicas as before.
+    """
+    has_nodes, replicas = scenario.event == "lose-node", int(scenario.settings["FARSIGHT_REPLICAS"])
     with TemporaryDirectory(prefix="farsight-loadtest-") as folder:
         place = Place(sys.executable, Path(), first_port, Path(folder))
-        environment = {**os.environ, **farsight_environment(place), **settings}
+        everywhere = {"FARSIGHT_HOST": "0.0.0.0", "FARSIGHT_METRICS_HOST": "0.0.0.0"} if has_nodes else {}
+        environment = {**os.environ, **farsight_environment(place), **everywhere, **scenario.settings}
         log = Path(folder) / "deployer.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "loadtests.deployer"],
+                [sys.executable, "-m", *(("loadtests.nodes", folder) if has_nodes else ("loadtests.deployer",))],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -65,21 +80,34 @@ def deployed(settings: Mapping[str, str], first_port: int) -> Iterator[Service]:
                 start_new_session=True,
             )
 
-        def deploy(**changed: object) -> str:
+        def tell(line: str) -> None:
             assert process.stdin is not None, "bug: opened without a pipe"
             assert process.stdout is not None, "bug: opened without a pipe"
-            models = [DEMO_MODEL.model_dump(exclude_defaults=True)]
-            arguments = {"replicas": int(settings["FARSIGHT_REPLICAS"]), "device": "cpu", "models": models, **changed}
-            application = {"name": "farsight", "route_prefix": "/", "import_path": "service.app:build"}
-            process.stdin.write(json.dumps({**application, "args": arguments}).encode() + b"\n")
+            process.stdin.write(line.encode() + b"\n")
             process.stdin.flush()
-            if not any(line == b"deployed\n" for line in process.stdout):  # it ended
+            if not any(line == b"done\n" for line in process.stdout):  # it ended
                 raise Unavailable(f"not deployed: {last_line(log)}")
+
+        def deploy(**changed: object) -> None:
+            models = [DEMO_MODEL.model_dump(exclude_defaults=True)]
+            arguments = {"replicas": replicas, "device": "cpu", "models": models, **changed}
+            application = {"name": "farsight", "route_prefix": "/", "import_path": "service.app:build"}
+            tell(json.dumps({**application, "args": arguments}))
+
+        def update() -> str:
+            deploy(log_level="WARNING")
             return "all replicas replaced"
+
+        def lose_node() -> str:
+            tell("kill")
+            time.sleep(LOSS_IS_SEEN_S)  # before, all replicas still count as running
+            tell(f"{replicas}")
+            return f"kill -9 of a node, until {replicas} replicas run again"
 
         try:
             deploy()
-            yield _service(first_port, process.pid, lambda: deploy(log_level="WARNING"))
+            tell(f"{replicas}")
+            yield _service(first_port, process.pid, lose_node if has_nodes else update, HEAD if has_nodes else LOCAL)
             process.communicate(timeout=STOP_S)
         finally:
             stop(process)
@@ -90,5 +118,5 @@ def kill_one(leader: int) -> str:
     return "kill -9 of a replica"
 
 
-def _service(port: int, leader: int, happen: Callable[[], str] | None) -> Service:
-    return Service(f"http://127.0.0.1:{port}", port + 1, port + 2, leader, happen)
+def _service(port: int, leader: int, happen: Callable[[], str] | None, host: str = LOCAL) -> Service:
+    return Service(f"http://{host}:{port}", port + 1, port + 2, leader, happen)

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from loadtests.figures import BUCKET_NAMES, BUCKETS, Totals, bucket_of, by_bucket, grouped, latencies, percentile
+from loadtests.figures import (
+    BUCKET_NAMES,
+    BUCKETS,
+    Totals,
+    bucket_of,
+    by_bucket,
+    grouped,
+    growth,
+    latencies,
+    percentile,
+)
 from loadtests.run import Run
 from loadtests.samples import Outcome, Sample
 from loadtests.thresholds import Check, Seconds
@@ -69,6 +79,7 @@ def service(run: Run) -> dict[str, float]:
         "cores_mean": sum(cores) / len(cores) if cores else math.nan,
         "queue_max_s": max(queues, default=math.nan),
         "resident_max_bytes": max(resident, default=math.nan),
+        "resident_growth": growth([(one.at_s, one.service_bytes) for one in within], run.duration_s),
         "requests_per_batch": requests / batches if batches else math.nan,
     }
 

@@ -111,7 +111,7 @@ def _watched(
         happened.append((begun_s, time.perf_counter() - start_s, done))
 
     event = service.happen and threading.Thread(target=happen, args=(service.happen,))
-    watch = Watch(client.pid, service.leader, service.metrics_port)
+    watch = Watch(client.pid, service.leader, service.metrics_url)
     watch.look(start_s)  # the first has no cores: they are since the one before
     while client.poll() is None:
         time.sleep(EVERY_S)

@@ -31,13 +31,14 @@ def tenants(**weights: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`event` happens after a third of `duration_s`: a replica is killed (-9), or all are replaced one by one."""
+    """`event` happens after a third of `duration_s`: a replica is killed (-9), all are replaced one by one, or one of
+    three nodes is lost with all its processes (loadtests/nodes.py)."""
 
     about: str
     streams: tuple[Stream, ...]
     duration_s: float = 60.0
     settings: Mapping[str, str] = field(default_factory=dict)  # FARSIGHT_* of the service
-    event: Literal["kill", "update"] | None = None
+    event: Literal["kill", "update", "lose-node"] | None = None
 
 
 SCENARIOS = {
@@ -71,4 +72,11 @@ SCENARIOS = {
     ),
     "rolling-update": Scenario("two replicas are replaced under load", (Stream(6.0),), 90.0, REPLICAS, "update"),
     "chaos": Scenario("one of two replicas is killed (-9)", (Stream(10.0),), settings=REPLICAS, event="kill"),
+    "node-lost": Scenario(
+        "one of three nodes is killed (-9), each with a replica and its own network; as root",
+        (Stream(8.0),),
+        90.0,
+        {"FARSIGHT_REPLICAS": "3", "FARSIGHT_CPU_THREADS": "1"},
+        "lose-node",
+    ),
 }

@@ -30,6 +30,9 @@ class Limits(BaseModel):
     goodput: float | None = Field(None, ge=0, le=1, description="Least share answered within its SLO.")
     refused: float | None = Field(None, ge=0, le=1, description="Largest share.")
     failed: float = Field(0.0, ge=0, le=1, description="Largest share.")
+    resident_growth: float | None = Field(
+        None, gt=0, description="Largest growth of the replicas' memory from the run's second quarter to its last."
+    )
     tenants: dict[str, Limits] = {}
 
     _buckets = field_validator("p50_s", "p99_s")(_known)
@@ -73,6 +76,13 @@ class Check(BaseModel):
 def read(path: Path) -> Thresholds:
     """ValidationError (a ValueError) or OSError say what is wrong."""
     return Thresholds.model_validate_json(path.read_text())
+
+
+def judge_memory(resident_growth: float, limits: Limits) -> list[Check]:
+    """NaN, that of a service elsewhere, fails: nobody looked."""
+    if limits.resident_growth is None:
+        return []
+    return [Check(name="resident_growth", value=resident_growth, limit=limits.resident_growth)]
 
 
 def judge(samples: Sequence[Sample], limits: Limits, slo_s: Seconds, prefix: str = "") -> list[Check]:

@@ -35,8 +35,8 @@ class Moment:
 class Watch:
     """`look` at least every few seconds: what a process that ended has used since the last one is not seen."""
 
-    def __init__(self, client: int, leader: int | None, metrics_port: int) -> None:
-        self._client, self._leader, self._port = client, leader, metrics_port
+    def __init__(self, client: int, leader: int | None, metrics_url: str) -> None:
+        self._client, self._leader, self._url = client, leader, metrics_url
         self._last_s = time.perf_counter()
         self._client_s: dict[int, float] = {}
         self._service_s: dict[int, float] = {}
@@ -65,7 +65,7 @@ class Watch:
         )
 
     def _scraped(self) -> str:
-        with suppress(OSError), urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=SCRAPE_S) as answer:
+        with suppress(OSError), urlopen(self._url, timeout=SCRAPE_S) as answer:
             return str(answer.read(), "utf-8")
         return ""
 

@@ -50,7 +50,7 @@ class Deployer:
         self.process.stdin.write(json.dumps(application) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
-            if line == "deployed\n":
+            if line == "done\n":
                 return
         pytest.fail(f"not deployed:\n{self.log.read_text()[-4000:]}")
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from loadtests.figures import Totals, bucket_of, by_bucket, by_load, in_flight, percentile, windows
+from loadtests.figures import Totals, bucket_of, by_bucket, by_load, growth, in_flight, percentile, windows
 from loadtests.samples import Outcome
 from tests.loadtests.common import SLO_S, sample
 
@@ -73,3 +73,11 @@ def test_load_levels_sort_the_run_by_what_was_offered() -> None:
 def test_in_flight_counts_from_when_a_request_was_due() -> None:
     samples = [sample(0.0, 2.0), sample(1.0, 2.0)]
     assert in_flight(samples, [0.0, 0.5, 1.5, 2.5, 3.5]) == [0, 1, 2, 1, 0]
+
+
+def test_growth_is_from_the_second_quarter_to_the_last() -> None:
+    warm = [(0.0, 10.0), (10.0, 90.0), (26.0, 100.0), (30.0, 700.0), (40.0, 100.0), (60.0, 130.0)]
+    assert growth([*warm, (80.0, 110.0), (99.0, 110.0), (100.0, 900.0)], 100.0) == pytest.approx(0.1)
+    assert growth([*warm, (76.0, 50.0), (77.0, math.nan)], 100.0) == pytest.approx(-0.5)
+    assert math.isnan(growth(warm, 100.0))
+    assert math.isnan(growth([], 100.0))

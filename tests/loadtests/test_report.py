@@ -97,6 +97,7 @@ def test_what_was_watched_leaves_out_what_was_not_seen() -> None:
         "cores_mean": 1.5,
         "queue_max_s": 6.0,  # after the last request was due, too
         "resident_max_bytes": 6e8,
+        "resident_growth": 0.0,
         "requests_per_batch": 2.0,
     }
 

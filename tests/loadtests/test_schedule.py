@@ -133,7 +133,7 @@ class Infer(GRPCInferenceServiceServicer):
 def stalling(stall: Stall) -> Iterator[tuple[int, int]]:
     """A service: its HTTP and gRPC ports."""
     http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Http,), {"stall": stall}))
-    thread = threading.Thread(target=http.serve_forever)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
     rpc = grpc.server(ThreadPoolExecutor(100))
     add_GRPCInferenceServiceServicer_to_server(Infer(stall), rpc)

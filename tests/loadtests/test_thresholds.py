@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
 from loadtests.samples import Outcome, Sample
-from loadtests.thresholds import DEFAULT, Limits, Thresholds, judge, read
+from loadtests.thresholds import DEFAULT, Limits, Thresholds, judge, judge_memory, read
 from tests.loadtests.common import SLO_S, sample
 
 
@@ -41,6 +43,12 @@ def test_a_tenant_is_judged_by_its_own_requests() -> None:
     limits = Limits(tenants={"modest": Limits(goodput=1.0), "greedy": Limits(refused=0.0)})
     samples = [sample(tenant="modest"), sample(tenant="greedy"), sample(tenant="greedy", outcome=Outcome.REFUSED)]
     assert missed(limits, *samples) == ["greedy: refused"]
+
+
+@pytest.mark.parametrize(("growth", "passed"), [(0.04, True), (0.06, False), (-0.5, True), (math.nan, False)])
+def test_memory_is_judged_by_its_growth(growth: float, passed: bool) -> None:
+    assert [one.passed for one in judge_memory(growth, Limits(resident_growth=0.05))] == [passed]
+    assert judge_memory(growth, Limits()) == []
 
 
 def test_the_file_in_the_repository_is_read() -> None:

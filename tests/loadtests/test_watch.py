@@ -41,9 +41,9 @@ def test_series_without_labels_are_read() -> None:
 
 def test_a_moment_has_cores_since_the_last_one_and_the_metrics() -> None:
     with HTTPServer(("127.0.0.1", 0), Metrics) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        watch = Watch(os.getpid(), os.getsid(0), server.server_port)
+        watch = Watch(os.getpid(), os.getsid(0), f"http://127.0.0.1:{server.server_port}/metrics")
         start_s = time.perf_counter()
         watch.look(start_s)
         before = time.process_time()
@@ -59,5 +59,5 @@ def test_a_moment_has_cores_since_the_last_one_and_the_metrics() -> None:
 
 
 def test_a_remote_service_without_metrics_is_not_known() -> None:
-    moment = Watch(os.getpid(), None, 1).look(time.perf_counter())
+    moment = Watch(os.getpid(), None, "http://127.0.0.1:1/metrics").look(time.perf_counter())
     assert all(map(math.isnan, (moment.service_cores, moment.service_bytes, moment.queue_s, moment.batches)))

@@ -1,0 +1,152 @@
+"""A Ray cluster of several nodes on one machine: `python -m loadtests.nodes FOLDER`, as root, with iproute2.
+
+Each node has namespaces of its own for its network, its processes and Ray's files, and a link to the others: what Ray
+and HAProxy see is several machines. Input is that of loadtests.deployer, which runs on the head, and `kill`: the last
+node's processes are all killed at once (-9), as when a machine stops.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+
+from service.cli import ray_environment
+from service.config import Config
+
+NODES = 3
+NETWORK = "10.203.77"
+HEAD = f"{NETWORK}.11"
+GCS_PORT = 6379
+START_TIMEOUT_S = 60.0
+BIN = Path(sys.executable).parent
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@contextmanager
+def bridge(name: str) -> Iterator[str]:
+    """Where all links end; this machine's own processes reach the nodes through it."""
+    ip("link", "add", name, "type", "bridge")
+    try:
+        ip("address", "add", f"{NETWORK}.1/24", "dev", name)
+        ip("link", "set", name, "up")
+        yield name
+    finally:
+        ip("link", "delete", name)
+
+
+@contextmanager
+def linked(name: str, address: str, bridge: str) -> Iterator[None]:
+    """A network namespace with a loopback of its own and one link to the bridge."""
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("link", "set", name, "master", bridge, "up")
+        for command in (["link", "set", "lo", "up"], ["link", "set", "eth0", "up"]):
+            ip("-netns", name, *command)
+        ip("-netns", name, "address", "add", f"{address}/24", "dev", "eth0")
+        yield
+    finally:
+        ip("netns", "delete", name)
+
+
+class Node:
+    """`ray start` as process 1 of its namespaces: with it end all others."""
+
+    def __init__(self, name: str, address: str, folder: Path, config: Config) -> None:
+        own = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
+        options = own if address == HEAD else [f"--address={HEAD}:{GCS_PORT}"]
+        # two: the replica of a node that is lost has a place on those that are left
+        options += [f"--node-ip-address={address}", "--num-cpus=2", f"--object-store-memory={128 * 1024**2}", "--block"]
+        # beside Ray's, HAProxy's files: their place is the same on all nodes
+        places = f"/tmp/ray {config.haproxy_dir}"
+        script = f'mkdir -p {places}; for one in {places}; do mount -t tmpfs tmpfs $one; done; exec "$@"'
+        command = ["ip", "netns", "exec", name, "unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
+        self.environment = {**os.environ, **ray_environment(config), "FARSIGHT_STATE_DIR": str(folder / name)}
+        with (folder / f"{name}.log").open("wb") as log:
+            self._outer = subprocess.Popen(
+                [*command, "sh", "-c", script, "sh", str(BIN / "ray"), "start", *options],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def init(self) -> psutil.Process:
+        """Its process 1, as seen from here."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not (children := psutil.Process(self._outer.pid).children()):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError("a node did not start")
+            time.sleep(0.05)
+        return children[0]
+
+    def kill(self) -> None:
+        if self._outer.poll() is None:
+            self.init.kill()
+            self._outer.wait()
+
+
+def main() -> None:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        sys.exit("several nodes on one machine need root and iproute2: they are network namespaces")
+    folder, config = Path(sys.argv[1]), Config()
+    with ExitStack() as cleanup:
+        own = cleanup.enter_context(bridge(f"farsight{os.getpid() % 100_000}"))
+        nodes = []
+        for index in range(NODES):
+            name, address = f"{own}-{index}", f"{NETWORK}.{11 + index}"
+            cleanup.enter_context(linked(name, address, own))
+            nodes.append(Node(name, address, folder, config))
+            cleanup.callback(nodes[-1].kill)
+            if index == 0:
+                await_head(nodes[0])
+        with in_namespaces_of(nodes[0], "-m", "loadtests.deployer", f"{HEAD}:{GCS_PORT}") as deployer:
+            assert deployer.stdin is not None, "bug: opened without a pipe"
+            assert deployer.stdout is not None, "bug: opened without a pipe"
+            for line in sys.stdin:
+                if line == "kill\n":
+                    nodes[-1].kill()
+                else:
+                    deployer.stdin.write(line.encode())
+                    deployer.stdin.flush()
+                    if not any(answer == b"done\n" for answer in deployer.stdout):
+                        sys.exit("the deployer ended")
+                print("done", flush=True)
+
+
+def await_head(head: Node) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    probe = f"import socket; socket.create_connection(('{HEAD}', {GCS_PORT}), 1)"
+    while True:
+        with in_namespaces_of(head, "-c", probe) as asked:
+            pass
+        if asked.returncode == 0:
+            return
+        if time.monotonic() > deadline_s:
+            raise TimeoutError("the head did not start")
+
+
+@contextmanager
+def in_namespaces_of(node: Node, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process on that node; its end is awaited."""
+    command = ["nsenter", f"--target={node.init.pid}", "--mount", "--net", "--pid", sys.executable, *arguments]
+    with subprocess.Popen(command, env=node.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield process
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    main()
