@@ -26,10 +26,11 @@ loadtest: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/farsight loadtest --scenario soak
 
-# what must not lose requests: a killed replica, new replicas for old ones, a lost node (this one as root)
+# what must not lose requests: a killed replica, new replicas for old ones, a node killed or gone (these as root)
 chaos: $(STAMP)
 	$(BIN)/farsight loadtest --scenario chaos
 	$(BIN)/farsight loadtest --scenario rolling-update
+	$(BIN)/farsight loadtest --scenario node-killed
 	$(BIN)/farsight loadtest --scenario node-lost
 
 protos: $(STAMP)

@@ -1,6 +1,7 @@
-"""Deploys what it is told: `python -m loadtests.deployer [ADDRESS]`, on the Ray at ADDRESS or on one of its own.
+"""Deploys what it is told: `python -m loadtests.deployer [ADDRESS NODES]`, on the Ray at ADDRESS or on one of its own.
 
-Each line of its input is a Serve application as JSON, or the number of replicas to wait for. It answers `done`.
+Each line of its input is a Serve application as JSON; or a number of replicas to wait for, where it is negative until
+there are not that many. It answers `done`.
 Its own process: Ray reads its environment when it is imported. `serve deploy` does the same through the dashboard.
 """
 
@@ -34,6 +35,9 @@ def main() -> None:
     config.haproxy_dir.mkdir(parents=True, exist_ok=True)
     own: dict[str, Any] = {"num_cpus": 8, "include_dashboard": False, "object_store_memory": 128 * 1024**2}
     ray.init(address=address, **(own if address == "local" else {}))
+    wanted = int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    while sum(node["Alive"] for node in ray.nodes()) < wanted:  # type: ignore[no-untyped-call]
+        time.sleep(0.1)
     serve.start(
         proxy_location="HeadOnly" if address == "local" else "EveryNode",
         http_options=HTTPOptions(host=config.host, port=config.http_port),
@@ -47,7 +51,10 @@ def main() -> None:
         while True:
             application = serve.status().applications["farsight"]
             states = [pair for one in application.deployments.values() for pair in one.replica_states.items()]
-            if application.status == "RUNNING" and (replicas is None or states == [("RUNNING", replicas)]):
+            if replicas is not None and replicas < 0:
+                if states != [("RUNNING", -replicas)]:
+                    return
+            elif application.status == "RUNNING" and (replicas is None or states == [("RUNNING", replicas)]):
                 return
             if time.monotonic() > deadline or application.status == "DEPLOY_FAILED":
                 sys.exit(f"not deployed: {application}")

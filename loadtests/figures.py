@@ -114,12 +114,12 @@ def by_load(samples: Sequence[Sample], duration_s: float, levels: int = 5) -> li
 
 
 def growth(values: Sequence[tuple[float, float]], duration_s: float) -> float:
-    """Of (seconds, value): the median of the run's last quarter over that of its second one, less 1; NaN without them.
+    """Of (seconds, value): the median of the run's last quarter over that of its second one, less 1.
 
-    The first quarter warms up, and a median does not see one large request.
+    The first quarter warms up, and a median does not see one large request. NaN where a quarter has no values.
     """
     before, after = (
-        [value for at_s, value in values if part <= at_s / duration_s < part + 0.25 and not math.isnan(value)]
+        [value for at_s, value in values if part <= at_s / duration_s < part + 0.25 and value > 0]
         for part in (0.25, 0.75)
     )
     return percentile(after, 50) / percentile(before, 50) - 1 if before and after else math.nan

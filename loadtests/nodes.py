@@ -1,13 +1,15 @@
 """A Ray cluster of several nodes on one machine: `python -m loadtests.nodes FOLDER`, as root, with iproute2.
 
 Each node has namespaces of its own for its network, its processes and Ray's files, and a link to the others: what Ray
-and HAProxy see is several machines. Input is that of loadtests.deployer, which runs on the head, and `kill`: the last
-node's processes are all killed at once (-9), as when a machine stops.
+and HAProxy see is several machines. Input is that of loadtests.deployer, which runs on the head, and `kill`: all
+processes of the last node are killed (-9), and its kernel closes their connections; or `unplug`: its link goes first,
+so that nobody is told, as when a machine stops.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +21,13 @@ from pathlib import Path
 
 import psutil
 
+from service.bench.servers.process import last_line
 from service.cli import ray_environment
 from service.config import Config
 
 NODES = 3
 NETWORK = "10.203.77"
+PREFIX = "fsight"  # of links, whose names have at most 15 characters
 HEAD = f"{NETWORK}.11"
 GCS_PORT = 6379
 START_TIMEOUT_S = 60.0
@@ -32,6 +36,19 @@ BIN = Path(sys.executable).parent
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def forget_dead_runs() -> None:
+    """What was killed before it could clean up holds the same addresses. A name has the process that made it."""
+    links = [path.name for path in Path("/sys/class/net").iterdir()]
+    spaces = [path.name for path in Path("/run/netns").iterdir()] if Path("/run/netns").is_dir() else []
+    for kind, names in (("netns", spaces), ("link", links)):
+        for name in names:
+            made = re.fullmatch(rf"{PREFIX}(\d+)(-\d)?", name)
+            if made and psutil.pid_exists(int(made[1])):
+                sys.exit(f"process {made[1]} has such a cluster here already")
+            if made:
+                ip(kind, "delete", name)
 
 
 @contextmanager
@@ -65,16 +82,18 @@ class Node:
     """`ray start` as process 1 of its namespaces: with it end all others."""
 
     def __init__(self, name: str, address: str, folder: Path, config: Config) -> None:
+        self.name = name
+        self._log = folder / f"{name}.log"
         own = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
         options = own if address == HEAD else [f"--address={HEAD}:{GCS_PORT}"]
         # two: the replica of a node that is lost has a place on those that are left
         options += [f"--node-ip-address={address}", "--num-cpus=2", f"--object-store-memory={128 * 1024**2}", "--block"]
         # beside Ray's, HAProxy's files: their place is the same on all nodes
         places = f"/tmp/ray {config.haproxy_dir}"
-        script = f'mkdir -p {places}; for one in {places}; do mount -t tmpfs tmpfs $one; done; exec "$@"'
+        script = f'set -e; mkdir -p {places}; for one in {places}; do mount -t tmpfs tmpfs $one; done; exec "$@"'
         command = ["ip", "netns", "exec", name, "unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
         self.environment = {**os.environ, **ray_environment(config), "FARSIGHT_STATE_DIR": str(folder / name)}
-        with (folder / f"{name}.log").open("wb") as log:
+        with self._log.open("wb") as log:
             self._outer = subprocess.Popen(
                 [*command, "sh", "-c", script, "sh", str(BIN / "ray"), "start", *options],
                 env=self.environment,
@@ -87,11 +106,16 @@ class Node:
     def init(self) -> psutil.Process:
         """Its process 1, as seen from here."""
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not (children := psutil.Process(self._outer.pid).children()):
-            if time.monotonic() > deadline_s:
-                raise TimeoutError("a node did not start")
+        while self._outer.poll() is None and time.monotonic() < deadline_s:
+            if children := psutil.Process(self._outer.pid).children():
+                return children[0]
             time.sleep(0.05)
-        return children[0]
+        raise TimeoutError(f"a node did not start: {last_line(self._log)}")
+
+    @property
+    def serves(self) -> bool:
+        """It has a replica."""
+        return any("ServeReplica" in "".join(one.cmdline()) for one in self.init.children(recursive=True))
 
     def kill(self) -> None:
         if self._outer.poll() is None:
@@ -103,8 +127,9 @@ def main() -> None:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         sys.exit("several nodes on one machine need root and iproute2: they are network namespaces")
     folder, config = Path(sys.argv[1]), Config()
+    forget_dead_runs()
     with ExitStack() as cleanup:
-        own = cleanup.enter_context(bridge(f"farsight{os.getpid() % 100_000}"))
+        own = cleanup.enter_context(bridge(f"{PREFIX}{os.getpid()}"))
         nodes = []
         for index in range(NODES):
             name, address = f"{own}-{index}", f"{NETWORK}.{11 + index}"
@@ -113,11 +138,15 @@ def main() -> None:
             cleanup.callback(nodes[-1].kill)
             if index == 0:
                 await_head(nodes[0])
-        with in_namespaces_of(nodes[0], "-m", "loadtests.deployer", f"{HEAD}:{GCS_PORT}") as deployer:
+        with in_namespaces_of(nodes[0], "-m", "loadtests.deployer", f"{HEAD}:{GCS_PORT}", f"{NODES}") as deployer:
             assert deployer.stdin is not None, "bug: opened without a pipe"
             assert deployer.stdout is not None, "bug: opened without a pipe"
             for line in sys.stdin:
-                if line == "kill\n":
+                if line in ("kill\n", "unplug\n"):
+                    if not nodes[-1].serves:
+                        sys.exit("the node to be lost has no replica: nothing would be seen")
+                    if line == "unplug\n":
+                        ip("link", "set", nodes[-1].name, "down")
                     nodes[-1].kill()
                 else:
                     deployer.stdin.write(line.encode())

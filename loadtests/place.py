@@ -23,7 +23,6 @@ from service.cli import DEMO_MODEL
 READY = b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 STOP_S = 120.0
 LOCAL = "127.0.0.1"
-LOSS_IS_SEEN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ def running(url: str, grpc_port: int, metrics_port: int) -> Service:
 @contextmanager
 def started(scenario: Scenario, first_port: int) -> Iterator[Service]:
     """With the scenario's settings, on the 300 ports from `first_port`. Unavailable: it does not start."""
-    if scenario.event in ("update", "lose-node"):
+    if scenario.event in ("update", "kill-node", "unplug-node"):
         with deployed(scenario, first_port) as service:
             yield service
         return
@@ -64,7 +63,7 @@ def deployed(scenario: Scenario, first_port: int) -> Iterator[Service]:
     Its event is a second configuration, which replaces all replicas, or the loss of a node, which lasts until there are
     as many replicas as before.
     """
-    has_nodes, replicas = scenario.event == "lose-node", int(scenario.settings["FARSIGHT_REPLICAS"])
+    has_nodes, replicas = scenario.event != "update", int(scenario.settings["FARSIGHT_REPLICAS"])
     with TemporaryDirectory(prefix="farsight-loadtest-") as folder:
         place = Place(sys.executable, Path(), first_port, Path(folder))
         everywhere = {"FARSIGHT_HOST": "0.0.0.0", "FARSIGHT_METRICS_HOST": "0.0.0.0"} if has_nodes else {}
@@ -99,10 +98,13 @@ def deployed(scenario: Scenario, first_port: int) -> Iterator[Service]:
             return "all replicas replaced"
 
         def lose_node() -> str:
-            tell("kill")
-            time.sleep(LOSS_IS_SEEN_S)  # before, all replicas still count as running
+            tell("kill" if scenario.event == "kill-node" else "unplug")
+            begun_s = time.monotonic()
+            tell(f"{-replicas}")
+            seen_s = time.monotonic() - begun_s
             tell(f"{replicas}")
-            return f"kill -9 of a node, until {replicas} replicas run again"
+            what = "kill -9 of a node" if scenario.event == "kill-node" else "a node stops without a word"
+            return f"{what}; seen after {seen_s:.1f} s; {replicas} replicas after {time.monotonic() - begun_s:.1f} s"
 
         try:
             deploy()

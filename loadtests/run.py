@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -110,15 +110,16 @@ def _watched(
         done = event()
         happened.append((begun_s, time.perf_counter() - start_s, done))
 
-    event = service.happen and threading.Thread(target=happen, args=(service.happen,))
+    event: Future[None] | None = None
     watch = Watch(client.pid, service.leader, service.metrics_url)
     watch.look(start_s)  # the first has no cores: they are since the one before
-    while client.poll() is None:
-        time.sleep(EVERY_S)
-        if event and not event.ident and time.perf_counter() - start_s > EVENT_PART * options.whole_s:
-            event.start()
-        if client.poll() is None:
-            moments.append(watch.look(start_s))
-    if event and event.ident:
-        event.join()
+    with ThreadPoolExecutor(1) as pool:
+        while client.poll() is None:
+            time.sleep(EVERY_S)
+            if service.happen and not event and time.perf_counter() - start_s > EVENT_PART * options.whole_s:
+                event = pool.submit(happen, service.happen)
+            if client.poll() is None:
+                moments.append(watch.look(start_s))
+    if event:
+        event.result()  # or what went wrong with it
     return moments, happened

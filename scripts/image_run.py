@@ -24,7 +24,7 @@ def mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *map(str, arguments)], check=True)
 
 
-def make_container(root: Path, home: Path, uid: int) -> None:
+def make_container(root: Path, home: Path, uid: str, gid: str) -> None:
     """A read-only root; writable are /tmp, /dev/shm and the user's home, as in deploy/kustomize."""
     mount("--bind", root, root)
     mount("-o", "remount,bind,ro", root)
@@ -36,7 +36,7 @@ def make_container(root: Path, home: Path, uid: int) -> None:
     (root / "dev/shm").mkdir()
     mount("-t", "tmpfs", "-o", f"mode=1777,size={SHM}", "tmpfs", root / "dev/shm")
     mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", root / "tmp")
-    mount("-t", "tmpfs", "-o", f"mode=700,uid={uid},gid={uid}", "tmpfs", root / home.relative_to("/"))
+    mount("-t", "tmpfs", "-o", f"mode=700,uid={uid},gid={gid}", "tmpfs", root / home.relative_to("/"))
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
@@ -66,16 +66,17 @@ def main() -> None:
     check("user is a number, not root", uid.isdigit() and gid.isdigit() and "0" not in (uid, gid), config["User"])
     labels = config["Labels"]
     check("labels", labels["org.opencontainers.image.title"] == "farsight" and labels["farsight.device"] == "cpu")
-    make_container(root, Path(config["WorkingDir"]), int(uid))
+    make_container(root, Path(config["WorkingDir"]), uid, gid)
     container = Container(root, config)
 
     identity = container.ask(["id", "-u"]).stdout.strip()
     check("runs as that user", identity == uid, identity)
-    places = ("/", "/opt/farsight", "/etc", "/usr/bin")
-    written = [path for path in places if not container.ask(["touch", f"{path}/x"]).returncode]
-    check("the root file system is read-only", not written, written)
-    compilers = [name for name in COMPILERS if not container.ask(["bash", "-c", f"command -v {name}"]).returncode]
-    check("no compiler", not compilers, compilers)
+    told = [container.ask(["touch", f"{path}/x"]).stderr for path in ("/", "/opt/farsight", "/etc", "/usr/bin")]
+    check("the root file system is read-only", all("Read-only file system" in one for one in told))
+    rights = container.ask(["grep", "-E", "^(CapEff|NoNewPrivs):", "/proc/self/status"]).stdout.split()
+    check("no capabilities, and no way to any", rights == ["CapEff:", "0" * 16, "NoNewPrivs:", "1"], rights)
+    found = {name: container.ask(["bash", "-c", f"command -v {name}"]).stdout for name in (*COMPILERS, "wget")}
+    check("wget is found, and no compiler", [name for name in found if found[name]] == ["wget"])
     conflicts = container.ask(["pip", "check"])
     check("pip check", conflicts.returncode == 0, conflicts.stdout.strip())
 

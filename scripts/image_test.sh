@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-readonly DIRECTORY=${IMAGE_DIRECTORY:-/var/tmp/farsight-image}
+readonly DIRECTORY=${IMAGE_DIRECTORY:-$HOME/.cache/farsight/image}
 readonly IMAGE=localhost/farsight:cpu
 BASE=docker.io/library/$(sed -n 's/^FROM \(python:[^ ]*\) AS base$/\1/p' Dockerfile)
 readonly BASE
@@ -23,7 +23,7 @@ buildah() { # vfs needs no overlay mounts, chroot no container runtime
 
 stand_in_for_the_base() { # Debian with its own Python 3.11 where the official image has one that it built
     local root=$DIRECTORY/base container
-    rm -rf "$root"
+    rm -rf --one-file-system "$root"
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$root"
     ln -s /usr/bin/python3 "$root/usr/local/bin/python"
     rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
@@ -39,8 +39,8 @@ buildah inspect --type image "$BASE" >/dev/null 2>&1 || stand_in_for_the_base
 buildah bud --isolation chroot --layers --pull-never --format docker --tag "$IMAGE" "$@" .
 
 container=$(buildah from --pull-never "$IMAGE")
-trap 'buildah rm "$container" >/dev/null' EXIT
+trap 'buildah rm "$container" >/dev/null; buildah rmi --prune >/dev/null' EXIT
 root=$(buildah mount "$container")
 du -sh "$root" | cut -f1 | sed 's/^/size of the root file system: /'
 buildah inspect --type image "$IMAGE" >"$DIRECTORY/image.json"
-unshare --mount --mount-proc --pid --fork --net --ipc --uts .venv/bin/python scripts/image_run.py "$root" "$DIRECTORY/image.json"
+unshare --mount --mount-proc --pid --fork --kill-child --net --ipc --uts .venv/bin/python scripts/image_run.py "$root" "$DIRECTORY/image.json"

@@ -233,10 +233,11 @@ def ray_environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_H2_MAX_FRAME_SIZE": str(64 * 1024),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
         # more wait in the client, where nobody sees or refuses them
-        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1024",
-        # a replica that dies with a request unanswered: another one answers it, for nothing here has an effect that
-        # lasts; HAProxy can repeat what fits its buffer
+        "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "256",
+        # a replica that dies with a request unanswered: another one answers it, for to do it twice changes nothing
+        # (what was lost is not charged); HAProxy can repeat what fits its buffer. Once: a request may be what kills
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(config.replica_port_base),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(config.replica_port_base + 1),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(config.replica_port_base + 99),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from service.config import Config
+from service.core import Priority
 from service.errors import FarsightError, Kind, too_large
 
+Queue = tuple[str, Priority, bool]  # whose, of which class, whether of long work
 DRAINED = 0.2  # of a full queue, before it takes requests again
 
 
@@ -16,7 +18,7 @@ class Admission:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._inflight_bytes = 0
-        self._closed: set[tuple[str, bool]] = set()  # of a tenant, for short or long work: it was full, and drains
+        self._closed: set[Queue] = set()  # it was full, and drains
 
     @property
     def inflight_bytes(self) -> int:
@@ -49,7 +51,7 @@ class Admission:
     def check_open(self, ahead_s: float, tenant: str) -> None:
         """Before a body is read: refuse what a full queue of short work would not take, whatever it is."""
         low_s = (1 - DRAINED) * self._config.max_queue_s
-        if (tenant, False) in self._closed and ahead_s > low_s:
+        if (tenant, Priority.INTERACTIVE, False) in self._closed and ahead_s > low_s:
             raise FarsightError(
                 Kind.OVERLOADED,
                 f"{ahead_s:.3g} predicted device seconds are queued, and a full queue first drains to {low_s:g} s",
@@ -63,24 +65,24 @@ class Admission:
         timeout_s: float,
         spent_s: float = 0.0,
         *,
-        tenant: str,
-        is_long: bool = False,
+        queue: Queue,
+        own_s: float | None = None,
         asks_only: bool = False,
     ) -> None:
         """Let a request of `predicted_s` queue behind `ahead_s` device seconds, or refuse it now.
 
-        `spent_s` of its timeout went by before: its body was sent and read. A queue that is full for a tenant is closed
-        to it until it has drained by a fifth: so it is known when it takes the next one, and it is told. A request over
-        the queue limit by itself is taken when nothing is ahead of it. `asks_only`: nobody queues, an estimate wants to
-        know.
+        `spent_s` of its timeout went by before: its body was sent and read. `own_s` of what is ahead are in the same
+        queue (default: all). A queue that is full is closed until what is ahead has drained by a fifth, so that it is
+        known when it takes the next one, and told. An empty one takes any request: of others, what is ahead may never
+        end. `asks_only`: nobody queues, an estimate wants to know.
         """
-        queue = tenant, is_long
+        is_empty = (ahead_s if own_s is None else own_s) <= 0
         limit_s = self._config.max_queue_s
         low_s = (1 - DRAINED) * limit_s
-        is_over = ahead_s > 0 and ahead_s + predicted_s > limit_s
+        is_over = ahead_s + predicted_s > limit_s
         # with more than that of its own a request waits for as much as there is
         opens_at_s = max(0.0, low_s - predicted_s)
-        if is_over or (queue in self._closed and ahead_s > opens_at_s):
+        if not is_empty and (is_over or (queue in self._closed and ahead_s > opens_at_s)):
             if not asks_only:
                 self._closed.add(queue)
             raise FarsightError(

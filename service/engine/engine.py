@@ -31,6 +31,7 @@ from service.core import (
     ModelInfo,
     Plan,
     PlanKind,
+    Priority,
     Request,
     Timing,
     Usage,
@@ -191,10 +192,10 @@ class Engine:
         with self._executor.condition:
             return self._scheduler.backlog_s(self._stack)
 
-    def _ahead_s(self, predicted_s: float, tenant: str) -> float:
-        """Predicted device seconds before a request of `predicted_s` could start."""
+    def _ahead(self, predicted_s: float, priority: Priority, tenant: str) -> tuple[float, float]:
+        """Predicted device seconds before a tenant's request could start, and those that are its own."""
         with self._executor.condition:
-            return self._scheduler.ahead_s(predicted_s, tenant, self._stack)
+            return self._scheduler.ahead(predicted_s, priority, tenant, self._stack)
 
     @property
     def auditing(self) -> bool:
@@ -203,7 +204,8 @@ class Engine:
 
     def check_open(self, tenant: str) -> None:
         """Refuse a request whose body is not read yet, where the queue would not take it anyhow."""
-        self.admission.check_open(self._ahead_s(0.0, tenant), tenant)
+        ahead_s, own_s = self._ahead(0.0, Priority.INTERACTIVE, tenant)
+        self.admission.check_open(ahead_s if own_s else 0.0, tenant)
 
     def busy_share(self) -> float:
         """Share of the time since the last call that the device worked for requests."""
@@ -309,7 +311,7 @@ class Engine:
         except FarsightError as error:
             priced = planner.paced(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
-        return self._estimated(priced, plan, options.timeout_s, tenant)
+        return self._estimated(priced, plan, options.priority, options.timeout_s, tenant)
 
     async def priced(self, request: Request) -> Estimate:
         """What this request would cost; it does not run."""
@@ -327,16 +329,23 @@ class Engine:
         except FarsightError as error:
             priced = planner.paced(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
-        return self._estimated(priced, plan, request.options.timeout_s, request.tenant)
+        options = request.options
+        return self._estimated(priced, plan, options.priority, options.timeout_s, request.tenant)
 
     def _estimated(
-        self, priced: Mapping[PlanKind, planner.Candidate], plan: Plan, timeout_s: float | None, tenant: str
+        self,
+        priced: Mapping[PlanKind, planner.Candidate],
+        plan: Plan,
+        priority: Priority,
+        timeout_s: float | None,
+        tenant: str,
     ) -> Estimate:
-        priced, ahead_s = planner.paced(priced, self._pace), self._ahead_s(plan.predicted_s, tenant)
+        priced = planner.paced(priced, self._pace)
+        ahead_s, own_s = self._ahead(plan.predicted_s, priority, tenant)
         try:
-            is_long = self._scheduler.is_long(plan.predicted_s)
+            queue = tenant, priority, self._scheduler.is_long(plan.predicted_s)
             timeout_s = self._timeout_s(timeout_s)
-            self.admission.admit(plan.predicted_s, ahead_s, timeout_s, tenant=tenant, is_long=is_long, asks_only=True)
+            self.admission.admit(plan.predicted_s, ahead_s, timeout_s, queue=queue, own_s=own_s, asks_only=True)
             if self.books is not None:
                 self.books.check(self.tenants.named(tenant), plan)
         except FarsightError as error:
@@ -382,9 +391,10 @@ class Engine:
             raise
 
     def _admit(self, job: Job, timeout_s: float) -> None:
-        ahead_s, is_long = self._ahead_s(job.predicted_s, job.tenant), self._scheduler.is_long(job.predicted_s)
+        ahead_s, own_s = self._ahead(job.predicted_s, job.priority, job.tenant)
+        queue = job.tenant, job.priority, self._scheduler.is_long(job.predicted_s)
         spent_s = self._clock() - job.arrived_s
-        self.admission.admit(job.predicted_s, ahead_s, timeout_s, spent_s, tenant=job.tenant, is_long=is_long)
+        self.admission.admit(job.predicted_s, ahead_s, timeout_s, spent_s, queue=queue, own_s=own_s)
 
     async def _accept(self, job: Job, books: Books) -> None:
         """Reserve and write down; as long as the caller waits, at most."""

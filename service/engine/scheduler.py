@@ -7,7 +7,8 @@ long work, then tenant. A share that nobody uses goes to the others. Within one 
 (wait + predicted) / predicted, until it has waited `max_wait_s`: then the oldest goes first. Where a share has no less
 than f of the device, at most Q predicted seconds are queued and no request is over P, nothing waits longer than
 max_wait_s + (Q + 3 P) / f: those that are older, what runs in its share with what interrupted that, and a longer run of
-another share that it cannot interrupt.
+another share that it cannot interrupt. Admission counts for each request what its share lets pass before it, so Q is
+`max_queue_s` where all work is alike, and grows with the logarithm of the number of shares that are full at once.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Flow(Generic[Item]):
     def child(self, name: Hashable, weight: float) -> Flow[Item]:
         if name not in self.children:
             self.children[name] = Flow(weight, self)
+        self.children[name].weight = weight  # a tenant's may change
         return self.children[name]
 
     # what follows runs at every checkpoint of every run: loops, for calls and generators cost twice as much
@@ -176,7 +178,10 @@ class Scheduler(Generic[Item]):
         self._waiting: dict[int, tuple[Flow[Item], Item]] = {}  # by id(item), in order of arrival: its leaf, itself
         self._groups: dict[tuple[Priority, Hashable], _Group[Item]] = {}
         self._short_s = self._long_s = 0.0
-        self._of_tenants: dict[bool, dict[str, float]] = {False: {}, True: {}}  # predicted seconds of short, long work
+        # predicted seconds by class, short or long, and tenant
+        self._of_tenants: dict[tuple[Priority, bool], dict[str, float]] = {
+            (priority, is_long): {} for priority in Priority for is_long in (False, True)
+        }
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -190,27 +195,42 @@ class Scheduler(Generic[Item]):
         """Predicted device seconds of all that waits or runs."""
         return self.queued_s + sum(batch.remaining_s for batch in running)
 
-    def ahead_s(self, predicted_s: float, tenant: str, running: Sequence[Batch[Item]]) -> float:
-        """Predicted device seconds before a request of `predicted_s` could start, at most.
+    def ahead(
+        self, predicted_s: float, priority: Priority, tenant: str, running: Sequence[Batch[Item]]
+    ) -> tuple[float, float]:
+        """Predicted device seconds before a request could start; those of them that are its own tenant's.
 
-        Long work lets short work pass, up to its share. Of what other tenants have queued no more counts than theirs
-        let pass while this one's work is done (generalised processor sharing, Parekh and Gallager 1993): who asks for
-        little does not wait behind who asks for much.
+        Of what the others in its share have queued, then of short work if it is long, then of the other class no more
+        counts than their shares let pass while what counts already, and itself, is done (generalised processor sharing,
+        Parekh and Gallager 1993): who asks for little does not wait behind who asks for much. Who comes later, and
+        shares what is left, is not known yet.
         """
         if self._by_arrival:
-            return self.backlog_s(running)
-        running_s = sum(batch.remaining_s for batch in running if not batch.is_long)
-        queued_s = max(0.0, self._short_s) if self._waiting else 0.0
-        if not self.is_long(predicted_s):
-            passing_s = self._passing_s(self._of_tenants[False], tenant, predicted_s)
-            return running_s + min(queued_s, passing_s) + (SLICE_S if running else 0.0)
-        of_tenants = self._of_tenants[True].copy()
+            return self.backlog_s(running), self.backlog_s(running)
+        is_long = self.is_long(predicted_s)
+        queued = {name: seconds.copy() for name, seconds in self._of_tenants.items()}
+        now_s = 0.0 if is_long or not running else SLICE_S
         for batch in running:
-            if batch.is_long and batch.items:
-                name = batch.items[0].tenant
-                of_tenants[name] = of_tenants.get(name, 0.0) + batch.remaining_s
-        passing_s = self._passing_s(of_tenants, tenant, predicted_s)
-        return running_s + passing_s + min(queued_s, SHORT_SHARE / LONG_SHARE * (passing_s + predicted_s))
+            if batch.is_long:
+                item = batch.items[0]
+                own = queued[item.priority, True]
+                own[item.tenant] = own.get(item.tenant, 0.0) + batch.remaining_s
+            else:
+                now_s += batch.remaining_s
+        weights = {name: self._weight(name) for name in queued[priority, is_long]}
+        own_s = queued[priority, is_long].pop(tenant, 0.0)
+        turns = (own_s + predicted_s) / self._weight(tenant)
+        ahead_s = own_s + sum(min(one, turns * weights[name]) for name, one in queued[priority, is_long].items())
+        if is_long:
+            short_s = sum(queued[priority, False].values())
+            ahead_s += min(short_s, SHORT_SHARE / LONG_SHARE * (ahead_s + predicted_s))
+        for other, share in CLASS_SHARES.items():
+            if other is not priority:  # its long work lets short work pass
+                theirs_s = sum(queued[other, False].values()) + is_long * sum(queued[other, True].values())
+                ahead_s += min(theirs_s, share / CLASS_SHARES[priority] * (ahead_s + predicted_s))
+        if not is_long:  # what a batch pays once is in the prediction of each of its requests
+            ahead_s = min(ahead_s, self._short_s)
+        return now_s + max(0.0, ahead_s), own_s
 
     def is_long(self, predicted_s: float) -> bool:
         return predicted_s > self._target_slice_s
@@ -220,7 +240,7 @@ class Scheduler(Generic[Item]):
         leaf.enter()
         leaf.lines.setdefault(_step(item.predicted_s), {})[id(item)] = item
         self._waiting[id(item)] = leaf, item
-        of_tenants = self._of_tenants[self.is_long(item.predicted_s)]
+        of_tenants = self._of_tenants[item.priority, self.is_long(item.predicted_s)]
         of_tenants[item.tenant] = of_tenants.get(item.tenant, 0.0) + item.predicted_s
         if self.is_long(item.predicted_s):
             self._long_s += item.predicted_s
@@ -301,13 +321,6 @@ class Scheduler(Generic[Item]):
     def _weight(self, tenant: str) -> float:
         return self._tenant_weights.get(tenant, 1.0)
 
-    def _passing_s(self, of_tenants: Mapping[str, float], tenant: str, predicted_s: float) -> float:
-        """The tenant's own seconds, and those of each other one that pass before they and `predicted_s` are done."""
-        own_s = of_tenants.get(tenant, 0.0)
-        turns = (own_s + predicted_s) / self._weight(tenant)
-        others = ((name, seconds) for name, seconds in of_tenants.items() if name != tenant)
-        return own_s + sum(min(seconds, turns * self._weight(name)) for name, seconds in others)
-
     def _urgency(self, item: Item, now_s: float, used_s: float = 0.0) -> tuple[bool, float]:
         wait_s = now_s - item.arrived_s - used_s
         is_old = wait_s > self._max_wait_s
@@ -362,11 +375,10 @@ class Scheduler(Generic[Item]):
         del line[id(item)]
         if not line:
             del leaf.lines[step]
-        for is_long, of_tenants in self._of_tenants.items():
-            if not self._waiting:
-                of_tenants.clear()  # and with it what rounding has left
-            elif is_long == self.is_long(item.predicted_s):
-                of_tenants[item.tenant] -= item.predicted_s
+        of_tenants = self._of_tenants[item.priority, self.is_long(item.predicted_s)]
+        of_tenants[item.tenant] -= item.predicted_s
+        if not leaf.lines:
+            del of_tenants[item.tenant]  # and with it what rounding has left
         if self.is_long(item.predicted_s):
             self._long_s -= item.predicted_s
             return leaf

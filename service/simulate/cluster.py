@@ -72,10 +72,10 @@ class Replica:
             self._work(0.0)
         if one.refused is not None:  # it can never fit
             return
-        ahead_s = self.scheduler.ahead_s(one.predicted_s, one.tenant, self.stack)
-        timeout_s, is_long = self.config.default_timeout_s, self.scheduler.is_long(one.predicted_s)
+        ahead_s, own_s = self.scheduler.ahead(one.predicted_s, one.priority, one.tenant, self.stack)
+        queue = one.tenant, one.priority, self.scheduler.is_long(one.predicted_s)
         try:
-            self.admission.admit(one.predicted_s, ahead_s, timeout_s, tenant=one.tenant, is_long=is_long)
+            self.admission.admit(one.predicted_s, ahead_s, self.config.default_timeout_s, queue=queue, own_s=own_s)
         except FarsightError as error:
             one.refused, one.retry_after_s = error.kind, error.retry_after_s
             return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,6 +88,19 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def environment(text: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for line in parse(text)[-1].all("ENV") for pair in shlex.split(line))
+
+
+def lint(dockerfile: Path) -> list[str]:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([hadolint, "--no-color", "--format", "tty", dockerfile], capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_hadolint_finds_nothing(tmp_path: Path, text: str) -> None:
+    assert lint(ROOT / "Dockerfile") == []
+    (tmp_path / "Dockerfile").write_text(text.replace("# hadolint ignore=DL3008\n", ""))
+    assert ["DL3008" in line for line in lint(tmp_path / "Dockerfile")] == [True]
 
 
 def test_structure(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -245,9 +246,19 @@ def test_long_work_lets_short_work_pass_and_waits_for_all() -> None:
     scheduler.served(long, 4.0)
     scheduler.add(Item("next", "b", 5.0))
     scheduler.add(Item("short", "c", 0.02))
-    assert scheduler.ahead_s(0.01, "default", [long]) == pytest.approx(0.02 + SLICE_S)
-    assert scheduler.ahead_s(1.0, "default", [long]) == pytest.approx(6.0 + 5.0 + 0.02)
+    assert told(scheduler, 0.01, running=[long]) == pytest.approx(0.02 + SLICE_S)
+    assert told(scheduler, 1.0, running=[long]) == pytest.approx(6.0 + 5.0 + 0.02)
     assert scheduler.backlog_s([long]) == pytest.approx(6.0 + 5.0 + 0.02)
+
+
+def told(
+    scheduler: Scheduler[Item],
+    seconds: float,
+    tenant: str = "default",
+    priority: Priority = Priority.INTERACTIVE,
+    running: Sequence[Batch[Item]] = (),
+) -> float:
+    return scheduler.ahead(seconds, priority, tenant, running)[0]
 
 
 @pytest.mark.parametrize("seconds", [0.01, 1.0])
@@ -255,31 +266,54 @@ def test_who_asks_for_little_is_not_told_to_wait_for_who_asks_for_much(seconds: 
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05, tenant_weights={"gold": 2.0})
     for index in range(100):
         scheduler.add(Item(f"{index}", f"{index}", seconds, tenant="greedy"))
-    assert scheduler.ahead_s(seconds, "greedy", []) == pytest.approx(100 * seconds)
-    assert scheduler.ahead_s(seconds, "modest", []) == pytest.approx(seconds)  # turn by turn
-    assert scheduler.ahead_s(seconds, "gold", []) == pytest.approx(seconds / 2)  # of its three turns it has two
+    assert told(scheduler, seconds, "greedy") == pytest.approx(100 * seconds)
+    assert told(scheduler, seconds, "modest") == pytest.approx(seconds)  # turn by turn
+    assert told(scheduler, seconds, "gold") == pytest.approx(seconds / 2)  # two of three turns
     scheduler.add(Item("own", "own", seconds, tenant="modest"))
-    assert scheduler.ahead_s(seconds, "modest", []) == pytest.approx(3 * seconds)
-    # of both others: all that the modest one has, twice as much for each of its seconds from gold, which has nothing
-    assert scheduler.ahead_s(seconds, "greedy", []) == pytest.approx(101 * seconds)
+    ahead_s, own_s = scheduler.ahead(seconds, Priority.INTERACTIVE, "modest", [])
+    assert (ahead_s, own_s) == (pytest.approx(3 * seconds), pytest.approx(seconds))
+    assert told(scheduler, seconds, "greedy") == pytest.approx(101 * seconds)  # all that the modest one has
     while (batch := scheduler.next_batch(0.0)) is not None:
         scheduler.finished(batch, batch.predicted_s)
-    assert scheduler.ahead_s(seconds, "greedy", []) == 0.0
+    assert scheduler.ahead(seconds, Priority.INTERACTIVE, "greedy", []) == (0.0, 0.0)
 
 
 def test_long_work_of_others_that_runs_counts_up_to_its_share() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
     long = begun(scheduler, Item("long", "a", 10.0, tenant="greedy"))
-    assert scheduler.ahead_s(2.0, "modest", [long]) == pytest.approx(2.0)
-    assert scheduler.ahead_s(2.0, "greedy", [long]) == pytest.approx(10.0)
+    assert scheduler.ahead(2.0, Priority.INTERACTIVE, "modest", [long]) == (pytest.approx(2.0), 0.0)
+    assert scheduler.ahead(2.0, Priority.INTERACTIVE, "greedy", [long]) == (pytest.approx(10.0), pytest.approx(10.0))
 
 
 def test_short_work_delays_long_work_up_to_its_share() -> None:
     scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
     for index in range(1000):
         scheduler.add(Item(f"{index}", f"{index}", 0.05))
-    assert scheduler.ahead_s(1.0, "default", []) == pytest.approx(1.0 * 0.75 / 0.25)
-    assert scheduler.ahead_s(100.0, "default", []) == pytest.approx(50.0)
+    assert told(scheduler, 1.0) == pytest.approx(1.0 * 0.75 / 0.25)
+    assert told(scheduler, 100.0) == pytest.approx(50.0)
+
+
+def test_the_other_class_counts_up_to_its_share() -> None:
+    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05)
+    for index in range(30):
+        scheduler.add(Item(f"i{index}", f"i{index}", 1.0))
+        scheduler.add(Item(f"b{index}", f"b{index}", 1.0, priority=Priority.BATCH))
+    assert told(scheduler, 6.0) == pytest.approx(30 + 36 / 9)
+    assert told(scheduler, 1.0, priority=Priority.BATCH) == pytest.approx(30 + 30)
+    assert told(scheduler, 1.0, "new", Priority.BATCH) == pytest.approx(1 + 9 * 2)
+    assert told(scheduler, 0.01) == 0.0  # the long work of both lets it pass
+
+
+def test_a_tenant_s_new_weight_counts_from_its_next_request() -> None:
+    weights = {"a": 1.0, "b": 1.0}
+    scheduler: Scheduler[Item] = Scheduler(target_slice_s=0.05, tenant_weights=weights)
+    for index in range(100):
+        for name in weights:
+            scheduler.add(Item(name, f"{name}{index}", 0.02, tenant=name))
+    assert [run(scheduler, 0.0)[0] for _ in range(20)].count("a") == 10
+    weights["a"] = 9.0
+    scheduler.add(Item("a", "next", 0.02, tenant="a"))
+    assert [run(scheduler, 0.0)[0] for _ in range(20)].count("a") >= 17
 
 
 def test_queued_seconds_follow_every_change() -> None:
