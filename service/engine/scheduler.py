@@ -177,7 +177,7 @@ class Scheduler(Generic[Item]):
         self._root: Flow[Item] = Flow(1.0, None)
         self._waiting: dict[int, tuple[Flow[Item], Item]] = {}  # by id(item), in order of arrival: its leaf, itself
         self._groups: dict[tuple[Priority, Hashable], _Group[Item]] = {}
-        self._short_s = self._long_s = 0.0
+        self._short_s = 0.0  # with what a batch pays once counted once a batch
         # predicted seconds by class, short or long, and tenant
         self._of_tenants: dict[tuple[Priority, bool], dict[str, float]] = {
             (priority, is_long): {} for priority in Priority for is_long in (False, True)
@@ -189,7 +189,8 @@ class Scheduler(Generic[Item]):
     @property
     def queued_s(self) -> float:
         """Predicted device seconds that wait."""
-        return max(0.0, self._short_s + self._long_s) if self._waiting else 0.0
+        long_s = sum(sum(self._of_tenants[priority, True].values()) for priority in Priority)
+        return max(0.0, self._short_s + long_s) if self._waiting else 0.0
 
     def backlog_s(self, running: Sequence[Batch[Item]]) -> float:
         """Predicted device seconds of all that waits or runs."""
@@ -217,10 +218,9 @@ class Scheduler(Generic[Item]):
                 own[item.tenant] = own.get(item.tenant, 0.0) + batch.remaining_s
             else:
                 now_s += batch.remaining_s
-        weights = {name: self._weight(name) for name in queued[priority, is_long]}
         own_s = queued[priority, is_long].pop(tenant, 0.0)
         turns = (own_s + predicted_s) / self._weight(tenant)
-        ahead_s = own_s + sum(min(one, turns * weights[name]) for name, one in queued[priority, is_long].items())
+        ahead_s = own_s + sum(min(one, turns * self._weight(name)) for name, one in queued[priority, is_long].items())
         if is_long:
             short_s = sum(queued[priority, False].values())
             ahead_s += min(short_s, SHORT_SHARE / LONG_SHARE * (ahead_s + predicted_s))
@@ -243,7 +243,6 @@ class Scheduler(Generic[Item]):
         of_tenants = self._of_tenants[item.priority, self.is_long(item.predicted_s)]
         of_tenants[item.tenant] = of_tenants.get(item.tenant, 0.0) + item.predicted_s
         if self.is_long(item.predicted_s):
-            self._long_s += item.predicted_s
             return
         group = self._groups.setdefault((item.priority, item.key), _Group())
         group.tenants.setdefault(item.tenant, {})[id(item)] = item
@@ -380,7 +379,6 @@ class Scheduler(Generic[Item]):
         if not leaf.lines:
             del of_tenants[item.tenant]  # and with it what rounding has left
         if self.is_long(item.predicted_s):
-            self._long_s -= item.predicted_s
             return leaf
         name = item.priority, item.key
         group = self._groups[name]
