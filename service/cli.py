@@ -11,9 +11,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 from urllib.request import Request, urlopen
 
@@ -251,20 +252,20 @@ def ray_environment(config: Config) -> dict[str, str]:
 
 
 def _run(config: Config) -> None:
-    _end_on_signals()
-    try:
-        # imported here: Ray reads its environment at import
-        import ray
-        from ray import serve as ray_serve
-        from ray.serve.config import HTTPOptions, gRPCOptions
-
-        from service.app import GRPC_SERVICERS, build
-    except KeyboardInterrupt:  # nothing has been started yet
-        return
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # nothing has been started yet; an exception in the middle of an import may be lost, or change the exit status
+    _on_signals(lambda *_: os._exit(0))
     started_s, answers = time.monotonic(), False
     console.print("starting Farsight ...")
+    # imported here: Ray reads its environment at import
+    import ray
+    from ray import serve as ray_serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from service.app import GRPC_SERVICERS, build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        _on_signals(signal.default_int_handler)
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, config.max_replicas or config.replicas),
@@ -273,7 +274,7 @@ def _run(config: Config) -> None:
             log_to_driver=True,
             logging_level=logging.WARNING,
         )
-        _end_on_signals()  # again: Ray has put a handler of its own on SIGTERM
+        _on_signals(signal.default_int_handler)  # again: Ray has put a handler of its own on SIGTERM
         ray_serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=config.host, port=config.http_port),
@@ -290,8 +291,7 @@ def _run(config: Config) -> None:
     except KeyboardInterrupt:
         console.print("stopping ...")
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+        _on_signals(signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
         _stop(config, answers=answers)
 
 
@@ -308,10 +308,10 @@ def _wait_for_haproxy(config: Config) -> None:
         time.sleep(0.1)
 
 
-def _end_on_signals() -> None:
+def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
     """Ctrl-C and SIGTERM end the service at any moment; a shell's background job starts with SIGINT ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, handler)
 
 
 def _stop(config: Config, *, answers: bool) -> None:

@@ -187,17 +187,21 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> N
     assert "/no/tenants.json" in failing_start(tmp_path, 27500, FARSIGHT_TENANTS_FILE="/no/tenants.json")
 
 
-def test_ctrl_c_while_it_starts_ends_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after_s", [0.5, 8.0], ids=["while it imports", "while Ray starts"])
+def test_ctrl_c_while_it_starts_ends_it(after_s: float, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "service", "serve"],
         env=environment(tmp_path, 27500),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    time.sleep(5)
+    assert process.stdout is not None
+    assert b"starting" in process.stdout.readline()
+    time.sleep(after_s)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(40) == 0
+    assert b"Traceback" not in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
     assert not any(listens(port) for port in range(27500, 27510))
 
 
