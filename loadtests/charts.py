@@ -14,7 +14,7 @@ from loadtests.figures import BUCKET_NAMES, Totals, by_bucket, by_load, in_fligh
 from loadtests.report import bucket_label
 from loadtests.run import Run
 from loadtests.samples import Outcome, Sample
-from loadtests.sweep import knee
+from loadtests.sweep import Step, knee
 from loadtests.thresholds import Seconds
 from loadtests.watch import Moment
 
@@ -158,23 +158,23 @@ def memory(run: Run) -> Figure:
     return _over_time(figure, axes, run, right)
 
 
-def sweep_latencies(runs: Sequence[Run], slo_s: Seconds) -> Figure:
+def sweep_latencies(steps: Sequence[Step], slo_s: Seconds) -> Figure:
     figure, axes = _figure("latency, s")
-    ordered = sorted(runs, key=lambda one: one.offered_per_s)
+    ordered = sorted((one.run for one in steps), key=lambda one: one.offered_per_s)
     _latencies(axes, [(one.offered_per_s, one.samples) for one in ordered], slo_s)
-    return _over_load(figure, axes, runs, slo_s)
+    return _over_load(figure, axes, steps)
 
 
-def sweep_goodput(runs: Sequence[Run], slo_s: Seconds) -> Figure:
+def sweep_goodput(steps: Sequence[Step], slo_s: Seconds) -> Figure:
     figure, axes = _figure("requests/s")
-    ordered = sorted(runs, key=lambda one: one.offered_per_s)
+    ordered = sorted((one.run for one in steps), key=lambda one: one.offered_per_s)
     loads = [one.offered_per_s for one in ordered]
     totals = [Totals.of(one.samples, slo_s) for one in ordered]
     axes.plot([0, loads[-1]], [0, loads[-1]], ":", color="0.6", label="all of them")
     for label, colour, name in (("answered", LATE, "answered"), ("in time", GOOD, "good")):
         per_s = [getattr(one, name) / run.duration_s for one, run in zip(totals, ordered, strict=True)]
         axes.plot(loads, per_s, "o-", color=colour, label=label)
-    return _over_load(figure, axes, runs, slo_s)
+    return _over_load(figure, axes, steps)
 
 
 def _latencies(axes: Axes, parts: Iterable[tuple[float, list[Sample]]], slo_s: Seconds) -> None:
@@ -257,11 +257,11 @@ def _by_length(figure: Figure, axes: Axes, groups: dict[str, list[Sample]], *, l
     return figure
 
 
-def _over_load(figure: Figure, axes: Axes, runs: Sequence[Run], slo_s: Seconds) -> Figure:
-    if (found := knee(runs, slo_s)) is not None:
-        axes.axvline(found.offered_per_s, color="0.3", lw=1)
-        told = f" knee: {found.offered_per_s:.1f}/s"
-        axes.annotate(told, (found.offered_per_s, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+def _over_load(figure: Figure, axes: Axes, steps: Sequence[Step]) -> Figure:
+    if (found := knee(steps)) is not None:
+        axes.axvline(found.run.offered_per_s, color="0.3", lw=1)
+        told = f" knee: {found.run.offered_per_s:.1f}/s"
+        axes.annotate(told, (found.run.offered_per_s, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
     axes.set_xlim(left=0)
     axes.set_xlabel("offered requests/s")
     _legend(axes)

@@ -14,7 +14,7 @@ from loadtests import charts, page, report, samples, thresholds
 from loadtests.place import Service, running, started
 from loadtests.run import Options, Run, run
 from loadtests.scenarios import SCENARIOS
-from loadtests.sweep import is_sustained, knee, sweep
+from loadtests.sweep import Step, judged, knee, sweep
 from loadtests.thresholds import Limits, Thresholds
 from service.bench.cli import document
 from service.bench.servers.process import handling
@@ -58,7 +58,7 @@ def one(options: Options, target: Target, limits: Path, directory: Path, step: C
     step("starting")
     with handling(signal.default_int_handler), target.service(options.scenario) as service:
         found = run(options, service, step)
-    own = known.scenarios.get(options.scenario, Limits()) if options.trace is None else Limits()
+    own = _limits(options, known)
     checks = thresholds.judge(found.samples, own, known.slo_s)
     checks += thresholds.judge_memory(report.service(found)["resident_growth"], own)
     summary = report.summary(found, checks, known.slo_s)
@@ -69,33 +69,39 @@ def one(options: Options, target: Target, limits: Path, directory: Path, step: C
 
 
 def saturation(options: Options, target: Target, limits: Path, directory: Path, step: Callable[[str], None]) -> Result:
-    """Finds the knee; passed where there is one."""
+    """Finds the highest load that keeps the thresholds of `one`; passed where there is one."""
     known = thresholds.read(limits)
+    own = _limits(options, known)
     step("starting")
     with handling(signal.default_int_handler), target.service(options.scenario) as service:
 
-        def measure(scale: float) -> Run:
+        def measure(scale: float) -> Step:
             step(f"scale {scale:.2f}")
-            return run(replace(options, scale=scale), service)
+            return judged(run(replace(options, scale=scale), service), own, known.slo_s)
 
-        runs = list(sweep(measure, known.slo_s, options.scale, MOST_STEPS))
-    name, found = f"sweep-{options.scenario}", knee(runs, known.slo_s)
+        steps = list(sweep(measure, options.scale, MOST_STEPS))
+    name, found = f"sweep-{options.scenario}", knee(steps)
     summary = {
         "scenario": options.scenario,
         "knee": None if found is None else _step(found, known),
-        "steps": [_step(each, known) for each in sorted(runs, key=lambda each: each.offered_per_s)],
+        "steps": [_step(each, known) for each in sorted(steps, key=lambda each: each.scale)],
     }
-    html, chart = page.of_sweep(runs, known.slo_s, _about()), page.png(charts.sweep_latencies(runs, known.slo_s))
-    written = _write(directory, name, summary, html, chart, runs)
-    told = "no load was sustained" if found is None else f"knee: {found.offered_per_s:.2f} requests/s"
-    rows = [f"{each.offered_per_s:8.2f}/s {'sustained' if is_sustained(each, known.slo_s) else '-'}" for each in runs]
+    html, chart = page.of_sweep(steps, known.slo_s, _about()), page.png(charts.sweep_latencies(steps, known.slo_s))
+    written = _write(directory, name, summary, html, chart, [each.run for each in steps])
+    told = "no load was sustained" if found is None else f"knee: {found.run.offered_per_s:.2f} requests/s"
+    rows = [f"{each.run.offered_per_s:8.2f}/s {'; '.join(each.missed) or 'sustained'}" for each in steps]
     return Result(found is not None, "\n".join([*rows, told]), json.dumps(summary), written)
 
 
-def _step(each: Run, known: Thresholds) -> dict[str, Any]:
-    summary = report.summary(each, [], known.slo_s)
+def _limits(options: Options, known: Thresholds) -> Limits:
+    """Those of the scenario; a trace has none."""
+    return known.scenarios.get(options.scenario, Limits()) if options.trace is None else Limits()
+
+
+def _step(each: Step, known: Thresholds) -> dict[str, Any]:
+    summary = report.summary(each.run, [], known.slo_s)
     left_out = ("checks", "passed", "happened", "slo_s", "scenario", "by_tenant")
-    return {name: value for name, value in summary.items() if name not in left_out}
+    return {"missed": each.missed, **{name: value for name, value in summary.items() if name not in left_out}}
 
 
 def _about() -> dict[str, str]:

@@ -17,7 +17,7 @@ from loadtests.report import HEADER, bucket_label, client, reasons, rows, servic
 from loadtests.run import Run
 from loadtests.samples import Sample
 from loadtests.scenarios import SCENARIOS
-from loadtests.sweep import is_sustained, knee
+from loadtests.sweep import Step, knee
 from loadtests.thresholds import Check, Seconds
 
 STYLE = """
@@ -93,23 +93,23 @@ def of_run(run: Run, checks: Sequence[Check], slo_s: Seconds, about: Mapping[str
     return _page(f"Load test: {run.options.scenario}", "".join(body), about)
 
 
-def of_sweep(runs: Sequence[Run], slo_s: Seconds, about: Mapping[str, str]) -> str:
+def of_sweep(steps: Sequence[Step], slo_s: Seconds, about: Mapping[str, str]) -> str:
     drawn = [
-        ("Latency against offered load", "by length", charts.sweep_latencies(runs, slo_s)),
-        ("Goodput against offered load", "", charts.sweep_goodput(runs, slo_s)),
+        ("Latency against offered load", "by length", charts.sweep_latencies(steps, slo_s)),
+        ("Goodput against offered load", "", charts.sweep_goodput(steps, slo_s)),
     ]
-    found, name = knee(runs, slo_s), runs[0].options.scenario
-    told = "No load was sustained." if found is None else f"The knee is at {found.offered_per_s:.1f} requests/s."
+    found, name = knee(steps), steps[0].run.options.scenario
+    told = "No load was sustained." if found is None else f"The knee is at {found.run.offered_per_s:.1f} requests/s."
     head = "offered/s", "in time/s", "in time", "refused", "failed", "p50", "p99", "service cores", "client cores"
-    ordered = sorted(runs, key=lambda one: one.offered_per_s)
+    ordered = sorted(steps, key=lambda one: one.run.offered_per_s)
     body = [
         f"<h1>Saturation sweep: {escape(name)}</h1>",
-        f"<p><b>{told}</b> {escape(SCENARIOS[name].about.capitalize())}. {_how(runs[0])}</p>",
+        f"<p><b>{told}</b> {escape(SCENARIOS[name].about.capitalize())}. {_how(steps[0].run)}</p>",
         "<main>" + "".join(_figure(*one) for one in drawn) + "</main>",
-        "<h2>Steps</h2>" + _table(head, [_step(one, slo_s) for one in ordered]),
+        "<h2>Steps</h2>" + _table((*head, "missed"), [_step(one, slo_s) for one in ordered]),
         "<h2>By length</h2>",
         _table(
-            ("tokens, offered/s", "answers", "p50", "p99"), [row for one in ordered for row in _lengths(one, slo_s)]
+            ("tokens, offered/s", "answers", "p50", "p99"), [row for one in ordered for row in _lengths(one.run, slo_s)]
         ),
     ]
     return _page(f"Saturation sweep: {name}", "".join(body), about)
@@ -133,12 +133,13 @@ def _tenant(name: str, samples: Sequence[Sample], duration_s: float, slo_s: Seco
     return (name, *per_s, f"{totals.refused:,}", f"{totals.failed:,}", *times, f"{totals.device_s:.2f}")
 
 
-def _step(run: Run, slo_s: Seconds) -> tuple[str, ...]:
-    totals = Totals.of(run.samples, slo_s)
-    share = f"{totals.share('good'):.1%}{'' if is_sustained(run, slo_s) else ' (not sustained)'}"
+def _step(step: Step, slo_s: Seconds) -> tuple[str, ...]:
+    run, totals = step.run, Totals.of(step.run.samples, slo_s)
+    share = f"{totals.share('good'):.1%}"
     counts = f"{totals.refused:,}", f"{totals.failed:,}", _seconds(totals.p50_s), _seconds(totals.p99_s)
     cores = (f"{side['cores_mean']:.2f}" for side in (service(run), client(run)))
-    return (f"{run.offered_per_s:.1f}", f"{totals.good / run.duration_s:.1f}", share, *counts, *cores)
+    rates = f"{run.offered_per_s:.1f}", f"{totals.good / run.duration_s:.1f}"
+    return (*rates, share, *counts, *cores, "; ".join(step.missed) or "none")
 
 
 def _lengths(run: Run, slo_s: Seconds) -> list[tuple[str, ...]]:

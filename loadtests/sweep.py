@@ -1,56 +1,68 @@
-"""Where the knee is: the offered load is raised until too few answers come in time, then halved in between."""
+"""Where the knee is: the offered load is raised until a threshold is missed, then halved in between."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loadtests.figures import Totals
 from loadtests.run import Run
+from loadtests.thresholds import Limits, Seconds, judge
 
-SUSTAINED = 0.95  # share of what is offered that must be answered within its SLO
+SUSTAINED = 0.95  # least share of what is offered that must be answered within its SLO
 STEP_FACTOR = 1.5
 EXACT_TO = 1.15  # between the highest load that was sustained and the lowest that was not
 LOWEST = 1 / 16  # of the first scale: a service that cannot do that is broken
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """One offered load, as a multiple of the scenario's rates."""
+class Step:
+    """One offered load, and which thresholds it missed."""
 
-    scale: float
-    sustained: bool
+    run: Run
+    missed: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """Times the scenario's rates."""
+        return self.run.options.scale
+
+    @property
+    def sustained(self) -> bool:
+        return not self.missed
 
 
-def next_scale(points: Sequence[Point], first: float = 1.0) -> float | None:
+def judged(run: Run, limits: Limits, slo_s: Seconds) -> Step:
+    """By the thresholds of a single run. A length of which none came, as in a short step, is not judged."""
+    strict = limits.model_copy(update={"goodput": max(limits.goodput or 0.0, SUSTAINED)})
+    checks = judge(run.samples, strict, slo_s)
+    return Step(run, tuple(str(one) for one in checks if not one.passed and not math.isnan(one.value)))
+
+
+def next_scale(steps: Sequence[Step], first: float = 1.0) -> float | None:
     """What to try after these; None: the knee is known."""
-    if not points:
+    if not steps:
         return first
-    held = max((one.scale for one in points if one.sustained), default=None)
-    broken = min((one.scale for one in points if not one.sustained), default=None)
+    held = max((one.scale for one in steps if one.sustained), default=None)
+    broken = min((one.scale for one in steps if not one.sustained), default=None)
     if broken is None:
-        return max(one.scale for one in points) * STEP_FACTOR
+        return max(one.scale for one in steps) * STEP_FACTOR
     if held is None:
         return broken / STEP_FACTOR if broken > first * LOWEST else None
     # a lucky step above an unlucky one ends the search, too
     return float((held * broken) ** 0.5) if broken / held > EXACT_TO else None
 
 
-def sweep(measure: Callable[[float], Run], slo_s: dict[str, float], first: float, most: int) -> Iterator[Run]:
-    """Runs, each at the scale that the ones before ask for, at most so many."""
-    points: list[Point] = []
-    while len(points) < most and (scale := next_scale(points, first)) is not None:
-        run = measure(scale)
-        points.append(Point(scale, is_sustained(run, slo_s)))
-        yield run
+def sweep(measure: Callable[[float], Step], first: float, most: int) -> Iterator[Step]:
+    """Each at the scale that the ones before ask for, at most so many."""
+    steps: list[Step] = []
+    while len(steps) < most and (scale := next_scale(steps, first)) is not None:
+        steps.append(measure(scale))
+        yield steps[-1]
 
 
-def is_sustained(run: Run, slo_s: dict[str, float]) -> bool:
-    return Totals.of(run.samples, slo_s).share("good") >= SUSTAINED
-
-
-def knee(runs: Sequence[Run], slo_s: dict[str, float]) -> Run | None:
+def knee(steps: Sequence[Step]) -> Step | None:
     """The highest load below every one that was not sustained."""
-    broken = min((one.options.scale for one in runs if not is_sustained(one, slo_s)), default=float("inf"))
-    held = [one for one in runs if is_sustained(one, slo_s) and one.options.scale < broken]
-    return max(held, key=lambda one: one.options.scale, default=None)
+    broken = min((one.scale for one in steps if not one.sustained), default=math.inf)
+    held = [one for one in steps if one.sustained and one.scale < broken]
+    return max(held, key=lambda one: one.scale, default=None)

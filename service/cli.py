@@ -141,7 +141,7 @@ def simulate(
 def loadtest(
     scenario: Annotated[str, typer.Option(help="smoke, mixed, long-beside-short, burst, overload, ...")] = "smoke",
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Raise its load until answers come late: where is the knee?")
+        bool, typer.Option("--sweep", help="Raise its load until a threshold is missed: where is the knee?")
     ] = False,
     duration: Annotated[float | None, typer.Option(min=1, help="Seconds; of each step of a sweep.")] = None,
     scale: Annotated[float, typer.Option(min=1e-3, help="Times the scenario's rates.")] = 1.0,
@@ -337,12 +337,13 @@ def _stop(config: Config, *, answers: bool) -> None:
 
 
 def banner(config: Config, took_s: float) -> str:
-    base = f"http://{config.host}:{config.http_port}"
+    host, metrics_host = reached_at(config.host), reached_at(config.metrics_host)
+    base = f"http://{host}:{config.http_port}"
     lines = [
         f"Farsight is ready after {took_s:.1f} s",
         f"  HTTP     {base}  (docs: {base}/docs)",
-        f"  gRPC     {config.host}:{config.grpc_port}",
-        f"  metrics  http://{config.metrics_host}:{config.metrics_port}/metrics",
+        f"  gRPC     {host}:{config.grpc_port}",
+        f"  metrics  http://{metrics_host}:{config.metrics_port}/metrics",
         "try:",
         f"  curl -s {base}/v1/attention -H 'content-type: application/json' \\",
         '    -d \'{"query": [[[1, 0]]], "key": [[[1, 0], [0, 1]]], "value": [[[1, 2], [3, 4]]]}\'',
@@ -358,7 +359,7 @@ def banner(config: Config, took_s: float) -> str:
 
 def not_served(config: Config) -> dict[str, str]:
     """Models that could not be loaded, and why, as one replica tells it."""
-    url = f"http://{config.host}:{config.http_port}/v2/repository/index"
+    url = f"http://{reached_at(config.host)}:{config.http_port}/v2/repository/index"
     if config.tenants or config.tenants_file:  # who starts it has no key
         return {}
     with urlopen(Request(url, method="POST"), timeout=10) as answer:
@@ -398,10 +399,15 @@ def _config(*, demo: bool, replicas: int | None, http_port: int | None) -> Confi
     return config
 
 
+def reached_at(host: str) -> str:
+    """Where this machine reaches what listens on `host`."""
+    return "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104
+
+
 def _is_taken(host: str, port: int) -> bool:
     """Somebody listens. Asked by connecting: a bind also fails for a minute on what closed connections leave behind."""
     try:
-        socket.create_connection(("127.0.0.1" if host == "0.0.0.0" else host, port), timeout=1).close()  # noqa: S104
+        socket.create_connection((reached_at(host), port), timeout=1).close()
     except OSError:
         return False
     return True

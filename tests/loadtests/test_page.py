@@ -10,6 +10,7 @@ import pytest
 from loadtests import charts, page
 from loadtests.run import Run
 from loadtests.samples import Outcome
+from loadtests.sweep import judged
 from loadtests.thresholds import Limits, judge
 from tests.loadtests.common import SLO_S, run, sample
 
@@ -67,19 +68,19 @@ def test_a_run_without_an_answer_is_a_page_too() -> None:
 
 
 def test_a_sweep_names_its_knee(made: Run) -> None:
-    slow = run([sample(at / 40, 5.0) for at in range(400)], scale=2.0)
-    html = page.of_sweep([made, slow], SLO_S, ABOUT)
+    slow = judged(run([sample(at / 40, 5.0) for at in range(400)], scale=2.0), Limits(), SLO_S)
+    html = page.of_sweep([judged(made, Limits(), SLO_S), slow], SLO_S, ABOUT)
     assert len(parsed(html).images) == 2
-    assert "not sustained" in html
-    fine = run([sample(at / 10) for at in range(100)])
+    assert "goodput 0 &gt;= 0.95" in html
+    fine = judged(run([sample(at / 10) for at in range(100)]), Limits(), SLO_S)
     assert "The knee is at 10.0 requests/s" in page.of_sweep([slow, fine], SLO_S, ABOUT)
     assert "No load was sustained" in page.of_sweep([slow], SLO_S, ABOUT)
 
 
 def test_percentiles_of_few_answers_are_not_drawn() -> None:
-    few = run([sample(at) for at in range(4)])
+    few = judged(run([sample(at) for at in range(4)]), Limits(), SLO_S)
     (axes,) = charts.sweep_latencies([few], SLO_S).axes
     assert axes.get_legend() is None
-    enough = run([sample(at) for at in range(5)])
+    enough = judged(run([sample(at) for at in range(5)]), Limits(), SLO_S)
     (axes,) = charts.sweep_latencies([enough], SLO_S).axes
     assert "1 to 512 tokens" in [one.get_text() for one in axes.get_legend().get_texts()]
