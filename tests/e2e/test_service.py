@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.attention.workloads import structured
+from service.config import Config
 from tests.e2e.conftest import Service, environment, listens
 
 pytestmark = pytest.mark.e2e
@@ -185,6 +186,13 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> N
     assert "FARSIGHT_HTPP_PORT" in failing_start(tmp_path, 27500, FARSIGHT_HTPP_PORT="1")
     assert "http_port" in failing_start(tmp_path, 27500, FARSIGHT_HTTP_PORT="99999")
     assert "/no/tenants.json" in failing_start(tmp_path, 27500, FARSIGHT_TENANTS_FILE="/no/tenants.json")
+
+
+def test_haproxy_closes_connections_to_a_node_that_is_silent(service: Service) -> None:
+    (written,) = Config(http_port=service.http_port).haproxy_dir.glob("*/haproxy.cfg")
+    lines = [line for line in written.read_text().splitlines() if "default-server" in line]
+    assert len(lines) >= 2  # of HTTP and gRPC
+    assert all(" tcp-ut 10s " in line for line in lines)
 
 
 @pytest.mark.parametrize("after_s", [0.5, 8.0], ids=["while it imports", "while Ray starts"])
