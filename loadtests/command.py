@@ -14,7 +14,7 @@ from loadtests import charts, page, report, samples, thresholds
 from loadtests.place import Service, running, started
 from loadtests.run import Options, Run, run
 from loadtests.scenarios import SCENARIOS
-from loadtests.sweep import Step, judged, knee, sweep
+from loadtests.sweep import Step, judged, knee, sweep, verdict
 from loadtests.thresholds import Limits, Thresholds
 from service.bench.cli import document
 from service.bench.servers.process import handling
@@ -34,8 +34,8 @@ class Target:
     @contextmanager
     def service(self, scenario: str) -> Iterator[Service]:
         if self.url is not None:
-            if SCENARIOS[scenario].event:
-                raise ValueError(f"{scenario} does something to its service, and needs one that it starts itself")
+            if SCENARIOS[scenario].event or SCENARIOS[scenario].settings:
+                raise ValueError(f"{scenario} needs a service of its own, for its settings and what happens to it")
             yield running(self.url, self.grpc_port, self.metrics_port)
         else:
             with started(SCENARIOS[scenario], self.first_port) as service:
@@ -88,9 +88,8 @@ def saturation(options: Options, target: Target, limits: Path, directory: Path, 
     }
     html, chart = page.of_sweep(steps, known.slo_s, _about()), page.png(charts.sweep_latencies(steps, known.slo_s))
     written = _write(directory, name, summary, html, chart, [each.run for each in steps])
-    told = "no load was sustained" if found is None else f"knee: {found.run.offered_per_s:.2f} requests/s"
     rows = [f"{each.run.offered_per_s:8.2f}/s {'; '.join(each.missed) or 'sustained'}" for each in steps]
-    return Result(found is not None, "\n".join([*rows, told]), json.dumps(summary), written)
+    return Result(found is not None, "\n".join([*rows, verdict(steps)]), json.dumps(summary), written)
 
 
 def _limits(options: Options, known: Thresholds) -> Limits:

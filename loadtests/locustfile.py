@@ -88,7 +88,7 @@ class OpenLoop(User):
         RUN.done += 1
         if RUN.done == USERS:
             gevent.spawn(self.environment.runner.quit)  # not from here: it ends this user first
-        gevent.sleep(2 * TIMEOUT_S)  # until Locust ends it; a second round would be another run
+        Event().wait()  # until Locust ends it: a second round would be another run
 
     def send(self, planned: Planned, sent: Sent) -> Sample:
         raise NotImplementedError

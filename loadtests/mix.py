@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -100,10 +101,16 @@ def plan(streams: Sequence[Stream], duration_s: float, seed: int, scale: float =
     return sorted(found, key=lambda one: one.at_s)
 
 
+@lru_cache(1)  # asked for with every figure of a run
+def span_s(trace: Path) -> float:
+    """When its last request is due."""
+    return max((one.at_s for one in read(trace)), default=0.0)
+
+
 def plan_of(trace: Path, duration_s: float, scale: float = 1.0) -> list[Planned]:
     """Of a CSV as `farsight simulate` reads it; `scale` shortens its gaps. Lengths are rounded to 5 %, so that bodies
     can be prepared. ValueError: a line is wrong, or nothing is left."""
-    entries = [one for one in read(trace) if one.at_s / scale < duration_s]
+    entries = [one for one in read(trace) if one.at_s / scale <= duration_s]
     if not entries:
         raise ValueError(f"{trace} has no requests within {duration_s:g} s")
     return [_planned(one, scale, number) for number, one in enumerate(entries)]

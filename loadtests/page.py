@@ -17,7 +17,7 @@ from loadtests.report import HEADER, bucket_label, client, reasons, rows, servic
 from loadtests.run import Run
 from loadtests.samples import Sample
 from loadtests.scenarios import SCENARIOS
-from loadtests.sweep import Step, knee
+from loadtests.sweep import Step, verdict
 from loadtests.thresholds import Check, Seconds
 
 STYLE = """
@@ -98,13 +98,12 @@ def of_sweep(steps: Sequence[Step], slo_s: Seconds, about: Mapping[str, str]) ->
         ("Latency against offered load", "by length", charts.sweep_latencies(steps, slo_s)),
         ("Goodput against offered load", "", charts.sweep_goodput(steps, slo_s)),
     ]
-    found, name = knee(steps), steps[0].run.options.scenario
-    told = "No load was sustained." if found is None else f"The knee is at {found.run.offered_per_s:.1f} requests/s."
+    name, told = steps[0].run.options.scenario, escape(verdict(steps).capitalize())
     head = "offered/s", "in time/s", "in time", "refused", "failed", "p50", "p99", "service cores", "client cores"
     ordered = sorted(steps, key=lambda one: one.run.offered_per_s)
     body = [
         f"<h1>Saturation sweep: {escape(name)}</h1>",
-        f"<p><b>{told}</b> {escape(SCENARIOS[name].about.capitalize())}. {_how(steps[0].run)}</p>",
+        f"<p><b>{told}.</b> {escape(SCENARIOS[name].about.capitalize())}. {_how(steps[0].run)}</p>",
         "<main>" + "".join(_figure(*one) for one in drawn) + "</main>",
         "<h2>Steps</h2>" + _table((*head, "missed"), [_step(one, slo_s) for one in ordered]),
         "<h2>By length</h2>",

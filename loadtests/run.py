@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from loadtests import samples
+from loadtests.mix import span_s
 from loadtests.place import Service
 from loadtests.samples import Sample
 from loadtests.scenarios import SCENARIOS
@@ -24,7 +25,7 @@ EVENT_PART = 1 / 3  # of the run
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The command line."""
+    """The command line. A trace is as long as its gaps are, shortened by `scale`."""
 
     scenario: str = "smoke"
     duration_s: float | None = None
@@ -34,6 +35,9 @@ class Options:
 
     @property
     def whole_s(self) -> float:
+        if self.trace is not None:
+            own_s = span_s(self.trace) / self.scale
+            return max(1.0, own_s if self.duration_s is None else min(own_s, self.duration_s))
         return self.duration_s or SCENARIOS[self.scenario].duration_s
 
 

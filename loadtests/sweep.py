@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from loadtests.figures import by_bucket
 from loadtests.run import Run
 from loadtests.thresholds import Limits, Seconds, judge
 
@@ -33,10 +34,15 @@ class Step:
 
 
 def judged(run: Run, limits: Limits, slo_s: Seconds) -> Step:
-    """By the thresholds of a single run. A length of which none came, as in a short step, is not judged."""
-    strict = limits.model_copy(update={"goodput": max(limits.goodput or 0.0, SUSTAINED)})
-    checks = judge(run.samples, strict, slo_s)
-    return Step(run, tuple(str(one) for one in checks if not one.passed and not math.isnan(one.value)))
+    """By the thresholds of a single run. A length that was not offered, as in a short step, is not judged."""
+    offered = by_bucket(run.samples)
+    bounds: dict[str, object] = {
+        name: {bucket: limit for bucket, limit in getattr(limits, name).items() if bucket in offered}
+        for name in ("p50_s", "p99_s")
+    }
+    bounds["goodput"] = max(limits.goodput or 0.0, SUSTAINED)
+    checks = judge(run.samples, limits.model_copy(update=bounds), slo_s)
+    return Step(run, tuple(str(one) for one in checks if not one.passed))
 
 
 def next_scale(steps: Sequence[Step], first: float = 1.0) -> float | None:
@@ -62,7 +68,16 @@ def sweep(measure: Callable[[float], Step], first: float, most: int) -> Iterator
 
 
 def knee(steps: Sequence[Step]) -> Step | None:
-    """The highest load below every one that was not sustained."""
-    broken = min((one.scale for one in steps if not one.sustained), default=math.inf)
+    """The highest load below every one that was not sustained; None, too, where all were, and it lies above."""
+    broken = min((one.scale for one in steps if not one.sustained), default=-math.inf)
     held = [one for one in steps if one.sustained and one.scale < broken]
     return max(held, key=lambda one: one.scale, default=None)
+
+
+def verdict(steps: Sequence[Step]) -> str:
+    if (found := knee(steps)) is not None:
+        return f"the knee is at {found.run.offered_per_s:.1f} requests/s"
+    if all(one.sustained for one in steps):
+        most = max(one.run.offered_per_s for one in steps)
+        return f"the knee is above {most:.1f} requests/s: no step missed a threshold"
+    return "no load was sustained"

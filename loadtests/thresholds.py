@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loadtests.figures import BUCKET_NAMES, Totals, by_bucket
+from loadtests.mix import Endpoint
 from loadtests.samples import Sample
 
 DEFAULT = Path(__file__).parent / "thresholds.json"
@@ -30,6 +31,7 @@ class Limits(BaseModel):
     goodput: float | None = Field(None, ge=0, le=1, description="Least share answered within its SLO.")
     refused: float | None = Field(None, ge=0, le=1, description="Largest share.")
     failed: float = Field(0.0, ge=0, le=1, description="Largest share.")
+    failed_of: dict[Endpoint, float] = Field({}, description="Largest share of what an endpoint was asked.")
     resident_growth: float | None = Field(
         None, gt=0, description="Largest growth of the replicas' memory from the run's second quarter to its last."
     )
@@ -98,6 +100,9 @@ def judge(samples: Sequence[Sample], limits: Limits, slo_s: Seconds, prefix: str
     if limits.refused is not None:
         found.append(Check(name=f"{prefix}refused", value=totals.share("refused"), limit=limits.refused))
     found.append(Check(name=f"{prefix}failed", value=totals.share("failed"), limit=limits.failed))
-    for tenant, own in limits.tenants.items():
-        found += judge([one for one in samples if one.tenant == tenant], own, slo_s, f"{tenant}: ")
+    for endpoint, limit in limits.failed_of.items():
+        own = Totals.of([one for one in samples if one.endpoint == endpoint], slo_s)
+        found.append(Check(name=f"{prefix}failed, {endpoint}", value=own.share("failed"), limit=limit))
+    for tenant, its in limits.tenants.items():
+        found += judge([one for one in samples if one.tenant == tenant], its, slo_s, f"{tenant}: ")
     return found

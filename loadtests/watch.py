@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 import psutil
 
@@ -65,7 +65,7 @@ class Watch:
         )
 
     def _scraped(self) -> str:
-        with suppress(OSError), urlopen(self._url, timeout=SCRAPE_S) as answer:
+        with suppress(OSError), build_opener(ProxyHandler({})).open(self._url, timeout=SCRAPE_S) as answer:
             return str(answer.read(), "utf-8")
         return ""
 

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
 import typer
@@ -292,8 +292,11 @@ def _run(config: Config) -> None:
         answers = True
         _wait_for_haproxy(config)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
-        for name, reason in not_served(config).items():
-            console.print(f"model {name!r} is not served: {reason}", style="red", soft_wrap=True)
+        try:
+            for name, reason in not_served(config).items():
+                console.print(f"model {name!r} is not served: {reason}", style="red", soft_wrap=True)
+        except OSError as error:  # no reason to end a service that runs
+            console.print(f"the models' states could not be read: {error}", style="red", soft_wrap=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         console.print("stopping ...")
@@ -369,7 +372,8 @@ def not_served(config: Config) -> dict[str, str]:
     url = f"http://{reached_at(config.host)}:{config.http_port}/v2/repository/index"
     if config.tenants or config.tenants_file:  # who starts it has no key
         return {}
-    with urlopen(Request(url, method="POST"), timeout=10) as answer:
+    # a proxy of the environment does not know this machine's loopback
+    with build_opener(ProxyHandler({})).open(Request(url, method="POST"), timeout=10) as answer:
         rows = json.load(answer)
     return {row["name"]: row["reason"] for row in rows if row["state"] == "UNAVAILABLE"}
 
@@ -381,7 +385,7 @@ def haproxy_pids(directory: Path) -> Iterator[int]:
             command = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue  # it ended meanwhile
-        if b"haproxy" in command[0] and any(part.startswith(os.fsencode(directory)) for part in command):
+        if b"haproxy" in command[0] and any(part.startswith(os.fsencode(directory) + b"/") for part in command):
             yield int(entry.name)
 
 

@@ -49,9 +49,13 @@ class Admission:
         assert self._inflight_bytes >= 0, "bug: more bytes given back than taken"
 
     def check_open(self, ahead_s: float, tenant: str) -> None:
-        """Before a body is read: refuse what a full queue of short work would not take, whatever it is."""
+        """Before a body is read: refuse what neither its tenant's queue of short work nor that of long would take.
+
+        Its class is not known yet: it is taken for interactive.
+        """
         low_s = (1 - DRAINED) * self._config.max_queue_s
-        if (tenant, Priority.INTERACTIVE, False) in self._closed and ahead_s > low_s:
+        are_closed = all((tenant, Priority.INTERACTIVE, is_long) in self._closed for is_long in (False, True))
+        if are_closed and ahead_s > low_s:
             raise FarsightError(
                 Kind.OVERLOADED,
                 f"{ahead_s:.3g} predicted device seconds are queued, and a full queue first drains to {low_s:g} s",

@@ -68,7 +68,7 @@ TYPOS = [
     ("base/namespace.yaml", "labels:", "label:", "'label' was unexpected"),
     ("base/service.yaml", "appProtocol:", "appProtocoll:", "'appProtocoll' was unexpected"),
     ("base/network.yaml", "policyTypes:", "policyType:", "'policyType' was unexpected"),
-    ("base/disruption.yaml", "maxUnavailable:", "maxUnavailabel:", "'maxUnavailabel' was unexpected"),
+    ("base/disruption.yaml", "minAvailable: 0", "minAvailabel: 0", "'minAvailabel' was unexpected"),
     ("base/priority.yaml", "value:", "valeu:", "'value' is a required property"),
     ("base/environment.env", "FARSIGHT_DEVICE", "FARSIGHT_DEVISE", "FARSIGHT_DEVISE is no setting"),
     ("base/environment.env", "RAY_SERVE_ENABLE", "RAY_SERVE_ENABEL", "RAY_SERVE_ENABEL_HA_PROXY is no setting"),
@@ -163,10 +163,15 @@ def test_selectors_select_the_pods_that_they_mean(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_drain_takes_one_worker_and_the_head_only_where_it_may_be_lost(overlay: str) -> None:
-    assert only(overlay, "PodDisruptionBudget", "workers")["spec"]["maxUnavailable"] == 1
+    """RayCluster has no scale subresource, so that `maxUnavailable` and shares would forbid every eviction."""
+    workers, head = (only(overlay, "PodDisruptionBudget", name)["spec"] for name in ("workers", "head"))
+    assert workers.keys() == head.keys() == {"selector", "minAvailable"}
+    least = int(next(iter(of_kind(overlay, "ConfigMap")))["data"]["FARSIGHT_REPLICAS"])
+    assert workers["minAvailable"] == least - 1
     cluster = only(overlay, "RayService")["spec"]["rayClusterConfig"]
     may_be_lost = "gcsFaultToleranceOptions" in cluster
-    assert only(overlay, "PodDisruptionBudget", "head")["spec"]["maxUnavailable"] == int(may_be_lost)
+    heads_in_an_upgrade = 2
+    assert head["minAvailable"] == (0 if may_be_lost else heads_in_an_upgrade + 1)
     assert may_be_lost == (overlay == "prod")
 
 

@@ -187,7 +187,8 @@ def test_production_spreads_over_two_zones(manifest: Json, overlay: str) -> None
     zones = spread.get("topology.kubernetes.io/zone")
     assert (zones is not None) == (overlay == "prod")
     if zones is not None:
-        assert (zones["whenUnsatisfiable"], zones["maxSkew"], zones["minDomains"]) == ("DoNotSchedule", 1, 2)
+        # a hard constraint would keep what a zone lost from starting in the other
+        assert (zones["whenUnsatisfiable"], zones["maxSkew"]) == ("ScheduleAnyway", 1)
     assert all(one["matchLabelKeys"] == ["ray.io/cluster"] for one in spread.values())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loadtests.mix import BOOK, MAX_TOKENS, MAX_WORDS, MIN_TOKENS, Endpoint, Planned, Stream, lengths, plan, plan_of
+from loadtests.run import Options
 from loadtests.scenarios import SCENARIOS, key_of
 from loadtests.thresholds import DEFAULT, read
 from service.billing.tenants import key_hash
@@ -69,6 +70,8 @@ def test_a_trace_is_played_as_it_is_written(tmp_path: Path) -> None:
     ]
     assert [one.length for one in planned] == pytest.approx([100, 5000, 5000], rel=0.03)
     assert [one.at_s for one in plan_of(path, 5.0, scale=2)] == [0.25, 0.75, 1.25, 4.5]
+    assert Options(trace=path, scale=2.0).whole_s == 4.5  # not the scenario's
+    assert Options(trace=path, duration_s=3.0).whole_s == 3.0
     with pytest.raises(ValueError, match=r"no requests within 0\.1 s"):
         plan_of(path, 0.1)
 

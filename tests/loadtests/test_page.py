@@ -74,6 +74,7 @@ def test_a_sweep_names_its_knee(made: Run) -> None:
     assert "goodput 0 &gt;= 0.95" in html
     fine = judged(run([sample(at / 10) for at in range(100)]), Limits(), SLO_S)
     assert "The knee is at 10.0 requests/s" in page.of_sweep([slow, fine], SLO_S, ABOUT)
+    assert "The knee is above 10.0 requests/s" in page.of_sweep([fine], SLO_S, ABOUT)
     assert "No load was sustained" in page.of_sweep([slow], SLO_S, ABOUT)
 
 

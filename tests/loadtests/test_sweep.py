@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from loadtests.samples import Outcome
 from loadtests.sweep import EXACT_TO, Step, judged, knee, next_scale, sweep
 from loadtests.thresholds import Limits
 from tests.loadtests.common import SLO_S, run, sample
@@ -33,7 +34,9 @@ def test_a_service_that_sustains_nothing_has_no_knee() -> None:
 
 
 def test_steps_end() -> None:
-    assert len(list(sweep(lambda scale: measured(scale, 1e9), first=0.01, most=4))) == 4
+    steps = list(sweep(lambda scale: measured(scale, 1e9), first=0.01, most=4))
+    assert len(steps) == 4
+    assert knee(steps) is None  # it lies above them
 
 
 def test_a_lucky_step_above_an_unlucky_one_ends_the_search_and_is_no_knee() -> None:
@@ -48,5 +51,7 @@ def test_a_step_is_judged_by_each_length_and_not_by_those_that_did_not_come() ->
     rare = [sample(latency_s=0.1)] * 99 + [sample(latency_s=7.0, length=20_000)]
     assert judged(run(rare), limits, SLO_S).missed == ("p99_s, length 32768 7 <= 5",)
     assert judged(run(rare[:99]), limits, SLO_S).sustained
+    unanswered = [sample(latency_s=0.1)] * 99 + [sample(outcome=Outcome.REFUSED, length=200_000)]
+    assert judged(run(unanswered), limits, SLO_S).missed == ("p99_s, length 262144 nan <= 60",)
     late = [sample(latency_s=0.9)] * 6 + [sample(latency_s=0.1)] * 94
     assert judged(run(late), limits, SLO_S).missed == ("goodput 0.94 >= 0.95",)

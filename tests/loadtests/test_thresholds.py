@@ -39,6 +39,14 @@ def test_shares_are_of_what_was_offered() -> None:
     assert missed(Limits(), *samples) == ["failed"]  # none may, where nothing is said
 
 
+def test_an_endpoint_may_have_a_limit_of_its_own() -> None:
+    """One lost request of many is over no share, but what the proxy repeats must not be lost at all."""
+    samples = [*[sample()] * 999, sample(outcome=Outcome.FAILED)]
+    assert missed(Limits(failed=0.01), *samples) == []
+    chaos = read(DEFAULT).scenarios["chaos"]
+    assert missed(chaos, *samples) == ["failed, embeddings"]
+
+
 def test_a_tenant_is_judged_by_its_own_requests() -> None:
     limits = Limits(tenants={"modest": Limits(goodput=1.0), "greedy": Limits(refused=0.0)})
     samples = [sample(tenant="modest"), sample(tenant="greedy"), sample(tenant="greedy", outcome=Outcome.REFUSED)]
