@@ -239,11 +239,8 @@ def ray_environment(config: Config) -> dict[str, str]:
         # (what was lost is not charged); HAProxy can repeat what fits its buffer. Once: a request may be what kills
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
-        # a node that went silent: what was sent to it and is not acknowledged for so long closes the connection. Until
-        # then one large message to it holds up all that its caller has on the same HTTP/2 connection. Serve has no
-        # setting; this is the end of HAProxy's `default-server` line
-        "RAY_SERVE_HAPROXY_HEALTH_CHECK_DOWNINTER": "250ms tcp-ut 10s",
-        # Ray sees it, and starts replicas elsewhere, after 24 s at most; by default after 65 s
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "farsight-haproxy"),
+        # Ray sees that a node is silent, and starts replicas elsewhere, after 24 s at most; by default after 65 s
         "RAY_health_check_timeout_ms": "5000",
         "RAY_health_check_failure_threshold": "3",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(config.replica_port_base),

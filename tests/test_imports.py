@@ -26,6 +26,7 @@ LAYERS = (
     ("bank_actor",),
     ("app",),
     ("cost_cli",),
+    ("haproxy",),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -49,6 +50,7 @@ FORBIDDEN = {
     "service.api.http": ("ray",),
     "service.api.grpc": ("ray", "fastapi"),
     "service.api.grpc_health": ("torch", "ray"),
+    "service.haproxy": ("torch", "ray", "pydantic"),
     "service.cli": ("torch", "ray", "transformers"),
 }
 

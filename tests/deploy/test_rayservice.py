@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ def test_head_and_workers_have_one_environment_and_it_is_ray_s(
     overlay: str, manifest: Json, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_SERVE_THROUGHPUT_OPTIMIZED", raising=False)
+    monkeypatch.setattr(sys, "executable", "/opt/farsight/bin/python")
     head, workers = groups(manifest)
     assert container(head)["env"] == container(workers)["env"]
     assert container(head)["envFrom"] == container(workers)["envFrom"]

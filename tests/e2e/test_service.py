@@ -190,9 +190,11 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> N
 
 def test_haproxy_closes_connections_to_a_node_that_is_silent(service: Service) -> None:
     (written,) = Config(http_port=service.http_port).haproxy_dir.glob("*/haproxy.cfg")
-    lines = [line for line in written.read_text().splitlines() if "default-server" in line]
-    assert len(lines) >= 2  # of HTTP and gRPC
-    assert all(" tcp-ut 10s " in line for line in lines)
+    text = written.read_text()
+    servers = [line for line in text.splitlines() if line.strip().startswith("server ")]
+    assert len(servers) >= 4  # two replicas, HTTP and gRPC
+    assert all(line.count("tcp-ut 10s") == 1 for line in servers)
+    assert text.count("option srvtcpka") == 1
 
 
 @pytest.mark.parametrize("after_s", [0.5, 8.0], ids=["while it imports", "while Ray starts"])

@@ -1,0 +1,42 @@
+"""Ray's configuration of HAProxy is completed, and only Ray's."""
+
+from __future__ import annotations
+
+import pytest
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+from service.haproxy import KEEPALIVE, completed
+
+CONFIG = """global
+    maxconn 4096
+defaults
+    mode http
+backend a
+    default-server fastinter 250ms fall 2 check
+    server one 10.0.0.1:8001 check observe layer4 error-limit 3 on-error mark-down
+    server two 10.0.0.2:9001 proto h2 check
+    server other 10.0.0.3:8000 check backup
+"""
+
+
+def test_every_server_and_the_keepalive() -> None:
+    lines = completed(CONFIG).splitlines()
+    assert [line for line in lines if "tcp-ut" in line] == [
+        "    server one 10.0.0.1:8001 check tcp-ut 10s observe layer4 error-limit 3 on-error mark-down",
+        "    server two 10.0.0.2:9001 proto h2 check tcp-ut 10s",
+        "    server other 10.0.0.3:8000 check tcp-ut 10s backup",
+    ]
+    assert "defaults\n" + KEEPALIVE + "    mode http\n" in completed(CONFIG)
+
+
+def test_the_template_of_this_ray_has_a_place_for_both() -> None:
+    template = completed(HAPROXY_CONFIG_TEMPLATE)
+    assert template.count("srvtcpka-idle") == 1
+    servers = [line for line in template.splitlines() if line.strip().startswith("server ") and " check" in line]
+    assert len(servers) >= 5
+    assert all("tcp-ut 10s" in line for line in servers)
+
+
+def test_another_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match="0 sections `defaults`"):
+        completed("frontend only\n")
