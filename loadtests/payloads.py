@@ -13,7 +13,8 @@ from loadtests.mix import Endpoint, Planned
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.attention.workloads import Tensors, diffuse, structured
 
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
+HEADS = 4, 2  # query, key and value
+HEAD_DIM = 64
 DIFFUSE_EVERY = 4  # every fourth length has no structure: it must cost what exact attention costs
 MODEL = "all-MiniLM-L6-v2"
 
@@ -25,14 +26,14 @@ TEXT = (
 Bodies = dict[tuple[Endpoint, int], bytes]
 
 
-def build(planned: Iterable[Planned], seed: int = 0, model: str = MODEL) -> Bodies:
+def build(planned: Iterable[Planned], seed: int = 0, model: str = MODEL, heads: tuple[int, int] = HEADS) -> Bodies:
     """What these requests send; equal arguments give equal bytes, and both transports the same tensors."""
     wanted = {(one.endpoint, one.length) for one in planned}
     lengths = sorted({length for endpoint, length in wanted if endpoint is not Endpoint.EMBEDDINGS})
     found: Bodies = {}
     for index, length in enumerate(lengths):
         make = diffuse if index % DIFFUSE_EVERY == DIFFUSE_EVERY - 1 else structured
-        tensors = make(1, HEADS, KV_HEADS, length, HEAD_DIM, seed=seed + index)
+        tensors = make(1, *heads, length, HEAD_DIM, seed=seed + index)
         for endpoint, encode in ((Endpoint.ATTENTION, safetensors_body), (Endpoint.INFER, infer_body)):
             if (endpoint, length) in wanted:
                 found[endpoint, length] = encode(tensors)

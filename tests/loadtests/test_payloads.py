@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loadtests.mix import Endpoint, Planned
-from loadtests.payloads import HEAD_DIM, HEADS, KV_HEADS, MODEL, Bodies, build
+from loadtests.payloads import HEAD_DIM, HEADS, MODEL, Bodies, build
 from service.api import codec, safetensors_io
 from service.api.grpc import parse_message
 from service.api.proto import open_inference_grpc_pb2 as pb
@@ -37,8 +37,14 @@ def test_attention_bodies_are_what_the_service_parses(bodies: Bodies, length: in
     named, unknown = codec.split_tensors(tensors)
     assert unknown == {}
     assert options == {"is_causal": True}
-    assert named["query"].shape == (1, HEADS, length, HEAD_DIM)
-    assert named["key"].shape == named["value"].shape == (1, KV_HEADS, length, HEAD_DIM)
+    assert named["query"].shape == (1, HEADS[0], length, HEAD_DIM)
+    assert named["key"].shape == named["value"].shape == (1, HEADS[1], length, HEAD_DIM)
+
+
+def test_heads_are_those_that_are_asked_for() -> None:
+    (body,) = build([Planned(0.0, Endpoint.ATTENTION, 64)], heads=(8, 8)).values()
+    tensors, _ = safetensors_io.tensors_from_safetensors(body)
+    assert {name: tensor.shape[1] for name, tensor in tensors.items()} == {"query": 8, "key": 8, "value": 8}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
