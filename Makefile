@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check loadtest soak chaos protos manifests image image-test clean
+.PHONY: serve test check loadtest soak chaos protos manifests checkov image image-test clean
 
 serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
@@ -38,6 +38,11 @@ protos: $(STAMP)
 
 manifests: $(STAMP)
 	$(BIN)/python scripts/manifests.py
+
+checkov: $(STAMP)
+	test -x .tools/checkov/bin/checkov || { $(PYTHON) -m venv .tools/checkov && .tools/checkov/bin/pip install --quiet checkov==3.3.30; }
+	scripts/kubectl.sh
+	$(BIN)/python -m scripts.checkov
 
 # the built image, run on a read-only root; as root, with Debian's buildah and debootstrap
 image-test: $(STAMP)

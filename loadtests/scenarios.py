@@ -46,7 +46,7 @@ SCENARIOS = {
     "smoke": Scenario("a light load on everything", (Stream(6.0),)),
     "mixed": Scenario("all endpoints, log-uniform lengths, both transports", (Stream(12.0),), 120.0),
     "chat-and-book": Scenario(
-        "bimodal lengths over a day of changing load", (Stream(8.0, TENSORS, "bimodal", "diurnal"),), 120.0
+        "bimodal lengths over a day of changing load", (Stream(5.0, TENSORS, "bimodal", "diurnal"),), 120.0
     ),
     "long-beside-short": Scenario(
         "short texts, and every eight seconds attention over 32,768 tokens",
