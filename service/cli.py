@@ -268,8 +268,19 @@ def _run(config: Config) -> None:
     from service.app import GRPC_SERVICERS, build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    is_over = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal is_over
+        is_over = True  # where Ray loses the exception, the next step sees this
+        raise KeyboardInterrupt
+
+    def go_on() -> None:
+        if is_over:
+            raise KeyboardInterrupt
+
     try:
-        _on_signals(signal.default_int_handler)
+        _on_signals(interrupt)
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, config.max_replicas or config.replicas),
@@ -278,13 +289,15 @@ def _run(config: Config) -> None:
             log_to_driver=True,
             logging_level=logging.WARNING,
         )
-        _on_signals(signal.default_int_handler)  # again: Ray has put a handler of its own on SIGTERM
+        _on_signals(interrupt)  # again: Ray has put a handler of its own on SIGTERM
+        go_on()
         ray_serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=config.host, port=config.http_port),
             grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=GRPC_SERVICERS),
             logging_config={"log_level": "WARNING"},
         )
+        go_on()
         ray_serve.run(build(config), name=APPLICATION, route_prefix="/", blocking=False)
         answers = True
         _wait_for_haproxy(config)
@@ -294,6 +307,7 @@ def _run(config: Config) -> None:
                 console.print(f"model {name!r} is not served: {reason}", style="red", soft_wrap=True)
         except OSError as error:  # no reason to end a service that runs
             console.print(f"the models' states could not be read: {error}", style="red", soft_wrap=True)
+        go_on()
         threading.Event().wait()
     except KeyboardInterrupt:
         console.print("stopping ...")
@@ -326,17 +340,18 @@ def _stop(config: Config, *, answers: bool) -> None:
     import ray
     from ray import serve as ray_serve
 
-    started = psutil.Process().children(recursive=True)
+    started, is_up = psutil.Process().children(recursive=True), ray.is_initialized()
     # Ray reports its own actors' ends as errors here
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        if ray.is_initialized():
+        if is_up:
             if answers:
                 # what is in flight is answered first, within a minute; whatever fails here, the rest must end
                 with suppress(Exception):
                     ray_serve.delete(APPLICATION)
             ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
-    _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
+    # a Ray that was still starting knows nothing to end
+    _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S if is_up else 0)
     for process in left:
         process.kill()
     for pid in haproxy_pids(config.haproxy_dir):  # one that was orphaned is nobody's child
