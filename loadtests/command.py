@@ -60,7 +60,7 @@ def one(options: Options, target: Target, limits: Path, directory: Path, step: C
         found = run(options, service, step)
     own = _limits(options, known)
     checks = thresholds.judge(found.samples, own, known.slo_s)
-    checks += thresholds.judge_memory(report.service(found)["resident_growth"], own)
+    checks += thresholds.judge_memory(report.service(found)["resident_growth"], found.duration_s, own)
     summary = report.summary(found, checks, known.slo_s)
     name = options.scenario
     html, chart = page.of_run(found, checks, known.slo_s, _about()), page.png(charts.requests(found))

@@ -55,8 +55,9 @@ def test_a_tenant_is_judged_by_its_own_requests() -> None:
 
 @pytest.mark.parametrize(("growth", "passed"), [(0.04, True), (0.06, False), (-0.5, True), (math.nan, False)])
 def test_memory_is_judged_by_its_growth(growth: float, passed: bool) -> None:
-    assert [one.passed for one in judge_memory(growth, Limits(resident_growth=0.05))] == [passed]
-    assert judge_memory(growth, Limits()) == []
+    assert [one.passed for one in judge_memory(growth, 600.0, Limits(resident_growth=0.05))] == [passed]
+    assert judge_memory(growth, 600.0, Limits()) == []
+    assert judge_memory(growth, 60.0, Limits(resident_growth=0.05)) == []
 
 
 def test_the_file_in_the_repository_is_read() -> None:
