@@ -37,6 +37,7 @@ class Watch:
 
     def __init__(self, client: int, leader: int | None, metrics_url: str) -> None:
         self._client, self._leader, self._url = client, leader, metrics_url
+        self._without_proxy = build_opener(ProxyHandler({}))  # one of the environment does not know this machine
         self._last_s = time.perf_counter()
         self._client_s: dict[int, float] = {}
         self._service_s: dict[int, float] = {}
@@ -65,7 +66,7 @@ class Watch:
         )
 
     def _scraped(self) -> str:
-        with suppress(OSError), build_opener(ProxyHandler({})).open(self._url, timeout=SCRAPE_S) as answer:
+        with suppress(OSError), self._without_proxy.open(self._url, timeout=SCRAPE_S) as answer:
             return str(answer.read(), "utf-8")
         return ""
 

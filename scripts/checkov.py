@@ -33,17 +33,8 @@ def main() -> None:
             [cluster] = [one for one in found if one["kind"] == "RayService"]
             pods = [kinds.pod_of(group, cluster["metadata"]["namespace"]) for group in kinds.groups(cluster)]
             (Path(folder) / f"{overlay}.yaml").write_text(yaml.safe_dump_all([*found, *pods]))
-        command = [
-            str(CHECKOV),
-            "--directory",
-            folder,
-            "--framework",
-            "kubernetes",
-            "--compact",
-            "--quiet",
-            "--skip-download",
-        ]
-        sys.exit(subprocess.run([*command, "--skip-check", ",".join(SKIPPED)], check=False).returncode)
+        options = f"--framework kubernetes --compact --quiet --skip-download --skip-check {','.join(SKIPPED)}"
+        sys.exit(subprocess.run([CHECKOV, *options.split(), "--directory", folder], check=False).returncode)
 
 
 if __name__ == "__main__":

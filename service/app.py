@@ -29,10 +29,8 @@ POLICY = "service.autoscaling:policy"
 # waited for the permission that waited behind answers, which waited behind requests, for ever.
 # Serve has no setting for it; this list is what it makes servers with, later in the same process.
 DEFAULT_GRPC_SERVER_OPTIONS += [
-    (
-        "grpc.http2.lookahead_bytes",
-        min(max(RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, 2**28), 2**31 - 1),
-    ),  # all streams' together
+    # all streams' together
+    ("grpc.http2.lookahead_bytes", min(max(RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, 2**28), 2**31 - 1)),
     ("grpc.http2.bdp_probe", 0),  # it would choose a smaller window
 ]
 

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from service import bench, cost_cli
+from service import bench, cost_cli, haproxy
 from service.billing.tenants import Tenants
 from service.config import Config, ModelConfig
 from service.models.files import directory_of, task_of
@@ -66,6 +66,9 @@ def serve(
         _fail(f"port taken: {', '.join(taken)}; by another service, or the HAProxy of one that was killed")
     if len(str(config.haproxy_dir)) > MAX_HAPROXY_DIR:
         _fail(f"{config.haproxy_dir} is too long for HAProxy's socket ({MAX_HAPROXY_DIR} characters); set TMPDIR")
+    environment = ray_environment(config)
+    if not os.access(binary := environment[haproxy.SETTING], os.X_OK):
+        _fail(f"{binary} cannot be run; `pip install .` puts it there, or {haproxy.SETTING} names another HAProxy")
     try:
         Tenants(config)
     except (OSError, ValueError) as error:
@@ -74,7 +77,7 @@ def serve(
     shutil.rmtree(config.haproxy_dir, ignore_errors=True)
     config.metrics_dir.mkdir(parents=True)
     config.haproxy_dir.mkdir(parents=True)
-    os.environ.update(ray_environment(config))
+    os.environ.update(environment)
     _run(config)
 
 
@@ -239,7 +242,7 @@ def ray_environment(config: Config) -> dict[str, str]:
         # (what was lost is not charged); HAProxy can repeat what fits its buffer. Once: a request may be what kills
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "farsight-haproxy"),
+        haproxy.SETTING: os.environ.get(haproxy.SETTING, str(Path(sys.executable).parent / "farsight-haproxy")),
         # Ray sees that a node is silent, and starts replicas elsewhere, after 24 s at most; by default after 65 s
         "RAY_health_check_timeout_ms": "5000",
         "RAY_health_check_failure_threshold": "3",

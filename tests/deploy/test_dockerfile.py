@@ -80,9 +80,10 @@ def text() -> str:
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> Config:
-    for name in ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "FARSIGHT_HAPROXY_METRICS_PORT", "FARSIGHT_HAPROXY_STATS_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.delenv("FARSIGHT_MAX_REQUEST_BYTES", raising=False)
+    for name in ("THROUGHPUT_OPTIMIZED", "HAPROXY_BINARY_PATH"):
+        monkeypatch.delenv(f"RAY_SERVE_{name}", raising=False)
+    for name in ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "MAX_REQUEST_BYTES"):
+        monkeypatch.delenv(f"FARSIGHT_{name}", raising=False)
     return Config()
 
 

@@ -111,7 +111,8 @@ def test_ray_is_the_pinned_one(manifest: Json) -> None:
 def test_head_and_workers_have_one_environment_and_it_is_ray_s(
     overlay: str, manifest: Json, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("RAY_SERVE_THROUGHPUT_OPTIMIZED", raising=False)
+    for name in ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_HAPROXY_BINARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "executable", "/opt/farsight/bin/python")
     head, workers = groups(manifest)
     assert container(head)["env"] == container(workers)["env"]

@@ -186,6 +186,7 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> N
     assert "FARSIGHT_HTPP_PORT" in failing_start(tmp_path, 27500, FARSIGHT_HTPP_PORT="1")
     assert "http_port" in failing_start(tmp_path, 27500, FARSIGHT_HTTP_PORT="99999")
     assert "/no/tenants.json" in failing_start(tmp_path, 27500, FARSIGHT_TENANTS_FILE="/no/tenants.json")
+    assert "/no/haproxy cannot be run" in failing_start(tmp_path, 27500, RAY_SERVE_HAPROXY_BINARY_PATH="/no/haproxy")
 
 
 def test_haproxy_closes_connections_to_a_node_that_is_silent(service: Service) -> None:
