@@ -89,6 +89,8 @@ def main() -> None:
             check("healthy by the image's own health check", False, f"status {service.poll()}")
         time.sleep(0.5)
     check("healthy by the image's own health check", True, f"after {time.monotonic() - begun:.0f} s")
+    written = container.ask(["grep", "-rch", "--include=haproxy.cfg", "tcp-ut", "/tmp"]).stdout.split()
+    check("HAProxy has farsight-haproxy's configuration", any(int(count) > 0 for count in written), written)
 
     with TemporaryDirectory() as results:
         load = [sys.executable, "-m", "service", "loadtest", "--url", "http://127.0.0.1:8000", "--directory", results]
