@@ -10,7 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from loadtests import charts, page, report, samples, thresholds
+from loadtests.mix import plan_of
+from loadtests.payloads import check_trace
 from loadtests.place import Service, running, started
 from loadtests.run import Options, Run, run
 from loadtests.scenarios import SCENARIOS
@@ -18,6 +22,7 @@ from loadtests.sweep import Step, judged, knee, sweep, verdict
 from loadtests.thresholds import Limits, Thresholds
 from service.bench.cli import document
 from service.bench.servers.process import handling
+from service.config import Config
 
 MOST_STEPS = 8  # of a sweep
 
@@ -55,6 +60,7 @@ class Result:
 def one(options: Options, target: Target, limits: Path, directory: Path, step: Callable[[str], None]) -> Result:
     """Runs a scenario and judges it by `limits`, a file of thresholds; a trace is judged only by its failures."""
     known = thresholds.read(limits)
+    _check(options)
     step("starting")
     with handling(signal.default_int_handler), target.service(options.scenario) as service:
         found = run(options, service, step)
@@ -72,6 +78,7 @@ def saturation(options: Options, target: Target, limits: Path, directory: Path, 
     """Finds the highest load that keeps the thresholds of `one`; passed where there is one."""
     known = thresholds.read(limits)
     own = _limits(options, known)
+    _check(options)
     step("starting")
     with handling(signal.default_int_handler), target.service(options.scenario) as service:
 
@@ -90,6 +97,13 @@ def saturation(options: Options, target: Target, limits: Path, directory: Path, 
     written = _write(directory, name, summary, html, chart, [each.run for each in steps])
     rows = [f"{each.run.offered_per_s:8.2f}/s {'; '.join(each.missed) or 'sustained'}" for each in steps]
     return Result(found is not None, "\n".join([*rows, verdict(steps)]), json.dumps(summary), written)
+
+
+def _check(options: Options) -> None:
+    """Of a trace, before anything starts. ValueError says what is wrong with it."""
+    if options.trace is not None:
+        planned = plan_of(options.trace, options.whole_s, options.scale)
+        check_trace(planned, Config().max_request_bytes, psutil.virtual_memory().available)
 
 
 def _limits(options: Options, known: Thresholds) -> Limits:

@@ -23,12 +23,11 @@ from locust.env import Environment
 
 from loadtests import samples
 from loadtests.mix import Endpoint, Planned, plan, plan_of
-from loadtests.payloads import HEADS, Bodies, build
+from loadtests.payloads import HEADS, TRACE_HEADS, Bodies, build
 from loadtests.samples import Outcome, Sample, Sent
 from loadtests.scenarios import SCENARIOS, key_of
 from loadtests.schedule import MOST_IN_FLIGHT, drive
 from service.api.proto import open_inference_grpc_pb2 as pb
-from service.simulate import pricing
 
 SAFETENSORS = "application/x-safetensors"
 HEADERS = {
@@ -198,9 +197,7 @@ def _prepare(environment: Environment, **_: object) -> None:
         RUN.planned = plan_of(options.trace, duration_s, options.scale)
     else:
         RUN.planned = plan(scenario.streams, duration_s, options.seed, options.scale)
-    # a trace has the attention that `farsight simulate` prices
-    heads = (pricing.HEADS, pricing.HEADS) if options.trace else HEADS
-    RUN.bodies = build(RUN.planned, options.seed, heads=heads)
+    RUN.bodies = build(RUN.planned, options.seed, heads=TRACE_HEADS if options.trace else HEADS)
     gc.freeze()  # the bodies stay: they need not be looked at again
 
 

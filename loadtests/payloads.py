@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from safetensors.torch import save
@@ -12,8 +12,10 @@ from safetensors.torch import save
 from loadtests.mix import Endpoint, Planned
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.attention.workloads import Tensors, diffuse, structured
+from service.simulate import pricing
 
 HEADS = 4, 2  # query, key and value
+TRACE_HEADS = pricing.HEADS, pricing.HEADS  # a trace has the attention that `farsight simulate` prices
 HEAD_DIM = 64
 DIFFUSE_EVERY = 4  # every fourth length has no structure: it must cost what exact attention costs
 MODEL = "all-MiniLM-L6-v2"
@@ -41,6 +43,24 @@ def build(planned: Iterable[Planned], seed: int = 0, model: str = MODEL, heads: 
     for endpoint, length in sorted(wanted - found.keys()):
         found[endpoint, length] = embeddings_body(draw, length, model)
     return found
+
+
+def check_trace(planned: Sequence[Planned], most_bytes: int, free_bytes: int) -> None:
+    """ValueError where tensors are over `most_bytes`, what a request may have, or all bodies over `free_bytes`."""
+    a_token = 4 * HEAD_DIM * (TRACE_HEADS[0] + 2 * TRACE_HEADS[1])
+    attention = [one for one in planned if one.endpoint is not Endpoint.EMBEDDINGS]
+    over = [one.length for one in attention if a_token * one.length > most_bytes]
+    if over:
+        raise ValueError(
+            f"{len(over)} of the trace's {len(planned)} requests are over FARSIGHT_MAX_REQUEST_BYTES={most_bytes}: "
+            f"attention of {max(over):,} tokens has {a_token * max(over)} bytes"
+        )
+    needed = sum(a_token * length for _, length in {(one.endpoint, one.length) for one in attention})
+    if needed > free_bytes:
+        raise ValueError(
+            f"the bodies of the trace take {needed / 2**30:.1f} GiB, and {free_bytes / 2**30:.1f} are free: they are "
+            "made before the run; play less of it (--duration)"
+        )
 
 
 def safetensors_body(tensors: Tensors) -> bytes:

@@ -84,7 +84,7 @@ def read(path: Path) -> Thresholds:
 
 
 def judge_memory(resident_growth: float, duration_s: float, limits: Limits) -> list[Check]:
-    """NaN, that of a service elsewhere, fails: nobody looked. A service that has just started still grows."""
+    """NaN fails: nobody looked. A service that has just started still grows."""
     if limits.resident_growth is None or duration_s < STEADY_S:
         return []
     return [Check(name="resident_growth", value=resident_growth, limit=limits.resident_growth)]

@@ -24,7 +24,7 @@ class Moment:
     at_s: float
     client_cores: float  # since the moment before
     service_cores: float
-    service_bytes: float  # resident, of its replicas
+    service_bytes: float  # resident, of its replicas; of a remote service those of the node that tells its metrics
     replicas: int
     queue_s: float  # predicted device seconds that wait
     batches: float  # counters: so many so far
@@ -47,12 +47,12 @@ class Watch:
         now_s = time.perf_counter()
         since_s, self._last_s = now_s - self._last_s, now_s
         client, self._client_s = _worked([psutil.Process(self._client)], self._client_s)
-        service, resident, count = nan, nan, 0
+        seen = counters(self._scraped())
+        service, resident, count = nan, seen.get("farsight_resident_memory_bytes", nan), 0
         if self._leader is not None:
             service, self._service_s = _worked(session(self._leader), self._service_s)
             own = replicas(self._leader)
             resident, count = _resident(own), len(own)
-        seen = counters(self._scraped())
         return Moment(
             at_s=now_s - start_s,
             client_cores=client / since_s,

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 app.add_typer(bench.app, name="bench")
 app.add_typer(cost_cli.app)
 console = Console(highlight=False)
+
+SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
 
@@ -67,7 +70,7 @@ def serve(
     if len(str(config.haproxy_dir)) > MAX_HAPROXY_DIR:
         _fail(f"{config.haproxy_dir} is too long for HAProxy's socket ({MAX_HAPROXY_DIR} characters); set TMPDIR")
     environment = ray_environment(config)
-    if not os.access(binary := environment[haproxy.SETTING], os.X_OK):
+    if shutil.which(binary := environment[haproxy.SETTING]) is None:
         _fail(f"{binary} cannot be run; `pip install .` puts it there, or {haproxy.SETTING} names another HAProxy")
     try:
         Tenants(config)
@@ -242,7 +245,7 @@ def ray_environment(config: Config) -> dict[str, str]:
         # (what was lost is not charged); HAProxy can repeat what fits its buffer. Once: a request may be what kills
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
-        haproxy.SETTING: os.environ.get(haproxy.SETTING, str(Path(sys.executable).parent / "farsight-haproxy")),
+        haproxy.SETTING: os.environ.get(haproxy.SETTING) or str(SCRIPTS / "farsight-haproxy"),
         # Ray sees that a node is silent, and starts replicas elsewhere, after 24 s at most; by default after 65 s
         "RAY_health_check_timeout_ms": "5000",
         "RAY_health_check_failure_threshold": "3",
@@ -349,17 +352,20 @@ def _stop(config: Config, *, answers: bool) -> None:
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         if is_up:
             if answers:
-                # what is in flight is answered first, within a minute; whatever fails here, the rest must end
-                with suppress(Exception):
+                # what is in flight is answered first, within a minute
+                with suppress(Exception):  # whatever fails here, the rest must end
                     ray_serve.delete(APPLICATION)
-            ray_serve.shutdown()  # type: ignore[no-untyped-call]
+            with suppress(Exception):
+                ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
     # a Ray that was still starting knows nothing to end
     _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S if is_up else 0)
     for process in left:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     for pid in haproxy_pids(config.haproxy_dir):  # one that was orphaned is nobody's child
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def banner(config: Config, took_s: float) -> str:
@@ -401,7 +407,9 @@ def haproxy_pids(directory: Path) -> Iterator[int]:
             command = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue  # it ended meanwhile
-        if b"haproxy" in command[0] and any(part.startswith(os.fsencode(directory) + b"/") for part in command):
+        # the second word: a Python script that completes the configuration, and then becomes it
+        is_haproxy = b"haproxy" in command[0] or any(part.endswith(b"farsight-haproxy") for part in command[1:2])
+        if is_haproxy and any(part.startswith(os.fsencode(directory) + b"/") for part in command):
             yield int(entry.name)
 
 

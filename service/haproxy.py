@@ -11,8 +11,9 @@ import sys
 
 # nothing else is imported: a replica that leaves waits for HAProxy's reload no longer than it must
 SETTING = "RAY_SERVE_HAPROXY_BINARY_PATH"
-# what is sent, or asked of an idle connection, must be acknowledged after so long. A machine does that, however busy
-# the replica on it is. On each server, for HAProxy 2.8 does not take it from `default-server`
+# what is sent, or asked of an idle connection, must be taken after so long. A machine does that, however busy the
+# replica on it is, up to the megabytes that it keeps for a process that reads nothing. On each server, for HAProxy 2.8
+# does not take it from `default-server`
 SILENT = "tcp-ut 10s"
 KEEPALIVE = "    option srvtcpka\n    srvtcpka-idle 5s\n    srvtcpka-intvl 2s\n"
 DEFAULTS = "\ndefaults\n"

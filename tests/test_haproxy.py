@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
+from service.cli import SCRIPTS
 from service.haproxy import KEEPALIVE, completed
 
 CONFIG = """global
@@ -17,6 +21,7 @@ backend a
     server two 10.0.0.2:9001 proto h2 check
     server other 10.0.0.3:8000 check backup
 """
+TIMEOUTS = "".join(f"    timeout {what} 1s\n" for what in ("connect", "client", "server"))
 
 
 def test_every_server_and_the_keepalive() -> None:
@@ -35,6 +40,16 @@ def test_the_template_of_this_ray_has_a_place_for_both() -> None:
     servers = [line for line in template.splitlines() if line.strip().startswith("server ") and " check" in line]
     assert len(servers) >= 5
     assert all("tcp-ut 10s" in line for line in servers)
+
+
+def test_the_command_completes_the_file_and_becomes_haproxy(tmp_path: Path) -> None:
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(CONFIG.replace("mode http\n", f"mode http\n{TIMEOUTS}") + "listen own\n    bind 127.0.0.1:1\n")
+    command = [SCRIPTS / "farsight-haproxy", "-c", "-f", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Configuration file is valid" in done.stdout
+    assert path.read_text().count("tcp-ut 10s") == 3
 
 
 def test_another_configuration_is_refused() -> None:

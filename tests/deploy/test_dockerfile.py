@@ -135,7 +135,7 @@ def test_both_devices_and_only_they_are_built(text: str) -> None:
 
 
 def test_the_environment_is_the_service_s_own(text: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/opt/farsight/bin/python")
+    monkeypatch.setattr("service.cli.SCRIPTS", Path("/opt/farsight/bin"))
     image, service = environment(text), ray_environment(config)
     shared = image.keys() & service.keys()
     assert {"RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"} <= shared

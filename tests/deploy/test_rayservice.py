@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,7 @@ def test_head_and_workers_have_one_environment_and_it_is_ray_s(
 ) -> None:
     for name in ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_HAPROXY_BINARY_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "executable", "/opt/farsight/bin/python")
+    monkeypatch.setattr("service.cli.SCRIPTS", Path("/opt/farsight/bin"))
     head, workers = groups(manifest)
     assert container(head)["env"] == container(workers)["env"]
     assert container(head)["envFrom"] == container(workers)["envFrom"]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -214,6 +215,7 @@ def test_ctrl_c_while_it_starts_ends_it(after_s: float, tmp_path: Path) -> None:
     assert b"Traceback" not in process.communicate(timeout=60)[0]
     assert process.returncode == 0
     assert not any(listens(port) for port in range(27500, 27510))
+    assert not [one.pid for one in psutil.process_iter(["environ"]) if str(tmp_path) in str(one.info["environ"])]
 
 
 def test_a_taken_port_is_named(service: Service, tmp_path: Path) -> None:

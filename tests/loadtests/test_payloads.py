@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loadtests.mix import Endpoint, Planned
-from loadtests.payloads import HEAD_DIM, HEADS, MODEL, Bodies, build
+from loadtests.payloads import HEAD_DIM, HEADS, MODEL, TRACE_HEADS, Bodies, build, check_trace
 from service.api import codec, safetensors_io
 from service.api.grpc import parse_message
 from service.api.proto import open_inference_grpc_pb2 as pb
@@ -45,6 +45,18 @@ def test_heads_are_those_that_are_asked_for() -> None:
     (body,) = build([Planned(0.0, Endpoint.ATTENTION, 64)], heads=(8, 8)).values()
     tensors, _ = safetensors_io.tensors_from_safetensors(body)
     assert {name: tensor.shape[1] for name, tensor in tensors.items()} == {"query": 8, "key": 8, "value": 8}
+
+
+def test_a_trace_that_cannot_be_sent_is_told_with_numbers() -> None:
+    planned = [Planned(0.0, Endpoint.INFER, length) for length in (64, 64, 128)]
+    check_trace(planned, most_bytes=128 * 6144, free_bytes=(64 + 128) * 6144)
+    with pytest.raises(ValueError, match=r"1 of the trace's 3 .*BYTES=786431: attention of 128 tokens has 786432"):
+        check_trace(planned, most_bytes=128 * 6144 - 1, free_bytes=2**30)
+    with pytest.raises(ValueError, match=r"take 0\.0 GiB"):
+        check_trace(planned, most_bytes=2**30, free_bytes=(64 + 128) * 6144 - 1)
+    bodies = build(planned, heads=TRACE_HEADS)
+    assert len(bodies[Endpoint.INFER, 128]) == pytest.approx(128 * 6144, rel=1e-3)
+    check_trace([Planned(0.0, Endpoint.EMBEDDINGS, 512)], most_bytes=1, free_bytes=0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

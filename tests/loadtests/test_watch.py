@@ -17,6 +17,7 @@ farsight_batch_requests_count 4.0
 farsight_batch_requests_sum 10.0
 farsight_batch_tokens_sum 2.5e+03
 farsight_queue_predicted_seconds 0.125
+farsight_resident_memory_bytes 7e+08
 """
 
 
@@ -36,6 +37,7 @@ def test_series_without_labels_are_read() -> None:
         "farsight_batch_requests_sum": 10.0,
         "farsight_batch_tokens_sum": 2500.0,
         "farsight_queue_predicted_seconds": 0.125,
+        "farsight_resident_memory_bytes": 7e8,
     }
 
 
@@ -56,6 +58,16 @@ def test_a_moment_has_cores_since_the_last_one_and_the_metrics() -> None:
     assert moment.client_cores * moment.at_s >= 0.15  # psutil counts in hundredths
     assert moment.service_cores >= 0
     assert moment.replicas == 0
+
+
+def test_a_remote_service_tells_its_memory() -> None:
+    with HTTPServer(("127.0.0.1", 0), Metrics) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        moment = Watch(os.getpid(), None, f"http://127.0.0.1:{server.server_port}/metrics").look(time.perf_counter())
+        server.shutdown()
+        thread.join()
+    assert moment.service_bytes == 7e8
 
 
 def test_a_remote_service_without_metrics_is_not_known() -> None:
