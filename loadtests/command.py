@@ -32,8 +32,8 @@ class Target:
     """Where the load goes. Without a URL a service is started on 300 ports from `first_port`."""
 
     url: str | None
-    grpc_port: int
-    metrics_port: int
+    grpc_port: int | None
+    metrics_port: int | None
     first_port: int
 
     @contextmanager

@@ -164,7 +164,8 @@ def _checks(checks: Sequence[Check]) -> str:
         for one in checks
     )
     head = "<tr><th>threshold</th><th>seen</th><th>allowed</th><th></th></tr>"
-    return f"<h2>Thresholds: {verdict}</h2><table>{head}{''.join(lines)}</table>"
+    note = "What this load must reach to pass. The SLO of a length, by which goodput counts, is what it should have."
+    return f"<h2>Thresholds: {verdict}</h2><p>{note}</p><table>{head}{''.join(lines)}</table>"
 
 
 def _figure(title: str, note: str, figure: Figure) -> str:

@@ -13,16 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, build_opener
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loadtests.nodes import HEAD
 from loadtests.scenarios import Scenario
 from service.bench.servers.lineup import Place, farsight_environment
 from service.bench.servers.process import Unavailable, last_line, ours, replicas, stop
 from service.cli import DEMO_MODEL
+from service.config import Config
 
 READY = b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 STOP_S = 120.0
 LOCAL = "127.0.0.1"
+ANSWER_S = 10.0  # of a running service, before it is loaded
+DEFAULTS = {name: int(Config.model_fields[name].default) for name in ("http_port", "grpc_port", "metrics_port")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +47,27 @@ class Service:
         return f"http://{urlsplit(self.url).hostname}:{self.metrics_port}/metrics"
 
 
-def running(url: str, grpc_port: int, metrics_port: int) -> Service:
-    return Service(url.rstrip("/"), grpc_port, metrics_port)
+def running(url: str, grpc_port: int | None, metrics_port: int | None) -> Service:
+    """What answers there over HTTP and gRPC; ports have defaults where the URL's is one. ValueError, Unavailable."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no URL such as http://127.0.0.1:8000")
+    if grpc_port is None or metrics_port is None:
+        if parts.port != DEFAULTS["http_port"]:  # another service may have the other defaults
+            raise ValueError(f"with --url {url}, --grpc-port and --metrics-port of the same service are needed")
+        grpc_port, metrics_port = grpc_port or DEFAULTS["grpc_port"], metrics_port or DEFAULTS["metrics_port"]
+    service = Service(url.rstrip("/"), grpc_port, metrics_port)
+    try:
+        build_opener(ProxyHandler({})).open(f"{service.url}/readyz", timeout=ANSWER_S).close()
+    except OSError as error:
+        raise Unavailable(f"{service.url}/readyz: {error}") from error
+    address = f"{parts.hostname}:{grpc_port}"
+    with grpc.insecure_channel(address) as channel:
+        try:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=ANSWER_S)
+        except grpc.RpcError as error:
+            raise Unavailable(f"gRPC at {address}: {error.code().name} {error.details()}") from error
+    return service
 
 
 @contextmanager

@@ -59,7 +59,7 @@ SCENARIOS = {
     "overload": Scenario(
         "more than the service can do",
         (Stream(60.0, TENSORS, "lognormal"),),
-        settings={"FARSIGHT_MAX_QUEUE_S": "10"},
+        settings={"FARSIGHT_MAX_QUEUE_S": "1"},
     ),
     "soak": Scenario("half an hour, memory watched", (Stream(8.0, lengths="lognormal"),), 1800.0),
     "tenants": Scenario(

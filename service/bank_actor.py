@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from service.billing.bank import BankError, Lease, LocalBank, RowsRefused
+from service.billing.bank import BankError, Lease, LocalBank
 from service.config import Budget, Config
 
 NAMESPACE = "farsight"
@@ -87,8 +87,9 @@ class RemoteBank:
     def _answer(self, reference: Any) -> Any:
         try:
             return ray.get(reference, timeout=ANSWER_S)
-        except RowsRefused as error:
-            raise RowsRefused(str(error)) from None
+        except BankError as error:  # as Ray wraps it: its text is a traceback
+            cause = getattr(error, "cause", error)
+            raise type(cause)(str(cause)) from None
         except ActorDiedError as error:
             self._actor = self._find()
             raise BankError("the bank has died") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,14 +22,13 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from service import bench, cost_cli, haproxy
 from service.billing.tenants import Tenants
 from service.config import Config, ModelConfig
 from service.models.files import directory_of, task_of
+from service.terminal import console, device, fail, settings
 
 if TYPE_CHECKING:
     from service.engine.calibration import DeviceProfile
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cost_cli.app)
-console = Console(highlight=False)
-
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
@@ -63,24 +61,28 @@ def serve(
     port: Annotated[int | None, typer.Option(help="HTTP port.")] = None,
 ) -> None:
     """Run the service on this machine until Ctrl-C. Settings: FARSIGHT_* in the environment."""
-    config = _config(demo=demo, replicas=replicas, http_port=port)
+    config = _with_models(settings(replicas=replicas, http_port=port), demo=demo)
     taken = [f"{number} (FARSIGHT_{field.upper()})" for field, host, number in ports(config) if _is_taken(host, number)]
     if taken:
-        _fail(f"port taken: {', '.join(taken)}; by another service, or the HAProxy of one that was killed")
+        fail(f"port taken: {', '.join(taken)}; by another service, or the HAProxy of one that was killed")
     if len(str(config.haproxy_dir)) > MAX_HAPROXY_DIR:
-        _fail(f"{config.haproxy_dir} is too long for HAProxy's socket ({MAX_HAPROXY_DIR} characters); set TMPDIR")
+        fail(f"{config.haproxy_dir} is too long for HAProxy's socket ({MAX_HAPROXY_DIR} characters); set TMPDIR")
+    if config.device == "cuda":  # Ray would wait for a GPU for ever
+        device(config)
     environment = ray_environment(config)
     if shutil.which(binary := environment[haproxy.SETTING]) is None:
-        _fail(f"{binary} cannot be run; `pip install .` puts it there, or {haproxy.SETTING} names another HAProxy")
+        fail(f"{binary} cannot be run; `pip install .` puts it there, or {haproxy.SETTING} names another HAProxy")
     try:
         Tenants(config)
     except (OSError, ValueError) as error:
-        _fail(f"tenants: {error}")
+        fail(f"tenants: {error}")
     shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run
     shutil.rmtree(config.haproxy_dir, ignore_errors=True)
     config.metrics_dir.mkdir(parents=True)
     config.haproxy_dir.mkdir(parents=True)
     os.environ.update(environment)
+    # Ray's own ports, which ask for no key, listen on the loopback interface, as on the systems of the first one's name
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "FARSIGHT_METRICS_HOST": config.metrics_host}
     _run(config)
 
 
@@ -93,11 +95,10 @@ def calibrate(
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 
     from service.engine.calibration import measure
-    from service.engine.executor import pick_device
     from service.engine.profiles import exclusive, identity, store
 
-    config = _config(demo=False, replicas=None, http_port=None)
-    device = pick_device(config.device)
+    config = settings()
+    target = device(config)
     torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
     directory = config.cache_dir.expanduser()
     with (
@@ -105,10 +106,10 @@ def calibrate(
         Progress(BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console) as progress,
     ):
         task = progress.add_task("", total=1.0)
-        profile = measure(device, thorough=not short, progress=lambda share: progress.update(task, completed=share))
+        profile = measure(target, thorough=not short, progress=lambda share: progress.update(task, completed=share))
         progress.update(task, completed=1.0)
-    path = store(profile, device, directory)
-    console.print(prediction_table(profile, identity(device)["device"]))
+    path = store(profile, target, directory)
+    console.print(prediction_table(profile, identity(target)["device"]))
     console.print(f"kept in {path}", soft_wrap=True)
 
 
@@ -130,14 +131,16 @@ def simulate(
     from service.simulate import command, traces
 
     try:
+        if not re.fullmatch(r"\d+(,\d+)*", replicas):
+            raise ValueError(f"--replicas {replicas!r} is not a list of numbers such as 1,2,4")
         counts = [int(one) for one in replicas.split(",")]
         entries = command.entries(trace, kind, rate, requests, DEMO_MODEL.name, seed)
         if write is not None:
             traces.write(write, entries)
-        config = _config(demo=True, replicas=None, http_port=None)
+        config = _with_models(settings(), demo=True)
         rows = [command.run(entries, count, config) for count in counts]
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     console.print(command.table(rows, len(entries)))
     if output is not None:
         command.write_json(output, rows)
@@ -154,8 +157,8 @@ def loadtest(
     seed: int = 0,
     trace: Annotated[Path | None, typer.Option(help="CSV as of `simulate` instead of the scenario's requests.")] = None,
     url: Annotated[str | None, typer.Option(help="A running service; default: one is started, and ended.")] = None,
-    grpc_port: Annotated[int, typer.Option(help="Of the running service.")] = 9000,
-    metrics_port: Annotated[int, typer.Option(help="Of the running service.")] = 9464,
+    grpc_port: Annotated[int | None, typer.Option(help="Of the running service; 9000 where --url has 8000.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="The same; 9464.")] = None,
     first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 22900,
     thresholds: Annotated[Path | None, typer.Option(help="Default: loadtests/thresholds.json.")] = None,
     directory: Annotated[Path, typer.Option(help="Where page, samples and figures are written.")] = Path("loadtest"),
@@ -167,11 +170,11 @@ def loadtest(
         from loadtests.scenarios import SCENARIOS
         from loadtests.thresholds import DEFAULT
     except ModuleNotFoundError as error:
-        _fail(f"{error}: load tests are run in the repository, with the extra `loadtest`")
+        fail(f"{error}: load tests are run in the repository, with the extra `loadtest`")
     from service.bench.servers.process import Unavailable
 
     if scenario not in SCENARIOS:
-        _fail(f"scenario {scenario!r} is not one of {', '.join(SCENARIOS)}")
+        fail(f"scenario {scenario!r} is not one of {', '.join(SCENARIOS)}")
     target = command.Target(url, grpc_port, metrics_port, first_port)
     options = Options(scenario, duration, scale, seed, trace)
     test = command.saturation if sweep else command.one
@@ -180,10 +183,12 @@ def loadtest(
 
             def step(what: str) -> None:
                 status.update(f"{scenario}: {what}")
+                if not console.is_terminal:
+                    console.print(f"{scenario}: {what}")
 
             result = test(options, target, thresholds or DEFAULT, directory, step)
     except (ValueError, OSError, Unavailable, ClientFailed) as error:
-        _fail(str(error))
+        fail(str(error))
     console.print(result.told, markup=False, soft_wrap=True)
     console.print(f"written: {', '.join(map(str, result.files))}", soft_wrap=True)
     print(result.line)
@@ -209,14 +214,15 @@ def prediction_table(profile: DeviceProfile, device: str) -> Table:
 
 
 def ports(config: Config) -> list[tuple[str, str, int]]:
-    """(field of Config, host, port) of everything that will listen; Ray's own are on all interfaces."""
+    """(field of Config, host, port) of everything that will listen on a port that is known before."""
     return [
         ("http_port", config.host, config.http_port),
         ("grpc_port", config.host, config.grpc_port),
         ("metrics_port", config.metrics_host, config.metrics_port),
-        *(("replica_port_base", "0.0.0.0", config.replica_port_base + more) for more in (0, 1, 100, 101)),  # noqa: S104
-        ("haproxy_metrics_port", "0.0.0.0", config.haproxy_metrics_port),  # noqa: S104
-        ("haproxy_stats_port", "0.0.0.0", config.haproxy_stats_port),  # noqa: S104
+        *(("replica_port_base", config.host, config.replica_port_base + more) for more in (0, 1)),
+        *(("replica_port_base", "127.0.0.1", config.replica_port_base + more) for more in (100, 101)),
+        ("haproxy_metrics_port", config.metrics_host, config.haproxy_metrics_port),
+        ("haproxy_stats_port", "127.0.0.1", config.haproxy_stats_port),
     ]
 
 
@@ -292,6 +298,7 @@ def _run(config: Config) -> None:
             address="local",
             num_cpus=max(os.cpu_count() or 1, config.max_replicas or config.replicas),
             include_dashboard=False,
+            runtime_env={"worker_process_setup_hook": "service.loopback.listen"},
             object_store_memory=128 * 1024 * 1024,  # tensors never pass through it
             log_to_driver=True,
             logging_level=logging.WARNING,
@@ -305,7 +312,10 @@ def _run(config: Config) -> None:
             logging_config={"log_level": "WARNING"},
         )
         go_on()
-        ray_serve.run(build(config), name=APPLICATION, route_prefix="/", blocking=False)
+        try:
+            ray_serve.run(build(config), name=APPLICATION, route_prefix="/", blocking=False)
+        except RuntimeError as error:
+            fail(_why() or str(error))
         answers = True
         _wait_for_haproxy(config)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
@@ -321,6 +331,15 @@ def _run(config: Config) -> None:
     finally:
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
         _stop(config, answers=answers)
+
+
+def _why() -> str:
+    """What a replica that does not start says last: the exception's line, without the lines that continue it."""
+    from ray import serve as ray_serve
+
+    deployments = ray_serve.status().applications[APPLICATION].deployments.values()
+    lines = [line for one in deployments for line in one.message.splitlines() if line[:1].strip()]
+    return lines[-1] if lines else ""
 
 
 def _wait_for_haproxy(config: Config) -> None:
@@ -348,13 +367,13 @@ def _stop(config: Config, *, answers: bool) -> None:
     from ray import serve as ray_serve
 
     started, is_up = psutil.Process().children(recursive=True), ray.is_initialized()
+    if is_up and answers:
+        # what is in flight is answered first, within a minute, and has its log lines
+        with suppress(Exception):  # whatever fails here, the rest must end
+            ray_serve.delete(APPLICATION)
     # Ray reports its own actors' ends as errors here
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         if is_up:
-            if answers:
-                # what is in flight is answered first, within a minute
-                with suppress(Exception):  # whatever fails here, the rest must end
-                    ray_serve.delete(APPLICATION)
             with suppress(Exception):
                 ray_serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
@@ -366,24 +385,26 @@ def _stop(config: Config, *, answers: bool) -> None:
     for pid in haproxy_pids(config.haproxy_dir):  # one that was orphaned is nobody's child
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(config.haproxy_dir, ignore_errors=True)
 
 
 def banner(config: Config, took_s: float) -> str:
     host, metrics_host = reached_at(config.host), reached_at(config.metrics_host)
     base = f"http://{host}:{config.http_port}"
+    key = " -H 'authorization: Bearer KEY'" if config.tenants or config.tenants_file else ""
     lines = [
         f"Farsight is ready after {took_s:.1f} s",
         f"  HTTP     {base}  (docs: {base}/docs)",
         f"  gRPC     {host}:{config.grpc_port}",
         f"  metrics  http://{metrics_host}:{config.metrics_port}/metrics",
         "try:",
-        f"  curl -s {base}/v1/attention -H 'content-type: application/json' \\",
+        f"  curl -s {base}/v1/attention{key} -H 'content-type: application/json' \\",
         '    -d \'{"query": [[[1, 0]]], "key": [[[1, 0], [0, 1]]], "value": [[[1, 2], [3, 4]]]}\'',
     ]
     name = next((one.name for one in config.models if (one.task or task_of(directory_of(one))) == "embed"), None)
     if name is not None:
         lines += [
-            f"  curl -s {base}/v1/embeddings -H 'content-type: application/json' \\",
+            f"  curl -s {base}/v1/embeddings{key} -H 'content-type: application/json' \\",
             f'    -d \'{{"model": "{name}", "input": "How much does this cost?"}}\'',
         ]
     return "\n".join([*lines, "Ctrl-C stops it."])
@@ -413,24 +434,15 @@ def haproxy_pids(directory: Path) -> Iterator[int]:
             yield int(entry.name)
 
 
-def _config(*, demo: bool, replicas: int | None, http_port: int | None) -> Config:
-    known = {f"FARSIGHT_{field.upper()}" for field in Config.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith("FARSIGHT_") and name not in known)
-    if unknown:
-        _fail(f"configuration: {', '.join(unknown)} is not a setting; see service/config.py for their names")
-    given = {"replicas": replicas, "http_port": http_port}
-    try:
-        config = Config.model_validate({name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        _fail(f"configuration: {'.'.join(str(part) for part in first['loc'])} {first['msg']}".rstrip())
+def _with_models(config: Config, *, demo: bool) -> Config:
+    """Ends the command where a model's files are not there."""
     if demo and DEMO_MODEL.name not in {model.name for model in config.models}:
         config = config.model_copy(update={"models": (*config.models, DEMO_MODEL)})
     for model in config.models:
         try:
             directory_of(model)
         except FileNotFoundError as error:
-            _fail(str(error))
+            fail(str(error))
     return config
 
 
@@ -446,11 +458,6 @@ def _is_taken(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _fail(message: str) -> None:
-    console.print(f"farsight: {message}", style="red", soft_wrap=True)
-    sys.exit(1)
 
 
 def main() -> None:

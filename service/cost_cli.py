@@ -8,21 +8,18 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from service.billing.question import DAY_S, HOUR_S, WIDTHS_S, group_names, moment, time_of
 from service.billing.tenants import key_hash
 from service.config import Config
 from service.core import AttentionOptions, AttentionShape, cost_usd
+from service.terminal import console, device, fail, settings
 
 app = typer.Typer()
-console = Console(highlight=False)
-
 MOST_HOURS = 14 * 24  # of a chart; more are days
 MOST_SINGLES = 20_000
 COLUMNS = ("requests", "tokens", "device_s", "cost_usd", "charged_usd", "saved_usd")
@@ -45,19 +42,19 @@ def estimate(
 
     from service.engine import planner
     from service.engine.cost import DTYPE_BYTES
-    from service.engine.executor import device_names, pick_device
+    from service.engine.executor import device_names
     from service.engine.profiles import load_or_measure
 
-    config, kv_heads = _config(), kv_heads or heads
+    config, kv_heads = settings(), kv_heads or heads
     if dtype not in DTYPE_BYTES or heads % kv_heads:
-        _fail(f"dtype is one of {', '.join(DTYPE_BYTES)}, and heads a multiple of kv_heads")
-    device = pick_device(config.device)
+        fail(f"dtype is one of {', '.join(DTYPE_BYTES)}, and heads a multiple of kv_heads")
+    target = device(config)
     torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
-    profile = load_or_measure(device, config.cache_dir)
-    hour_usd = config.hour_usd(*device_names(device))
+    profile = load_or_measure(target, config.cache_dir)
+    hour_usd = config.hour_usd(*device_names(target))
     shape = AttentionShape(batch, heads, kv_heads, query_length, key_length or query_length, head_dim, head_dim, dtype)
     options = AttentionOptions(is_causal=causal, max_error=max_error)
-    table = Table("plan", "FLOPs", "peak memory", "seconds", "USD", "", title=f"{device_names(device)[0]}")
+    table = Table("plan", "FLOPs", "peak memory", "seconds", "USD", "", title=device_names(target)[0])
     for kind, one in planner.candidates(shape, options, profile, config).items():
         usd = cost_usd(one.predicted_s, hour_usd)
         told = f"{one.work.flops:.3g}", f"{one.work.peak_bytes / 2**20:.0f} MiB", f"{one.predicted_s:.3g}", f"{usd:.3g}"
@@ -76,16 +73,19 @@ def usage(
     ] = False,
 ) -> None:
     """What was used and what it cost, from the ledger. Running replicas write to it every second."""
+    import sqlalchemy as sa
+
     from service.billing import focus
     from service.billing.bank import BankError, LocalBank
 
-    config = _config()
+    config = settings()
     try:
         from_s, to_s = _period(from_, to)
         names = ("day", "tenant", "model", "plan") if as_csv else group_names(group_by)
-        found = LocalBank(_url(ledger, config)).usage(from_s, to_s, names, None)
+        url = _url(ledger, config)
+        found = LocalBank(url).usage(from_s, to_s, names, None)
     except (ValueError, BankError) as error:
-        _fail(str(error))
+        fail(str(error))
     if as_csv:
         price = config.price_per_device_hour_usd
         rows = list(focus.rows(found["groups"], "day", price if isinstance(price, float) else None))
@@ -104,6 +104,7 @@ def usage(
     console.print(
         f"devices: {capacity['used_s']:.6g} s used, {capacity['idle_s']:.6g} s idle, {capacity['usd']:.6g} USD"
     )
+    console.print(f"ledger: {sa.make_url(url).render_as_string(hide_password=True)}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -119,15 +120,15 @@ def report(
     try:
         from service.billing.report import Ledger, page
     except ImportError:
-        _fail("the report is drawn by matplotlib: pip install 'farsight[bench]'")
+        fail("the report is drawn by matplotlib: pip install matplotlib")
     try:
         from_s, to_s = _period(since, until)
-        bank = LocalBank(_url(ledger, _config()))
+        bank = LocalBank(_url(ledger, settings()))
         slot = "hour" if to_s - from_s <= MOST_HOURS * HOUR_S else "day"
         found = bank.usage(from_s, to_s, ("tenant", "plan", "outcome", slot), None)
         singles = bank.singles(from_s, to_s, MOST_SINGLES)
     except (ValueError, BankError) as error:
-        _fail(str(error))
+        fail(str(error))
     slot_s = float(WIDTHS_S[slot])
     output.write_text(page(Ledger(from_s, to_s, slot_s, found["groups"], slot, singles, found["capacity"])))
     console.print(f"written to {output}", soft_wrap=True)
@@ -157,16 +158,3 @@ def _url(given: str | None, config: Config) -> str:
     if path != url and not Path(path).exists():
         raise ValueError(f"there is no ledger at {path}")
     return url
-
-
-def _config() -> Config:
-    try:
-        return Config()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        _fail(f"configuration: {'.'.join(str(part) for part in first['loc'])} {first['msg']}")
-
-
-def _fail(message: str) -> NoReturn:
-    console.print(f"farsight: {message}", style="red", soft_wrap=True)
-    sys.exit(1)

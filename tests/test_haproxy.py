@@ -15,11 +15,16 @@ CONFIG = """global
     maxconn 4096
 defaults
     mode http
+frontend prometheus
+    bind :9101
 backend a
     default-server fastinter 250ms fall 2 check
     server one 10.0.0.1:8001 check observe layer4 error-limit 3 on-error mark-down
     server two 10.0.0.2:9001 proto h2 check
     server other 10.0.0.3:8000 check backup
+listen stats
+  bind *:8404
+  stats enable
 """
 TIMEOUTS = "".join(f"    timeout {what} 1s\n" for what in ("connect", "client", "server"))
 
@@ -34,6 +39,14 @@ def test_every_server_and_the_keepalive() -> None:
     assert "defaults\n" + KEEPALIVE + "    mode http\n" in completed(CONFIG)
 
 
+def test_statistics_stay_on_the_machine_and_metrics_where_they_are_told() -> None:
+    assert [line.strip() for line in completed(CONFIG).splitlines() if "bind" in line] == [
+        "bind :9101",
+        "bind 127.0.0.1:8404",
+    ]
+    assert "    bind 10.0.0.9:9101\n" in completed(CONFIG, "10.0.0.9")
+
+
 def test_the_template_of_this_ray_has_a_place_for_both() -> None:
     template = completed(HAPROXY_CONFIG_TEMPLATE)
     assert template.count("srvtcpka-idle") == 1
@@ -44,7 +57,7 @@ def test_the_template_of_this_ray_has_a_place_for_both() -> None:
 
 def test_the_command_completes_the_file_and_becomes_haproxy(tmp_path: Path) -> None:
     path = tmp_path / "haproxy.cfg"
-    path.write_text(CONFIG.replace("mode http\n", f"mode http\n{TIMEOUTS}") + "listen own\n    bind 127.0.0.1:1\n")
+    path.write_text(CONFIG.replace("mode http\n", f"mode http\n{TIMEOUTS}"))
     command = [SCRIPTS / "farsight-haproxy", "-c", "-f", path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,5 +66,5 @@ def test_the_command_completes_the_file_and_becomes_haproxy(tmp_path: Path) -> N
 
 
 def test_another_configuration_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 sections `defaults`"):
+    with pytest.raises(ValueError, match=r"0 times '.ndefaults"):
         completed("frontend only\n")

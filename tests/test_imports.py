@@ -19,6 +19,7 @@ LAYERS = (
     ("telemetry",),
     ("billing",),
     ("engine",),
+    ("terminal",),
     ("simulate",),
     ("api",),
     ("bench",),
@@ -26,7 +27,7 @@ LAYERS = (
     ("bank_actor",),
     ("app",),
     ("cost_cli",),
-    ("haproxy",),
+    ("haproxy", "loopback"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import orjson
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+
+from service.terminal import console
 
 if TYPE_CHECKING:
     from service.bench import learning, peaks
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from service.bench.predictions import Figures
 
 app = typer.Typer(no_args_is_help=True, help="Measure a running service, or attention itself, beside a yardstick.")
-console = Console(highlight=False)
 
 Host = Annotated[str, typer.Option(help="Where the service listens.")]
 Port = Annotated[int, typer.Option(help="Its HTTP port.")]
@@ -440,7 +440,7 @@ def _check(heads: int, kv_heads: int, device: str, plots: Path | None) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("device: torch sees no CUDA device here")
     if plots is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("plots: matplotlib is missing; pip install 'farsight[bench]'")
+        raise typer.BadParameter("plots: matplotlib is missing; pip install matplotlib")
 
 
 def hardware() -> str:

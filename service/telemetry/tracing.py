@@ -45,8 +45,8 @@ class Tracing:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         except ImportError as error:
             raise RuntimeError(
-                "otlp_endpoint is set, and the package opentelemetry-exporter-otlp-proto-http is not installed: "
-                "pip install 'farsight[tracing]'"
+                "otlp_endpoint is set, and the package opentelemetry-exporter-otlp-proto-http (extra `tracing`) is not "
+                "installed"
             ) from error
         self._clock = clock
         self._nothing = Context()  # Ray may have a span of its own about

@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.attention.workloads import structured
+from service.bench.servers.process import session
 from service.config import Config
 from tests.e2e.conftest import Service, environment, listens
 
@@ -197,6 +198,35 @@ def test_haproxy_closes_connections_to_a_node_that_is_silent(service: Service) -
     assert len(servers) >= 4  # two replicas, HTTP and gRPC
     assert all(line.count("tcp-ut 10s") == 1 for line in servers)
     assert text.count("option srvtcpka") == 1
+
+
+def test_nothing_listens_beyond_this_machine(service: Service) -> None:
+    """Neither Ray's ports, where who connects may run code, nor those of replicas, HAProxy's statistics and metrics."""
+    found = {
+        (one.name(), address.laddr.ip, address.laddr.port)
+        for one in session(service.process.pid)
+        for address in one.net_connections("inet")
+        if address.status == psutil.CONN_LISTEN
+    }
+    assert {service.http_port, service.grpc_port, service.metrics_port} <= {port for _, _, port in found}
+    assert not {each for each in found if each[1] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")}
+
+
+def test_a_replica_that_cannot_start_says_why(tmp_path: Path) -> None:
+    ledger = {"FARSIGHT_LEDGER_URL": "postgresql+psycopg://user:secretpw@127.0.0.1:1/ledger"}
+    result = subprocess.run(
+        [sys.executable, "-m", "service", "serve"],
+        env={**environment(tmp_path, 27500), **ledger},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    told = result.stdout + result.stderr
+    (last,) = re.findall(r"^farsight: .*$", told, re.MULTILINE)
+    assert "Connection refused" in last
+    assert "Traceback" not in told
+    assert "secretpw" not in told
 
 
 @pytest.mark.parametrize("after_s", [0.5, 8.0], ids=["while it imports", "while Ray starts"])

@@ -319,7 +319,7 @@ def test_a_collector_that_is_not_there_is_not_missed(engine: Engine, monkeypatch
 def test_without_the_exporter_the_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     config = Config(otlp_endpoint="http://127.0.0.1:4318/v1/traces")
-    with pytest.raises(RuntimeError, match=r"pip install 'farsight\[tracing\]'"):
+    with pytest.raises(RuntimeError, match=r"exporter-otlp-proto-http \(extra `tracing`\)"):
         Trails.of(config, lambda: 0.0, 0.1)
 
 
