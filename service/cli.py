@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cost_cli.app)
-SCRIPTS = Path(sysconfig.get_path("scripts"))
 
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+HOSTS = ("127.0.0.1", "0.0.0.0")  # noqa: S104
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
 
 APPLICATION = "farsight"
@@ -62,6 +63,8 @@ def serve(
 ) -> None:
     """Run the service on this machine until Ctrl-C. Settings: FARSIGHT_* in the environment."""
     config = _with_models(settings(replicas=replicas, http_port=port), demo=demo)
+    if config.host not in HOSTS:
+        fail(f"FARSIGHT_HOST is {' or '.join(HOSTS)}: Serve and HAProxy ask each other on the loopback interface")
     taken = [f"{number} (FARSIGHT_{field.upper()})" for field, host, number in ports(config) if _is_taken(host, number)]
     if taken:
         fail(f"port taken: {', '.join(taken)}; by another service, or the HAProxy of one that was killed")
@@ -316,6 +319,8 @@ def _run(config: Config) -> None:
             ray_serve.run(build(config), name=APPLICATION, route_prefix="/", blocking=False)
         except RuntimeError as error:
             fail(_why() or str(error))
+        except TimeoutError as error:
+            fail(str(error))
         answers = True
         _wait_for_haproxy(config)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)

@@ -185,6 +185,7 @@ def failing_start(directory: Path, port: int, **changes: str) -> str:
 def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> None:
     models = '[{"name": "mine", "path": "/no/such/model"}]'
     assert "'mine': /no/such/model/config.json is missing" in failing_start(tmp_path, 27500, FARSIGHT_MODELS=models)
+    assert "FARSIGHT_HOST is 127.0.0.1 or 0.0.0.0" in failing_start(tmp_path, 27500, FARSIGHT_HOST="192.0.2.2")
     assert "FARSIGHT_HTPP_PORT" in failing_start(tmp_path, 27500, FARSIGHT_HTPP_PORT="1")
     assert "http_port" in failing_start(tmp_path, 27500, FARSIGHT_HTTP_PORT="99999")
     assert "/no/tenants.json" in failing_start(tmp_path, 27500, FARSIGHT_TENANTS_FILE="/no/tenants.json")
