@@ -22,7 +22,7 @@ from loadtests.sweep import Step, judged, knee, sweep, verdict
 from loadtests.thresholds import Limits, Thresholds
 from service.bench.cli import document
 from service.bench.servers.process import handling
-from service.config import Config
+from service.terminal import settings
 
 MOST_STEPS = 8  # of a sweep
 
@@ -84,7 +84,9 @@ def saturation(options: Options, target: Target, limits: Path, directory: Path, 
 
         def measure(scale: float) -> Step:
             step(f"scale {scale:.2f}")
-            return judged(run(replace(options, scale=scale), service), own, known.slo_s)
+            scaled = replace(options, scale=scale)
+            _check(scaled)
+            return judged(run(scaled, service), own, known.slo_s)
 
         steps = list(sweep(measure, options.scale, MOST_STEPS))
     name, found = f"sweep-{options.scenario}", knee(steps)
@@ -103,7 +105,7 @@ def _check(options: Options) -> None:
     """Of a trace, before anything starts. ValueError says what is wrong with it."""
     if options.trace is not None:
         planned = plan_of(options.trace, options.whole_s, options.scale)
-        check_trace(planned, Config().max_request_bytes, psutil.virtual_memory().available)
+        check_trace(planned, settings().max_request_bytes, psutil.virtual_memory().available)
 
 
 def _limits(options: Options, known: Thresholds) -> Limits:

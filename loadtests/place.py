@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -59,8 +60,8 @@ def running(url: str, grpc_port: int | None, metrics_port: int | None) -> Servic
     service = Service(url.rstrip("/"), grpc_port, metrics_port)
     try:
         build_opener(ProxyHandler({})).open(f"{service.url}/readyz", timeout=ANSWER_S).close()
-    except OSError as error:
-        raise Unavailable(f"{service.url}/readyz: {error}") from error
+    except (OSError, HTTPException) as error:
+        raise Unavailable(f"{service.url}/readyz: {error!r}") from error
     address = f"{parts.hostname}:{grpc_port}"
     with grpc.insecure_channel(address) as channel:
         try:

@@ -47,12 +47,14 @@ class Watch:
         now_s = time.perf_counter()
         since_s, self._last_s = now_s - self._last_s, now_s
         client, self._client_s = _worked([psutil.Process(self._client)], self._client_s)
-        seen = counters(self._scraped())
-        service, resident, count = nan, seen.get("farsight_resident_memory_bytes", nan), 0
+        service, resident, count = nan, nan, 0
         if self._leader is not None:
             service, self._service_s = _worked(session(self._leader), self._service_s)
             own = replicas(self._leader)
             resident, count = _resident(own), len(own)
+        seen = counters(self._scraped())  # last: it may take its time
+        if self._leader is None:
+            resident = seen.get("farsight_resident_memory_bytes", nan)
         return Moment(
             at_s=now_s - start_s,
             client_cores=client / since_s,

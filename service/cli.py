@@ -37,7 +37,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 app.add_typer(bench.app, name="bench")
 app.add_typer(cost_cli.app)
 
-SCRIPTS = Path(sysconfig.get_path("scripts"))
+SCRIPTS = Path(sysconfig.get_path("scripts"))  # where pip puts commands; with --user, elsewhere: see PATH
 HOSTS = ("127.0.0.1", "0.0.0.0")  # noqa: S104
 MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
 
@@ -65,6 +65,10 @@ def serve(
     config = _with_models(settings(replicas=replicas, http_port=port), demo=demo)
     if config.host not in HOSTS:
         fail(f"FARSIGHT_HOST is {' or '.join(HOSTS)}: Serve and HAProxy ask each other on the loopback interface")
+    try:
+        socket.create_server((config.metrics_host, 0)).close()
+    except OSError as error:
+        fail(f"FARSIGHT_METRICS_HOST={config.metrics_host} cannot be listened on: {error}")
     taken = [f"{number} (FARSIGHT_{field.upper()})" for field, host, number in ports(config) if _is_taken(host, number)]
     if taken:
         fail(f"port taken: {', '.join(taken)}; by another service, or the HAProxy of one that was killed")
@@ -73,8 +77,10 @@ def serve(
     if config.device == "cuda":  # Ray would wait for a GPU for ever
         device(config)
     environment = ray_environment(config)
-    if shutil.which(binary := environment[haproxy.SETTING]) is None:
-        fail(f"{binary} cannot be run; `pip install .` puts it there, or {haproxy.SETTING} names another HAProxy")
+    binary = shutil.which(environment[haproxy.SETTING])
+    if binary is None:
+        fail(f"{environment[haproxy.SETTING]} cannot be run; {haproxy.SETTING} names farsight-haproxy or your HAProxy")
+    environment[haproxy.SETTING] = str(Path(binary).absolute())  # Ray does not look into PATH
     try:
         Tenants(config)
     except (OSError, ValueError) as error:
@@ -134,13 +140,14 @@ def simulate(
     from service.simulate import command, traces
 
     try:
-        if not re.fullmatch(r"\d+(,\d+)*", replicas):
+        if not re.fullmatch(r"[\d\s]+(,[\d\s]+)*", replicas):
             raise ValueError(f"--replicas {replicas!r} is not a list of numbers such as 1,2,4")
         counts = [int(one) for one in replicas.split(",")]
         entries = command.entries(trace, kind, rate, requests, DEMO_MODEL.name, seed)
         if write is not None:
             traces.write(write, entries)
         config = _with_models(settings(), demo=True)
+        device(config)
         rows = [command.run(entries, count, config) for count in counts]
     except (ValueError, OSError) as error:
         fail(str(error))
@@ -308,19 +315,19 @@ def _run(config: Config) -> None:
         )
         _on_signals(interrupt)  # again: Ray has put a handler of its own on SIGTERM
         go_on()
-        ray_serve.start(
-            proxy_location="HeadOnly",
-            http_options=HTTPOptions(host=config.host, port=config.http_port),
-            grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=GRPC_SERVICERS),
-            logging_config={"log_level": "WARNING"},
-        )
-        go_on()
         try:
+            ray_serve.start(
+                proxy_location="HeadOnly",
+                http_options=HTTPOptions(host=config.host, port=config.http_port),
+                grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=GRPC_SERVICERS),
+                logging_config={"log_level": "WARNING"},
+            )
+            go_on()
             ray_serve.run(build(config), name=APPLICATION, route_prefix="/", blocking=False)
-        except RuntimeError as error:
-            fail(_why() or str(error))
         except TimeoutError as error:
             fail(str(error))
+        except RuntimeError as error:
+            fail(_why() or str(error))
         answers = True
         _wait_for_haproxy(config)
         console.print(banner(config, time.monotonic() - started_s), soft_wrap=True)
@@ -342,8 +349,9 @@ def _why() -> str:
     """What a replica that does not start says last: the exception's line, without the lines that continue it."""
     from ray import serve as ray_serve
 
-    deployments = ray_serve.status().applications[APPLICATION].deployments.values()
-    lines = [line for one in deployments for line in one.message.splitlines() if line[:1].strip()]
+    applications = ray_serve.status().applications.values()
+    messages = [each.message for one in applications for each in one.deployments.values()]
+    lines = [line for message in messages for line in message.splitlines() if line[:1].strip()]
     return lines[-1] if lines else ""
 
 

@@ -104,7 +104,8 @@ def usage(
     console.print(
         f"devices: {capacity['used_s']:.6g} s used, {capacity['idle_s']:.6g} s idle, {capacity['usd']:.6g} USD"
     )
-    console.print(f"ledger: {sa.make_url(url).render_as_string(hide_password=True)}", soft_wrap=True, markup=False)
+    shown = sa.make_url(url).set(query={})  # which may have a password, too
+    console.print(f"ledger: {shown.render_as_string(hide_password=True)}", soft_wrap=True, markup=False)
 
 
 @app.command()

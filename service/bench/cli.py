@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from service.terminal import console
+from service.terminal import console, settings
 
 if TYPE_CHECKING:
     from service.bench import learning, peaks
@@ -334,11 +334,10 @@ def predictions(
 
     from service.bench import learning, peaks
     from service.bench import predictions as bench
-    from service.config import Config
     from service.engine.executor import pick_device
     from service.engine.profiles import load_or_measure
 
-    config = Config()
+    config = settings()
     torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
     chosen = pick_device(device)
     # first: processes are forked while torch has no threads yet

@@ -186,6 +186,8 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> N
     models = '[{"name": "mine", "path": "/no/such/model"}]'
     assert "'mine': /no/such/model/config.json is missing" in failing_start(tmp_path, 27500, FARSIGHT_MODELS=models)
     assert "FARSIGHT_HOST is 127.0.0.1 or 0.0.0.0" in failing_start(tmp_path, 27500, FARSIGHT_HOST="192.0.2.2")
+    told = failing_start(tmp_path, 27500, FARSIGHT_METRICS_HOST="192.0.2.200")
+    assert "FARSIGHT_METRICS_HOST=192.0.2.200 cannot be listened on" in told
     assert "FARSIGHT_HTPP_PORT" in failing_start(tmp_path, 27500, FARSIGHT_HTPP_PORT="1")
     assert "http_port" in failing_start(tmp_path, 27500, FARSIGHT_HTTP_PORT="99999")
     assert "/no/tenants.json" in failing_start(tmp_path, 27500, FARSIGHT_TENANTS_FILE="/no/tenants.json")
