@@ -41,7 +41,7 @@ RUN apt-get update \
     && groupadd --gid 1000 farsight \
     && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash farsight
 COPY --from=build /opt/farsight /opt/farsight
-# What Ray reads at import (service/cli.py sets the same where it starts Ray itself; a test compares the two),
+# What Ray reads at import (service/cluster/environment.py sets the same where it starts Ray itself; a test compares the two),
 # then the service's own settings: inside a container it listens on all interfaces.
 ENV PATH=/opt/farsight/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -20,18 +20,18 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 loadtest: $(STAMP)
-	$(BIN)/farsight loadtest --scenario smoke
+	$(BIN)/python -m loadtests --scenario smoke
 
 # half an hour, memory watched
 soak: $(STAMP)
-	$(BIN)/farsight loadtest --scenario soak
+	$(BIN)/python -m loadtests --scenario soak
 
 # what must not lose requests: a killed replica, new replicas for old ones, a node killed or gone (these as root)
 chaos: $(STAMP)
-	$(BIN)/farsight loadtest --scenario chaos
-	$(BIN)/farsight loadtest --scenario rolling-update
-	$(BIN)/farsight loadtest --scenario node-killed
-	$(BIN)/farsight loadtest --scenario node-lost
+	$(BIN)/python -m loadtests --scenario chaos
+	$(BIN)/python -m loadtests --scenario rolling-update
+	$(BIN)/python -m loadtests --scenario node-killed
+	$(BIN)/python -m loadtests --scenario node-lost
 
 protos: $(STAMP)
 	PYTHON=$(BIN)/python scripts/protos.sh

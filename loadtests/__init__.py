@@ -1,1 +1,1 @@
-"""Load on a service: `make loadtest`, `farsight loadtest`. Only `locustfile` changes anything on import."""
+"""Load on a service: `make loadtest`, `python -m loadtests`. Only `locustfile` changes anything on import."""

@@ -1,4 +1,4 @@
-"""`farsight loadtest`: a scenario or a sweep, judged, and written as page, samples and JSON."""
+"""`python -m loadtests`: a scenario or a sweep, judged, and written as page, samples and JSON."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 import psutil
 
+from benchmarks.command import document
+from benchmarks.servers.process import handling
 from loadtests import charts, page, report, samples, thresholds
 from loadtests.mix import plan_of
 from loadtests.payloads import check_trace
-from loadtests.place import Service, running, started
 from loadtests.run import Options, Run, run
 from loadtests.scenarios import SCENARIOS
 from loadtests.sweep import Step, judged, knee, sweep, verdict
+from loadtests.target import Service, running, started
 from loadtests.thresholds import Limits, Thresholds
-from service.bench.cli import document
-from service.bench.servers.process import handling
-from service.terminal import settings
+from service.commands.terminal import settings
 
 MOST_STEPS = 8  # of a sweep
 
@@ -121,7 +121,7 @@ def _step(each: Step, known: Thresholds) -> dict[str, Any]:
 
 def _about() -> dict[str, str]:
     """Of this machine and command."""
-    told = document({})
+    told = document({}, "loadtests")
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     return {"hardware": told["hardware"], "python": told["python"], "versions": versions, "command": told["command"]}
 
@@ -134,6 +134,6 @@ def _write(
     files = tuple(directory / f"{name}.{ending}" for ending in ("html", "png", "json", "ndjson"))
     files[0].write_text(html)
     files[1].write_bytes(chart)
-    files[2].write_text(json.dumps(document(figures), indent=1) + "\n")
+    files[2].write_text(json.dumps(document(figures, "loadtests"), indent=1) + "\n")
     samples.write(files[3], [one for each in runs for one in each.samples])
     return files

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from service.cli import ray_environment
+from service.cluster.environment import ray_environment
 from service.config import Config
 
 TIMEOUT_S = 120
@@ -28,7 +28,7 @@ def main() -> None:
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    from service.app import GRPC_SERVICERS
+    from service.cluster.deployment import GRPC_SERVICERS
 
     config, address = Config(), sys.argv[1] if len(sys.argv) > 1 else "local"
     config.metrics_dir.mkdir(parents=True, exist_ok=True)

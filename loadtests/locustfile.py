@@ -1,4 +1,4 @@
-"""A scenario's requests over HTTP and gRPC, open loop: what `farsight loadtest` runs beside the service.
+"""A scenario's requests over HTTP and gRPC, open loop: what `python -m loadtests` runs beside the service.
 
 Locust's users are closed loops: whoever waits for an answer sends nothing. Here there is one user for each transport,
 and its only task starts a greenlet for every request at the second that was drawn for it (`schedule`). Locust's events

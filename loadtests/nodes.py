@@ -22,8 +22,8 @@ from pathlib import Path
 
 import psutil
 
-from service.bench.servers.process import last_line
-from service.cli import ray_environment
+from benchmarks.servers.process import last_line
+from service.cluster.environment import ray_environment
 from service.config import Config
 
 NODES = 3

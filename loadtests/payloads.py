@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from loadtests.mix import Endpoint, Planned
 from service.api.proto import open_inference_grpc_pb2 as pb
-from service.attention.workloads import Tensors, diffuse, structured
+from service.attention.synthetic import Tensors, diffuse, structured
 from service.simulate import pricing
 
 HEADS = 4, 2  # query, key and value

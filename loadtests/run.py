@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.servers.process import last_line, stop
 from loadtests import samples
 from loadtests.mix import span_s
-from loadtests.place import Service
 from loadtests.samples import Sample
 from loadtests.scenarios import SCENARIOS
+from loadtests.target import Service
 from loadtests.watch import EVERY_S, Moment, Watch
-from service.bench.servers.process import last_line, stop
 
 LOCUSTFILE = Path(__file__).parent / "locustfile.py"
 EVENT_PART = 1 / 3  # of the run

@@ -11,7 +11,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import psutil
 
-from service.bench.servers.process import replicas, session
+from benchmarks.servers.process import replicas, session
 
 EVERY_S = 1.0
 SCRAPE_S = 2.0  # timeout: a busy service answers late, and the next look must not

@@ -1,5 +1,5 @@
 """`python -m service` is the command `farsight`."""
 
-from service.cli import main
+from service.commands.main import main
 
 main()

@@ -160,7 +160,7 @@ class Config(BaseSettings):
     max_text_bytes: int = Field(1 * MIB, ge=1, description="One text, refused before it is tokenised.")
 
     # scheduling
-    target_slice_s: float = Field(
+    batch_budget_s: float = Field(
         0.2,
         gt=0,
         description="Predicted device time that a batch is filled to. With 32 clients of a small transformer on 2 "

@@ -28,6 +28,6 @@ def registry() -> CollectorRegistry:
 def engine(registry: CollectorRegistry) -> Iterator[Engine]:
     """The real thing without Ray: a measured device, its thread, and all-MiniLM-L6-v2."""
     # a wide slice: on a loaded machine two texts may be predicted to take longer than the default one
-    engine = Engine.start(Config(models=(MINILM,), target_slice_s=0.5), Metrics(registry))
+    engine = Engine.start(Config(models=(MINILM,), batch_budget_s=0.5), Metrics(registry))
     yield engine
     engine.close()

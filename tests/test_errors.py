@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from service.api.http import errors_table
+from service.api.http.app import errors_table
 from service.errors import CODES, FarsightError, Kind, too_large
 
 

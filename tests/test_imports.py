@@ -13,22 +13,18 @@ SERVICE = Path(__file__).parent.parent / "service"
 
 # a layer may import itself and the layers before it
 LAYERS = (
-    ("config", "core", "errors"),
+    ("config", "core", "errors", "device"),
     ("attention",),
-    ("models",),
     ("telemetry",),
+    ("models",),
+    ("planning",),
     ("billing",),
+    ("scheduling",),
     ("engine",),
-    ("terminal",),
     ("simulate",),
     ("api",),
-    ("bench",),
-    ("autoscaling",),
-    ("bank_actor",),
-    ("app",),
-    ("cost_cli",),
-    ("haproxy", "loopback"),
-    ("cli", "__main__"),
+    ("cluster", "commands"),
+    ("__main__",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -38,21 +34,21 @@ FORBIDDEN = {
     "service.errors": ("torch", "ray", "pydantic"),
     "service.attention": ("ray", "transformers", "fastapi", "grpc"),
     "service.models.registry": ("ray", "fastapi", "grpc"),
-    "service.engine.planner": ("torch", "ray"),
-    "service.engine.cost": ("torch", "ray"),
-    "service.engine.admission": ("torch", "ray"),
-    "service.engine.scheduler": ("torch", "ray"),
-    "service.engine.accounting": ("torch", "ray"),
-    "service.billing.books": ("torch", "ray", "fastapi"),
+    "service.planning.planner": ("torch", "ray"),
+    "service.planning.attention_cost": ("torch", "ray"),
+    "service.scheduling.admission": ("torch", "ray"),
+    "service.scheduling.scheduler": ("torch", "ray"),
+    "service.engine.shares": ("torch", "ray"),
+    "service.billing.metering": ("torch", "ray", "fastapi"),
     "service.billing.tenants": ("torch", "ray", "sqlalchemy"),
     "service.simulate.cluster": ("torch", "ray"),
     "service.engine.engine": ("ray", "fastapi", "grpc", "sqlalchemy"),
     "service.telemetry.metrics": ("torch", "ray", "fastapi"),
-    "service.api.http": ("ray",),
-    "service.api.grpc": ("ray", "fastapi"),
-    "service.api.grpc_health": ("torch", "ray"),
-    "service.haproxy": ("torch", "ray", "pydantic"),
-    "service.cli": ("torch", "ray", "transformers"),
+    "service.api.http.endpoint": ("ray",),
+    "service.api.grpc.methods": ("ray", "fastapi"),
+    "service.api.grpc.health": ("torch", "ray"),
+    "service.cluster.haproxy": ("torch", "ray", "pydantic"),
+    "service.commands.main": ("torch", "ray", "transformers"),
 }
 
 
@@ -98,7 +94,7 @@ def test_imports_go_downward(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(SERVICE.rglob("*.py")), ids=lambda path: str(path.relative_to(SERVICE)))
-def test_only_three_files_import_ray(path: Path) -> None:
+def test_only_the_cluster_imports_ray(path: Path) -> None:
     importers = {
         alias.name.split(".")[0]
         for node in ast.walk(ast.parse(path.read_text()))
@@ -109,4 +105,6 @@ def test_only_three_files_import_ray(path: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ImportFrom)
     }
-    assert ("ray" in importers) == (path.name in ("app.py", "bank_actor.py", "cli.py") and path.parent == SERVICE)
+    assert ("ray" in importers) == (
+        path.name in ("deployment.py", "ledger_actor.py", "launcher.py") and path.parent == SERVICE / "cluster"
+    )

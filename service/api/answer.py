@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.core import Answer, Plan, cost_usd
+from service.core.answer import Answer, cost_usd
+from service.core.plan import Plan
 from service.engine.engine import Estimate
 
 
@@ -113,9 +114,9 @@ def estimate_document(estimate: Estimate, hour_usd: float) -> dict[str, Any]:
     """Every plan with its price, which one is chosen, and whether it would be admitted now."""
     plans = {
         kind.value: {
-            "flops": _within_json(candidate.work.flops),
-            "bytes": _within_json(candidate.work.bytes),
-            "peak_bytes": _within_json(candidate.work.peak_bytes),
+            "flops": _within_json(candidate.cost.flops),
+            "bytes": _within_json(candidate.cost.bytes),
+            "peak_bytes": _within_json(candidate.cost.peak_bytes),
             "predicted_s": candidate.predicted_s,
             "cost_usd": cost_usd(candidate.predicted_s, hour_usd),
             "fits": candidate.fits,

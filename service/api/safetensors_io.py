@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from service.api.codec import Body, dump_json, parse_json, raw_bytes
-from service.api.tensors import from_raw
+from service.api.open_inference.tensors import from_raw
 from service.errors import invalid, malformed
 
 MAX_HEADER_BYTES = 1024 * 1024

@@ -6,7 +6,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
-from service.core import AttentionOptions, ClassifyOptions, EmbedOptions, ExplainOptions, ScoreOptions
+from service.core.options import (
+    AttentionOptions,
+    ClassifyOptions,
+    EmbedOptions,
+    ExplainOptions,
+    ScoreOptions,
+)
 from service.errors import invalid
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from service.core import Plan, PlanKind
+from service.core.plan import Plan, PlanKind
 
 if TYPE_CHECKING:  # masks and variants are imported when first used: `python -m service.attention.masks` stays clean
     import torch
 
     from service.attention.masks import MaskSpec
     from service.attention.output import AttentionOutput, Checkpoint
-    from service.attention.pieces import Piece
-    from service.attention.selection import Selection
+    from service.attention.segments import Segment
+    from service.attention.sparse.selection import Selection
 
 DEFAULT_BLOCK_SIZE = 128
 DEFAULT_EPSILON = 0.4
@@ -34,12 +34,12 @@ def attend(
 
     Inputs are validated and finite (`validate.check_attention`). `checkpoint` is called between blocks and may raise.
     """
-    from service.attention.pieces import join, split
+    from service.attention.segments import join, split
 
     kind = plan if isinstance(plan, PlanKind) else plan.kind
 
-    def run(piece: Piece) -> AttentionOutput:
-        tensors = piece.query, piece.key, piece.value, piece.mask
+    def run(segment: Segment) -> AttentionOutput:
+        tensors = segment.query, segment.key, segment.value, segment.mask
         match kind:
             case PlanKind.DENSE:
                 from service.attention import dense
@@ -50,16 +50,16 @@ def attend(
 
                 return chunked.attend(*tensors, scale=scale, softcap=softcap, checkpoint=checkpoint)
             case PlanKind.SPARSE:
-                from service.attention import sparse
+                from service.attention.sparse import attend as sparse
 
-                chosen = select_blocks(piece, plan, scale, softcap, checkpoint)
+                chosen = select_blocks(segment, plan, scale, softcap, checkpoint)
                 return sparse.attend(*tensors, chosen, scale=scale, softcap=softcap, checkpoint=checkpoint)
 
     return join(query, value, split(query, key, value, mask), run)
 
 
 def select_blocks(
-    piece: Piece, plan: Plan | PlanKind, scale: float | None, softcap: float | None, checkpoint: Checkpoint | None
+    segment: Segment, plan: Plan | PlanKind, scale: float | None, softcap: float | None, checkpoint: Checkpoint | None
 ) -> Selection:
     """The key blocks that a sparse plan reads; `plan.selection` names the method, by default "moments"."""
     block_size, epsilon, method = DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON, "moments"
@@ -68,13 +68,13 @@ def select_blocks(
         epsilon = DEFAULT_EPSILON if plan.epsilon is None else plan.epsilon
     match method:
         case "moments":
-            from service.attention.selection import select
+            from service.attention.sparse.selection import select
 
-            tensors = piece.query, piece.key, piece.value
-            return select(*tensors, piece.mask, block_size, epsilon, scale, softcap, checkpoint)
+            tensors = segment.query, segment.key, segment.value
+            return select(*tensors, segment.mask, block_size, epsilon, scale, softcap, checkpoint)
         case "antidiagonal":
-            from service.attention import antidiagonal
+            from benchmarks import antidiagonal
 
             settings = block_size, 1.0 - epsilon, scale, softcap, checkpoint
-            return antidiagonal.select(piece.query, piece.key, piece.mask, *settings)
+            return antidiagonal.select(segment.query, segment.key, segment.mask, *settings)
     raise ValueError(f"selection: expected moments or antidiagonal, got {method!r}")

@@ -14,7 +14,7 @@ import torch
 from service.attention.pairs import visible_pairs
 
 if TYPE_CHECKING:
-    from service.core import AttentionOptions
+    from service.core.options import AttentionOptions
 
 Bounds = tuple[torch.Tensor, torch.Tensor]
 LARGEST_BIAS = 1e38  # a third of float32's range: times log2(e), plus a score, it is still a number
@@ -45,7 +45,7 @@ class MaskSpec:
             raise ValueError(f"causal_alignment: expected bottom_right, top_left or int, got {self.causal_alignment!r}")
 
     def visible_pairs(self, query_length: int, key_length: int) -> int:
-        """Of one head and sequence without kv_lengths and packing (`pieces.split`), whatever attn_mask hides."""
+        """Of one head and sequence without kv_lengths and packing (`segments.split`), whatever attn_mask hides."""
         return visible_pairs(
             query_length,
             key_length,

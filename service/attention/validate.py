@@ -6,7 +6,7 @@ from math import isfinite
 
 import torch
 
-from service.core import AttentionOptions
+from service.core.options import AttentionOptions
 from service.errors import FarsightError, invalid
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

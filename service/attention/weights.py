@@ -14,7 +14,7 @@ from service.attention.scores import default_scale, exponentiate, grouped, norma
 from service.errors import invalid
 
 if TYPE_CHECKING:
-    from service.core import Stage
+    from service.core.options import ScoreStage
 
 Block = tuple[int, slice, torch.Tensor]  # sequence, positions in `rows`, values [Hq, R', its keys]
 
@@ -25,7 +25,7 @@ def attention_weights(
     mask: MaskSpec,
     rows: tuple[int, ...] | None = None,
     *,
-    stage: Stage = "softmax",
+    stage: ScoreStage = "softmax",
     scale: float | None = None,
     softcap: float | None = None,
     checkpoint: Checkpoint | None = None,
@@ -49,7 +49,7 @@ def top_weights(
     rows: tuple[int, ...] | None = None,
     top_k: int = 10,
     *,
-    stage: Stage = "softmax",
+    stage: ScoreStage = "softmax",
     scale: float | None = None,
     softcap: float | None = None,
     checkpoint: Checkpoint | None = None,
@@ -71,7 +71,7 @@ def top_weights(
     return top, indices
 
 
-def _hidden(stage: Stage) -> float:
+def _hidden(stage: ScoreStage) -> float:
     return 0.0 if stage == "softmax" else -torch.inf
 
 
@@ -81,7 +81,7 @@ def stage_scores(
     mask: MaskSpec,
     b: int,
     rows: torch.Tensor,
-    stage: Stage,
+    stage: ScoreStage,
     scale: float | None,
     softcap: float | None,
 ) -> torch.Tensor:
@@ -110,7 +110,7 @@ def stage_scores(
     return scores
 
 
-def _check_finite(scores: torch.Tensor, stage: Stage) -> None:
+def _check_finite(scores: torch.Tensor, stage: ScoreStage) -> None:
     """-inf means hidden, so where nothing is hidden it is an overflow like any other."""
     if not scores.numel():
         return
@@ -124,7 +124,7 @@ def _blocks(
     key: torch.Tensor,
     mask: MaskSpec,
     rows: tuple[int, ...] | None,
-    stage: Stage,
+    stage: ScoreStage,
     scale: float | None,
     softcap: float | None,
     checkpoint: Checkpoint,

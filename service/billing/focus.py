@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from service.billing.question import WIDTHS_S, time_of
+from service.billing.query import WIDTHS_S, time_of
 
 
 def rows(groups: list[dict[str, Any]], period: str, hour_usd: float | None) -> Iterator[dict[str, Any]]:

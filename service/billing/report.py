@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from service.billing.question import time_of
+from service.billing.query import time_of
 
 MOST_NAMES = 8  # of a chart; the rest is one
 OTHERS = "others"
@@ -23,7 +23,7 @@ PLAN_COLOURS = {"dense": "tab:blue", "chunked": "tab:green", "sparse": "tab:red"
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class LedgerExtract:
     """What the page shows: sums by slot of time, and single requests of the days that are kept one by one."""
 
     from_s: float
@@ -35,7 +35,7 @@ class Ledger:
     capacity: Mapping[str, float]
 
 
-def page(ledger: Ledger) -> str:
+def page(ledger: LedgerExtract) -> str:
     """HTML with its charts inside."""
     charts = [
         ("Spend by tenant", _stacked(ledger, "tenant", "cost_usd", "USD")),
@@ -66,7 +66,7 @@ figure {{ margin: 0 }} figcaption {{ font-weight: 600 }} img {{ width: 100% }}
 """
 
 
-def _summary(ledger: Ledger) -> str:
+def _summary(ledger: LedgerExtract) -> str:
     used = sum(row["cost_usd"] for row in ledger.slots)
     charged = sum(row["charged_usd"] for row in ledger.slots)
     saved = sum(row["saved_usd"] for row in ledger.slots)
@@ -85,7 +85,7 @@ def _summary(ledger: Ledger) -> str:
     return "<table>" + "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows) + "</table>"
 
 
-def _tenants(ledger: Ledger) -> str:
+def _tenants(ledger: LedgerExtract) -> str:
     names = ("requests", "tokens", "device_s", "cost_usd", "charged_usd", "saved_usd")
     sums: dict[str, dict[str, float]] = {}
     for row in ledger.slots:
@@ -100,7 +100,7 @@ def _tenants(ledger: Ledger) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _stacked(ledger: Ledger, by: str, value: str, unit: str) -> bytes | None:
+def _stacked(ledger: LedgerExtract, by: str, value: str, unit: str) -> bytes | None:
     """Sums of a column over time, the largest names each for itself."""
     totals: dict[str, float] = {}
     for row in ledger.slots:
@@ -124,7 +124,7 @@ def _stacked(ledger: Ledger, by: str, value: str, unit: str) -> bytes | None:
     return _png(figure)
 
 
-def _saved(ledger: Ledger) -> bytes | None:
+def _saved(ledger: LedgerExtract) -> bytes | None:
     times = sorted({row[ledger.slot_name] for row in ledger.slots})
     if not times:
         return None
@@ -137,7 +137,7 @@ def _saved(ledger: Ledger) -> bytes | None:
     return _png(figure)
 
 
-def _latency(ledger: Ledger) -> bytes | None:
+def _latency(ledger: LedgerExtract) -> bytes | None:
     answered = [row for row in ledger.requests if row["outcome"] == "ok"]
     if not answered:
         return None
@@ -154,7 +154,7 @@ def _latency(ledger: Ledger) -> bytes | None:
     return _png(figure)
 
 
-def _errors(ledger: Ledger) -> bytes | None:
+def _errors(ledger: LedgerExtract) -> bytes | None:
     measured = [row for row in ledger.requests if row["error_upper"]]
     if not measured:
         return None

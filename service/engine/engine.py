@@ -18,28 +18,31 @@ from pydantic import ValidationError
 
 from service.billing.tenants import Tenants
 from service.config import Config, ModelConfig
-from service.core import (
+from service.core.answer import (
     Answer,
-    AttentionOptions,
-    AttentionRequest,
-    AttentionShape,
     Capacity,
-    EmbedOptions,
-    ExplainOptions,
-    ForwardRequest,
-    HiddenOptions,
-    ModelInfo,
-    Plan,
-    PlanKind,
-    Priority,
-    Request,
     Timing,
     Usage,
     cost_usd,
 )
-from service.engine import planner
-from service.engine.admission import Admission
-from service.engine.batch import (
+from service.core.model_info import ModelInfo
+from service.core.options import (
+    AttentionOptions,
+    EmbedOptions,
+    ExplainOptions,
+    HiddenOptions,
+    Priority,
+)
+from service.core.plan import Plan, PlanKind
+from service.core.request import (
+    AttentionRequest,
+    AttentionShape,
+    ForwardRequest,
+    Request,
+)
+from service.device import device_names, pick_device, synchronize
+from service.engine.output_audit import Audit, OutputAudits, output_error
+from service.engine.runner import (
     BatchRunner,
     Job,
     Outcome,
@@ -49,33 +52,34 @@ from service.engine.batch import (
     forward_key,
     tokens_of,
 )
-from service.engine.calibration import DeviceProfile
-from service.engine.cost import (
-    Size,
+from service.errors import FarsightError, Kind, invalid, too_large
+from service.models.inputs.rows import Tokenized
+from service.models.loading.load import LoadSettings
+from service.models.model import Model
+from service.models.registry import Registry
+from service.planning import forward_plan, planner
+from service.planning.attention_cost import (
     attention_pairs,
     pair_flops,
     returned_rows,
     returned_weights,
     weights_bytes,
 )
-from service.engine.executor import Executor, Task, device_names, pick_device, side_pool, synchronize
-from service.engine.output_audit import Audit, OutputAudits, output_error
-from service.engine.pace import Pace, unpaced
-from service.engine.profiles import load_or_measure
-from service.engine.scheduler import Batch, Scheduler, beneath
-from service.errors import FarsightError, Kind, invalid, too_large
-from service.models.loading import LoadSettings
-from service.models.model import Model
-from service.models.registry import Registry
-from service.models.tokens import Tokenized
+from service.planning.correction import PredictionCorrector, uncorrected
+from service.planning.device_profile import DeviceProfile
+from service.planning.forward_cost import Size
+from service.planning.profile_cache import load_or_measure
+from service.scheduling.admission import Admission
+from service.scheduling.device_thread import Executor, Task, side_pool
+from service.scheduling.scheduler import Batch, Scheduler, beneath
 from service.telemetry.energy import Energy, Meter, carbon_g, meter_for
 from service.telemetry.logging import about
 from service.telemetry.metrics import Metrics
-from service.telemetry.trail import Trail, Trails
+from service.telemetry.request_record import RequestRecord, RequestRecorder
 
 if TYPE_CHECKING:
-    from service.billing.bank import Bank
-    from service.billing.books import Books
+    from service.billing.ledger import Ledger
+    from service.billing.metering import UsageMeter
 
 logger = logging.getLogger("farsight")
 
@@ -109,7 +113,7 @@ class Engine:
         device: torch.device,
         cpu_threads: int,
         clock: Callable[[], float] = time.perf_counter,
-        bank: Bank | None = None,
+        bank: Ledger | None = None,
         meter: Meter | None = None,
     ) -> None:
         """`bank`: where there is one, requests are paid for and written down. ValueError: a setting cannot be used."""
@@ -117,7 +121,7 @@ class Engine:
         self.tenants = metrics.tenants = Tenants(config)
         self.hour_usd = config.hour_usd(*device_names(device))
         self.metrics = metrics
-        self.trails = Trails.of(config, clock, self.hour_usd)
+        self.trails = RequestRecorder.of(config, clock, self.hour_usd)
         self.energy = None if meter is None else Energy(meter)
         self.profile = profile
         self.admission = Admission(config)
@@ -127,7 +131,7 @@ class Engine:
         # the profile does not change, so equal sizes and options have equal prices but for what is learned
         self._cached_candidates = lru_cache(4096)(partial(planner.candidates, profile=profile, config=config))
         self._scheduler: Scheduler[Job] = Scheduler(
-            config.target_slice_s,
+            config.batch_budget_s,
             max_wait_s=config.max_queue_s,
             max_bytes=planner.max_peak_bytes(profile, config),
             tenant_weights=self.tenants.weights,
@@ -142,7 +146,7 @@ class Engine:
         self._fastest_s: dict[ModelInfo, float] = {}  # by what was measured: a reloaded model begins anew
         self._audits = OutputAudits(config.output_audit_share)
         self._auditing: Batch[Job] | None = None
-        self._pace = Pace()
+        self._pace = PredictionCorrector()
         self._started_s = clock()
         self._used_s = self._idle_s = 0.0  # of the device: by runs that have ended; by nobody, at the last look
         self._worked_s = self._told_s = 0.0  # of the device; and when `busy_share` was told
@@ -152,15 +156,15 @@ class Engine:
         self._done: dict[int, tuple[list[Job], list[Result]]] = {}  # by the device, and not told to the loop yet
         # last: its thread takes work at once. Its condition guards the scheduler, the stack and the audits
         self._executor = Executor(cpu_threads, self._next, self._died)
-        self.books: Books | None = None
+        self.books: UsageMeter | None = None
         if bank is not None:
-            from service.billing.books import Books  # needs a database, which not every engine has
+            from service.billing.metering import UsageMeter
 
-            self.books = Books(config, self.tenants, bank, metrics, hour_usd=self.hour_usd)
+            self.books = UsageMeter(config, self.tenants, bank, metrics, hour_usd=self.hour_usd)
             self.books.open(self.capacity)
 
     @classmethod
-    def start(cls, config: Config, metrics: Metrics, bank: Bank | None = None) -> Engine:
+    def start(cls, config: Config, metrics: Metrics, bank: Ledger | None = None) -> Engine:
         """Load the models, measure the device, start its thread. Takes seconds; raises where a model is unusable."""
         device = pick_device(config.device)
         threads = config.cpu_threads or os.cpu_count() or 1
@@ -309,7 +313,7 @@ class Engine:
             self._check_weights(shape, options)
             plan = planner.choose_attention(priced, shape, options, self.config, self._pace)
         except FarsightError as error:
-            priced = planner.paced(priced, self._pace)
+            priced = planner.corrected(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         return self._estimated(priced, plan, options.priority, options.timeout_s, tenant)
 
@@ -325,9 +329,9 @@ class Engine:
         tokenized = await self._tokenize(model, request)
         info, sizes, priced = await self._priced_forward(model, tokenized, request, everything=True)
         try:
-            plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
+            plan = forward_plan.choose_forward(priced, info, sizes, request, self.config, self._pace)
         except FarsightError as error:
-            priced = planner.paced(priced, self._pace)
+            priced = planner.corrected(priced, self._pace)
             return Estimate(priced, None, error.message, self.ahead_s(), would_admit=False)
         options = request.options
         return self._estimated(priced, plan, options.priority, options.timeout_s, request.tenant)
@@ -340,7 +344,7 @@ class Engine:
         timeout_s: float | None,
         tenant: str,
     ) -> Estimate:
-        priced = planner.paced(priced, self._pace)
+        priced = planner.corrected(priced, self._pace)
         ahead_s, own_s = self._ahead(plan.predicted_s, priority, tenant)
         try:
             queue = tenant, priority, self._scheduler.is_long(plan.predicted_s)
@@ -367,7 +371,7 @@ class Engine:
 
     # -- the way of one request ---------------------------------------------------------------------------------
 
-    async def _answer(self, request: Request, arrived_s: float, trail: Trail | None) -> Answer:
+    async def _answer(self, request: Request, arrived_s: float, trail: RequestRecord | None) -> Answer:
         if not self.alive:
             raise _unavailable()
         timeout_s = self._timeout_s(request.options.timeout_s)
@@ -396,7 +400,7 @@ class Engine:
         spent_s = self._clock() - job.arrived_s
         self.admission.admit(job.predicted_s, ahead_s, timeout_s, spent_s, queue=queue, own_s=own_s)
 
-    async def _accept(self, job: Job, books: Books) -> None:
+    async def _accept(self, job: Job, books: UsageMeter) -> None:
         """Reserve and write down; as long as the caller waits, at most."""
         request = job.request
         tenant, label = self.tenants.named(request.tenant), self._label(request)
@@ -428,7 +432,7 @@ class Engine:
         if self.trails is not None:
             self.trails.tokenized()
         info, sizes, priced = await self._priced_forward(model, tokenized, request)
-        plan = planner.choose_forward(priced, info, sizes, request, self.config, self._pace)
+        plan = forward_plan.choose_forward(priced, info, sizes, request, self.config, self._pace)
         key, queued_s = forward_key(request, plan, model), self._clock()
         return Job(request, plan, key, arrived_s, queued_s, deadline_s, future, PlanKind.DENSE, model, tokenized)
 
@@ -491,7 +495,7 @@ class Engine:
             self._worked_s += max(0.0, used_s - batch.used_s)
             # what was stopped took less, and what was tried again took more
             if all(isinstance(one.outcome, Outcome) and one.batch_requests == len(results) for one in results):
-                self._pace.learn(*unpaced([job.plan for job in batch.items]), used_s)
+                self._pace.learn(*uncorrected([job.plan for job in batch.items]), used_s)
                 self.metrics.predicted(batch.items[0].plan.kind, batch.predicted_s, used_s)
             self._scheduler.finished(batch, used_s)
         done = batch.items, results
@@ -647,7 +651,7 @@ class Engine:
         outcome = result.outcome
         assert isinstance(outcome, Outcome), "bug: a failed result has no account"
         price = self.hour_usd
-        work, request = job.plan.work, job.request
+        work, request = job.plan.cost, job.request
         pairs_dense, flops, flops_dense, dense_s = work.pairs, work.flops, work.flops, result.device_s
         if isinstance(request, ForwardRequest) and job.plan.kind is PlanKind.SPARSE:
             width = 4 * job.model.info.head_dim if job.model else 0
@@ -748,7 +752,7 @@ class Engine:
         if (fastest_s := self._fastest_s.get(info, info.smallest_pass_s)) < info.smallest_pass_s:
             info = replace(info, smallest_pass_s=fastest_s)
         settings = self.profile, self.config
-        return info, sizes, planner.forward_candidates(info, sizes, request, *settings, everything=everything)
+        return info, sizes, forward_plan.forward_candidates(info, sizes, request, *settings, everything=everything)
 
     def _candidates(self, shape: AttentionShape, options: AttentionOptions) -> planner.Candidates:
         if options.rows is None and options.kv_lengths is None:

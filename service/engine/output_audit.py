@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from service.core import PlanKind
-from service.engine.batch import Job, Outcome
+from service.core.plan import PlanKind
+from service.engine.runner import Job, Outcome
 
 MAX_WAITING = 4  # sparse answers held for their audit: each keeps its output
 MAX_BYTES = 64 * 1024**2  # of one output that is held

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.config import ModelConfig
-from service.core import ModelTask
+from service.core.options import ModelTask
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 # the end of a class name in config.json's `architectures`, and what such a model is for

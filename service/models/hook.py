@@ -17,11 +17,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from service.attention import attend
-from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
 from service.attention.output import Checkpoint
-from service.attention.pieces import split
-from service.core import ErrorReport, LayerReport, Plan, PlanKind
+from service.attention.segments import split
+from service.attention.sparse.bounded_error import attend_with_error_bound
+from service.core.answer import ErrorReport, LayerReport
+from service.core.plan import Plan, PlanKind
 
 NAME = "farsight"
 MAX_WAIT = 64  # passes
@@ -44,7 +45,7 @@ class Pattern:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class AttentionCall:
     """One attention call, as an observer of the pass sees it."""
 
     query: torch.Tensor  # [B, Hq, L, D]
@@ -79,9 +80,9 @@ class ForwardContext:
     plan: Plan
     cu_seqlens: tuple[int, ...] | None = None  # None: each row of the batch is one sequence, without padding
     checkpoint: Checkpoint | None = None  # called at every layer and block; raises to stop the pass
-    checked: Mapping[str, Any] = field(default_factory=dict)  # of `attend_checked`, where the plan is sparse
+    checked: Mapping[str, Any] = field(default_factory=dict)  # of `attend_with_error_bound`, where the plan is sparse
     history: SparseHistory | None = None  # None: every call of a sparse plan is tried sparse
-    observe: Callable[[Call], None] | None = None
+    observe: Callable[[AttentionCall], None] | None = None
     layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
     patterns: list[tuple[Pattern, int, int]] = field(default_factory=list)  # with the numbers of queries and of keys
     positions: list[int] = field(default_factory=list)  # computed by each pass of the model, padding included
@@ -136,7 +137,7 @@ def attention(
         cu_seqlens_k=context.cu_seqlens,
     )
     if context.observe is not None:
-        context.observe(Call(query, key, mask, scaling, softcap))
+        context.observe(AttentionCall(query, key, mask, scaling, softcap))
     context.patterns.append((attention_mask, query.shape[2], key.shape[2]))
     arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap, "checkpoint": context.checkpoint}
     if context.plan.kind is not PlanKind.SPARSE:
@@ -145,7 +146,7 @@ def attention(
         out = attend(query, key, value, kind, mask, **arguments).out
         context.layers.append(LayerReport(kind, ErrorReport(), None, _pairs(query, key, mask)))
     else:
-        checked = attend_checked(query, key, value, context.plan, mask, **arguments, **context.checked)
+        checked = attend_with_error_bound(query, key, value, context.plan, mask, **arguments, **context.checked)
         out = checked.out
         if context.history is not None:
             context.history.learn(id(module), was_sparse=checked.kind is PlanKind.SPARSE)
@@ -225,4 +226,4 @@ def _exact_anyway(context: ForwardContext, module: int, pattern: Pattern) -> Pla
 
 
 def _pairs(query: torch.Tensor, key: torch.Tensor, mask: MaskSpec) -> int:
-    return sum(piece.visible_pairs for piece in split(query, key, key, mask))
+    return sum(segment.visible_pairs for segment in split(query, key, key, mask))

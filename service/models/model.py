@@ -10,20 +10,21 @@ from typing import Any
 import torch
 
 from service.attention.output import no_checkpoint
-from service.core import (
+from service.core.model_info import ModelInfo
+from service.core.options import (
     ClassifyOptions,
     EmbedOptions,
     ExplainOptions,
-    ForwardRequest,
     HiddenOptions,
-    ModelInfo,
     ScoreOptions,
 )
+from service.core.request import ForwardRequest
 from service.errors import invalid
 from service.models import heads, hook
+from service.models.inputs.processor import Inputs
+from service.models.inputs.rows import EncodedInput, Tokenized
 from service.models.packing import pack, split_by_shape, split_by_tokens
 from service.models.tasks import embed, explain, score
-from service.models.tokens import Inputs, Row, Tokenized
 
 Jobs = Sequence[tuple[ForwardRequest, Tokenized]]
 States = tuple[Sequence[int], torch.Tensor, torch.Tensor]  # rows' indices, states [T, H], bounds [S + 1]
@@ -87,14 +88,16 @@ class Model:
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
-    def embed(self, rows: Sequence[Row], context: hook.ForwardContext, dimensions: int | None = None) -> torch.Tensor:
+    def embed(
+        self, rows: Sequence[EncodedInput], context: hook.ForwardContext, dimensions: int | None = None
+    ) -> torch.Tensor:
         """[rows, dimensions] float32 on the CPU."""
         out = torch.empty(len(rows), dimensions or self.info.dimensions)
         for indices, states, bounds in self.states(rows, context):
             out[list(indices)] = embed.pool(states, bounds, self.pooling, dimensions).cpu()
         return out
 
-    def classify(self, rows: Sequence[Row], context: hook.ForwardContext) -> torch.Tensor:
+    def classify(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> torch.Tensor:
         """[rows, labels] float32 logits on the CPU."""
         out = torch.empty(len(rows), len(self.info.labels))
         if self.classifier is None:
@@ -119,7 +122,7 @@ class Model:
             logits.sigmoid() if problem == "multi_label_classification" or logits.shape[1] == 1 else logits.softmax(1)
         )
 
-    def _score(self, jobs: Jobs, rows: Sequence[Row], context: hook.ForwardContext) -> list[Computed]:
+    def _score(self, jobs: Jobs, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> list[Computed]:
         owners = [request for request, tokenized in jobs for _ in tokenized.rows]
         found: list[score.Scored | None] = [None] * len(rows)
         pause = context.checkpoint or no_checkpoint
@@ -157,14 +160,14 @@ class Model:
         assert self.inputs.tokenizer is not None, "bug: images are not explained"
         tokens = explain.tokens_of(row, request.texts[0] if request.texts else None, self.inputs.tokenizer)
         assert tokenized.query is not None, "bug: tokenised for something else"
-        looked = explain.Look(tokenized.query, keeps_all=options.rollout)
+        looked = explain.AttentionProbe(tokenized.query, keeps_all=options.rollout)
         for _ in self.states([row], replace(context, observe=looked.see)):
             pass  # the observer has seen it all
         return Computed({}, explain.document(looked, tokens, options, context.checkpoint or no_checkpoint))
 
     # -- passes -------------------------------------------------------------------------------------------------
 
-    def states(self, rows: Sequence[Row], context: hook.ForwardContext, layer: int = -1) -> Iterator[States]:
+    def states(self, rows: Sequence[EncodedInput], context: hook.ForwardContext, layer: int = -1) -> Iterator[States]:
         """Hidden states after `layer`, pass by pass: packed where the model can, else in batches of equal shape."""
         if self.info.packed:
             for run in split_by_tokens([len(row) for row in rows], self.max_batch_tokens):
@@ -180,11 +183,11 @@ class Model:
             arguments.pop("decoder_input_ids", None)  # `base` is the encoder
             yield batch, *self._flat(self._states(context, None, layer, arguments))
 
-    def scored_states(self, rows: Sequence[Row], context: hook.ForwardContext) -> Iterator[States]:
+    def scored_states(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> Iterator[States]:
         """What `logits` turns into logits of the tokens that are scored."""
         return self._target_logits(rows, context) if self.inputs.has_target else self.states(rows, context)
 
-    def _target_logits(self, rows: Sequence[Row], context: hook.ForwardContext) -> Iterator[States]:
+    def _target_logits(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> Iterator[States]:
         """Logits of the targets, as the model's own forward pass makes them."""
         for batch in self._alike(rows):
             output = self._pass(self.module, context, None, **self._batch([rows[at] for at in batch]))
@@ -221,11 +224,11 @@ class Model:
             return len(arguments["pixel_values"]) * self.inputs.patches
         return sum(arguments[name].numel() for name in ("input_ids", "decoder_input_ids") if name in arguments)
 
-    def _alike(self, rows: Sequence[Row]) -> list[list[int]]:
+    def _alike(self, rows: Sequence[EncodedInput]) -> list[list[int]]:
         shapes = [(len(row.ids), len(row.target or ()), row.patches) for row in rows]
         return split_by_shape(shapes, self.max_batch_tokens)
 
-    def _batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def _batch(self, rows: Sequence[EncodedInput]) -> dict[str, Any]:
         """Arguments of one pass over rows of equal shape."""
         if rows[0].pixels is not None:
             pixels = torch.stack([row.pixels for row in rows if row.pixels is not None])

@@ -8,7 +8,7 @@ from itertools import accumulate, chain
 
 import torch
 
-from service.models.tokens import Row
+from service.models.inputs.rows import EncodedInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Packed:
     cu_seqlens: tuple[int, ...]
 
 
-def pack(rows: Sequence[Row], device: torch.device, first_position: int = 0) -> Packed:
+def pack(rows: Sequence[EncodedInput], device: torch.device, first_position: int = 0) -> Packed:
     """S rows -> one of T tokens, the sum of their lengths; positions start anew in each. No row may be empty."""
     lengths = [len(row.ids) for row in rows]
     assert all(lengths), "bug: an empty sequence cannot be packed"

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from service.config import ModelConfig
-from service.core import ModelInfo
+from service.core.model_info import ModelInfo
 from service.errors import FarsightError, Kind
-from service.models.loading import LoadSettings, load
+from service.models.loading.load import LoadSettings, load
 from service.models.model import Model
 
 logger = logging.getLogger("farsight")

@@ -11,12 +11,12 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from service.config import Config
-from service.core import Priority
-from service.engine.admission import Admission
-from service.engine.scheduler import SLICE_S, Batch, Scheduler
+from service.core.options import Priority
 from service.errors import FarsightError, Kind
+from service.scheduling.admission import Admission
+from service.scheduling.scheduler import PREEMPTION_S, Batch, Scheduler
 
-STEP_S = 0.8 * SLICE_S  # between checkpoints of a run
+STEP_S = 0.8 * PREEMPTION_S  # between checkpoints of a run
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +58,7 @@ class Replica:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
-            self.config.target_slice_s,
+            self.config.batch_budget_s,
             max_wait_s=self.config.max_queue_s,
             max_bytes=self.max_bytes,
             tenant_weights=self.config.tenant_weights,

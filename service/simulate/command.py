@@ -13,13 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from service.config import Config
-from service.core import ModelInfo
-from service.engine.calibration import DeviceProfile
-from service.engine.planner import max_peak_bytes
+from service.core.model_info import ModelInfo
+from service.planning.device_profile import DeviceProfile
+from service.planning.planner import max_peak_bytes
 from service.simulate import traces
 from service.simulate.cluster import simulate
 from service.simulate.pricing import arrivals
-from service.simulate.report import Row, row
+from service.simulate.report import SimulationRow, row
 from service.simulate.traces import KINDS, Entry
 
 
@@ -35,7 +35,7 @@ def entries(path: Path | None, kind: str, rate: float, count: int, model: str, s
     return list(traces.draw(kind, rate, count, model, seed))
 
 
-def run(trace: Sequence[Entry], replicas: int, config: Config) -> Row:
+def run(trace: Sequence[Entry], replicas: int, config: Config) -> SimulationRow:
     if replicas < 1:
         raise ValueError(f"replicas: expected at least 1, got {replicas}")
     if not trace:
@@ -49,10 +49,10 @@ def run(trace: Sequence[Entry], replicas: int, config: Config) -> Row:
 def _loaded(models: tuple[str, ...], cache: Path, settings: str) -> tuple[DeviceProfile, dict[str, ModelInfo]]:
     """Measured or read once for all sizes of the cluster."""
     from service.config import ModelConfig
-    from service.engine.executor import pick_device
-    from service.engine.profiles import load_or_measure
-    from service.models.loading import LoadSettings
+    from service.device import pick_device
+    from service.models.loading.load import LoadSettings
     from service.models.registry import Registry
+    from service.planning.profile_cache import load_or_measure
 
     device = pick_device(settings)
     registry = Registry(LoadSettings(device, 1, 512))
@@ -65,7 +65,7 @@ def _device(config: Config, *, needs_models: bool) -> tuple[DeviceProfile, dict[
     return _loaded(models, config.cache_dir, config.device)
 
 
-def table(rows: Sequence[Row], requests: int) -> Table:
+def table(rows: Sequence[SimulationRow], requests: int) -> Table:
     latencies = "short p50", "p99", "long p50", "p99"
     columns = "replicas", *latencies, "refused", "work", "used", "fair", "USD"
     title = f"{requests:,} requests, by this device's measured speed: seconds, shares, allocated USD"
@@ -84,5 +84,5 @@ def table(rows: Sequence[Row], requests: int) -> Table:
     return shown
 
 
-def write_json(path: Path, rows: Sequence[Row]) -> None:
+def write_json(path: Path, rows: Sequence[SimulationRow]) -> None:
     path.write_text(json.dumps([asdict(one) for one in rows], indent=1) + "\n")

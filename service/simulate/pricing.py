@@ -6,10 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 from service.config import Config
-from service.core import AttentionOptions, AttentionShape, EmbedOptions, ForwardRequest, ModelInfo, Plan
-from service.engine import planner
-from service.engine.calibration import DeviceProfile
+from service.core.model_info import ModelInfo
+from service.core.options import AttentionOptions, EmbedOptions
+from service.core.plan import Plan
+from service.core.request import AttentionShape, ForwardRequest
 from service.errors import FarsightError
+from service.planning import forward_plan, planner
+from service.planning.device_profile import DeviceProfile
 from service.simulate.cluster import Arrival
 from service.simulate.traces import Entry
 
@@ -31,7 +34,7 @@ def arrivals(
                 f"model {model!r} of the trace is not configured; there are: {', '.join(models) or 'none'}"
             )
         request = ForwardRequest("", model, models[model].task, EmbedOptions(), token_ids=())
-        return planner.plan_forward(models[model], [(tokens, 0)], request, profile, config)
+        return forward_plan.plan_forward(models[model], [(tokens, 0)], request, profile, config)
 
     for number, one in enumerate(trace):
         try:
@@ -46,5 +49,5 @@ def arrivals(
             shared_s=chosen.shared_s,
             priority=one.priority,
             tenant=one.tenant,
-            peak_bytes=chosen.work.peak_bytes,
+            peak_bytes=chosen.cost.peak_bytes,
         )

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.config import Config
-from service.core import cost_usd
-from service.engine.executor import device_names, pick_device
+from service.core.answer import cost_usd
+from service.device import device_names, pick_device
 from service.simulate.cluster import Arrival, Replica
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SimulationRow:
     """Seconds, shares and dollars of one number of replicas."""
 
     replicas: int
@@ -29,10 +29,10 @@ class Row:
     used_usd: float
 
 
-def row(trace: Sequence[Arrival], cluster: Sequence[Replica], config: Config) -> Row:
+def row(trace: Sequence[Arrival], cluster: Sequence[Replica], config: Config) -> SimulationRow:
     answered = [one for one in trace if one.refused is None]
-    short = [one.latency_s for one in answered if one.predicted_s <= config.target_slice_s]
-    long = [one.latency_s for one in answered if one.predicted_s > config.target_slice_s]
+    short = [one.latency_s for one in answered if one.predicted_s <= config.batch_budget_s]
+    long = [one.latency_s for one in answered if one.predicted_s > config.batch_budget_s]
     busy_s = sum(replica.busy_s for replica in cluster)
     # until the last answer: who stays longer than there is work does so for nothing
     duration_s = max((one.finished_s for one in answered if one.finished_s is not None), default=0.0)
@@ -40,7 +40,7 @@ def row(trace: Sequence[Arrival], cluster: Sequence[Replica], config: Config) ->
     work_s = sum(one.predicted_s for one in trace)
     refused_s = work_s - sum(one.predicted_s for one in answered)
     price = config.hour_usd(*device_names(pick_device(config.device)))
-    return Row(
+    return SimulationRow(
         replicas=len(cluster),
         short_p50_s=percentile(short, 0.5),
         short_p99_s=percentile(short, 0.99),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from service.core import Priority
+from service.core.options import Priority
 
 KINDS = ("poisson", "bursts", "heavy", "diurnal")
 DAY_S = 86_400.0

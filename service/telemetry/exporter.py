@@ -16,7 +16,7 @@ from prometheus_client import Metric, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from service.telemetry import files
+from service.telemetry import metric_files as files
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Literal
 import psutil
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
-from service.core import Answer, PlanKind
+from service.core.answer import Answer
+from service.core.plan import PlanKind
 from service.errors import CODES, Kind
 
 if TYPE_CHECKING:
-    from service.engine.batch import Result
+    from service.engine.runner import Result
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 SLICES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)

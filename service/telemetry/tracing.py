@@ -1,4 +1,4 @@
-"""Trails as OpenTelemetry spans, sent by OTLP over HTTP; made when a request has ended, from what was measured.
+"""Request records as OpenTelemetry spans, sent by OTLP over HTTP; made when a request has ended.
 
 Sending has a thread of its own and a bounded queue: a collector that hangs or is gone costs spans, never the service.
 """
@@ -26,8 +26,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from service.errors import CODES
 
 if TYPE_CHECKING:
-    from service.engine.batch import Ran
-    from service.telemetry.trail import Field, Trail
+    from service.engine.runner import RunRecord
+    from service.telemetry.request_record import Field, RequestRecord
 
 MAX_WAITING = 8192  # spans; about a thousand requests, 3 KB a span
 SEND_EVERY_S = 1.0
@@ -63,7 +63,7 @@ class Tracing:
         library, ours = logging.getLogger("opentelemetry"), logging.getLogger("farsight")
         library.handlers[:], library.propagate = ours.handlers, ours.propagate
 
-    def sampled(self, trail: Trail) -> Traced | None:
+    def sampled(self, trail: RequestRecord) -> Traced | None:
         """Where the spans of a request belong: its caller's trace, or a new one. None: not wanted."""
         within, parent = self._nothing, None
         if trail.traceparent is not None:
@@ -77,18 +77,18 @@ class Tracing:
         result = self._sampler.should_sample(within, trace_id, trail.name, SpanKind.SERVER)
         return Traced(trace_id, parent, result.trace_state) if result.decision is Decision.RECORD_AND_SAMPLE else None
 
-    def tell(self, trail: Trail, record: Mapping[str, Field], traced: Traced) -> None:
+    def tell(self, trail: RequestRecord, record: Mapping[str, Field], traced: Traced) -> None:
         """A server span, its stages inside it, and inside those what paused them. Nothing is waited for."""
         # both clocks now: the times of one request fit together, whatever happens to the calendar's
         zero_ns = time.time_ns() - int(self._clock() * 1e9)
         attributes = {f"farsight.{name}": value for name, value in record.items()} | _semantic(trail)
         failure = None if trail.failure is None else Status(StatusCode.ERROR, trail.reason)
-        request = Stage(trail.name, trail.received_s, trail.ended_s, attributes, failure, stages(trail))
+        request = SpanNode(trail.name, trail.received_s, trail.ended_s, attributes, failure, stages(trail))
         self._write(request, traced, traced.parent, zero_ns, SpanKind.SERVER)
 
     def _write(
         self,
-        stage: Stage,
+        stage: SpanNode,
         traced: Traced,
         parent: SpanContext | None,
         zero_ns: int,
@@ -135,7 +135,7 @@ class Traced:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class SpanNode:
     """A span to be, with those inside of it."""
 
     name: str
@@ -143,12 +143,12 @@ class Stage:
     end_s: float
     attributes: Mapping[str, Field] | None = None
     failure: Status | None = None
-    inside: Sequence[Stage] = ()
+    inside: Sequence[SpanNode] = ()
 
 
-def stages(trail: Trail) -> list[Stage]:
+def stages(trail: RequestRecord) -> list[SpanNode]:
     """What a request went through, in order; where it ended early, the last one is where."""
-    found: list[Stage] = []
+    found: list[SpanNode] = []
     at_s = trail.received_s
     marks = {
         "parse": trail.parsed_s,
@@ -164,27 +164,27 @@ def stages(trail: Trail) -> list[Stage]:
         if name == "plan" and trail.plan is not None:
             told = {"farsight.plan": trail.plan.kind.value, "farsight.plan.reason": trail.plan.reason}
         if end_s is None:
-            return [*found, Stage(name, at_s, trail.ended_s, told, FAILED)]
-        found.append(Stage(name, at_s, end_s, told))
+            return [*found, SpanNode(name, at_s, trail.ended_s, told, FAILED)]
+        found.append(SpanNode(name, at_s, end_s, told))
         at_s = end_s
     found += [_execution(run) for run in trail.runs]
     if trail.answered_s is not None:
-        found.append(Stage("encode", trail.answered_s, trail.ended_s, failure=FAILED if trail.failure else None))
+        found.append(SpanNode("encode", trail.answered_s, trail.ended_s, failure=FAILED if trail.failure else None))
     return found
 
 
-def _execution(run: Ran) -> Stage:
+def _execution(run: RunRecord) -> SpanNode:
     """Its device time is what is left of it without the pauses."""
     told: dict[str, Field] = {
         "farsight.batch_requests": run.batch_requests,
         "farsight.device_s": run.ended_s - run.started_s - run.paused_s,  # of the whole batch
         "farsight.paused_s": run.paused_s,
     }
-    pauses = tuple(Stage("paused", *pause) for pause in run.pauses)
-    return Stage("execute", run.started_s, run.ended_s, told, FAILED if run.is_failed else None, pauses)
+    pauses = tuple(SpanNode("paused", *pause) for pause in run.pauses)
+    return SpanNode("execute", run.started_s, run.ended_s, told, FAILED if run.is_failed else None, pauses)
 
 
-def _semantic(trail: Trail) -> dict[str, Field]:
+def _semantic(trail: RequestRecord) -> dict[str, Field]:
     """OpenTelemetry's own names for the same."""
     if trail.transport == "grpc":
         code = "OK" if trail.failure is None else CODES[trail.failure].grpc

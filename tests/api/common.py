@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.core import LayerKind, ModelInfo, Weights
+from service.core.model_info import LayerKind, MatrixSizes, ModelInfo
 
 INFO = ModelInfo(
     name="mini",
@@ -19,8 +19,8 @@ INFO = ModelInfo(
     parameters=1000,
     hidden_size=4,
     intermediate_size=4,
-    weights=Weights(100),
-    task_weights=Weights(100),
+    weights=MatrixSizes(100),
+    task_weights=MatrixSizes(100),
     attention=(LayerKind(1, is_causal=False),),
     packed=True,
 )

@@ -17,25 +17,24 @@ import torch
 from grpc_health.v1 import health_pb2
 
 from service.api import answer as answers
-from service.api import grpc as methods
-from service.api import grpc_health, oip, oip_http
-from service.api import tensors as wire
+from service.api.grpc import health as grpc_health
+from service.api.grpc import methods
+from service.api.open_inference import http_body as oip_http
+from service.api.open_inference import metadata
+from service.api.open_inference import protocol as oip
+from service.api.open_inference import tensors as wire
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.billing.tenants import Tenants
 from service.config import Config
-from service.core import (
+from service.core.answer import (
     Answer,
-    AttentionRequest,
     ErrorReport,
-    ForwardRequest,
-    ModelInfo,
-    Plan,
-    PlanKind,
-    Request,
     Timing,
     Usage,
-    Work,
 )
+from service.core.model_info import ModelInfo
+from service.core.plan import Cost, Plan, PlanKind
+from service.core.request import AttentionRequest, ForwardRequest, Request
 from service.engine.engine import Engine, Estimate
 from service.errors import CODES, FarsightError, Kind
 from tests.api.common import INFO
@@ -47,12 +46,12 @@ RAW = bytes(wire.to_raw(SAMPLE))
 
 
 def answer(tensors: dict[str, torch.Tensor]) -> Answer:
-    plan = Plan(PlanKind.DENSE, Work(1, 2, 3, 4), 0.5, "short")
+    plan = Plan(PlanKind.DENSE, Cost(1, 2, 3, 4), 0.5, "short")
     usage = Usage(2, 3, 3, 4, 4, 0.25, 5, 1e-6, 0.0)
     return Answer("req-1", tensors, plan, ErrorReport(), usage, Timing(0.125, 0.25, 0.5))
 
 
-class Door:
+class InferenceService:
     """Answers value as output; `error` replaces the answer."""
 
     def __init__(self, error: Exception | None = None) -> None:
@@ -102,7 +101,7 @@ class Context:
 
 
 class Methods(methods.GrpcMethods):
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: InferenceService) -> None:
         self.door = door
         self.refused: list[tuple[str, Kind]] = []
 
@@ -125,8 +124,10 @@ def attention(datatype: str = "FP32", sample: torch.Tensor = SAMPLE, **parameter
     return request
 
 
-def infer(request: pb.ModelInferRequest, door: Door | None = None, **metadata: str) -> tuple[Any, Context, Methods]:
-    context, service = Context(**metadata), Methods(door or Door())
+def infer(
+    request: pb.ModelInferRequest, door: InferenceService | None = None, **metadata: str
+) -> tuple[Any, Context, Methods]:
+    context, service = Context(**metadata), Methods(door or InferenceService())
     return run(service.ModelInfer(request, context)), context, service
 
 
@@ -143,7 +144,7 @@ def fails(request: pb.ModelInferRequest, says: str, kind: Kind = Kind.INVALID) -
 
 
 def test_infer() -> None:
-    door = Door()
+    door = InferenceService()
     request = attention(is_causal=True, window="[-1, 0]", max_error=0, causal_alignment=0, scale=0.5)
     request.outputs.add(name="output").parameters["binary_data"].bool_param = True
     request.outputs.add(name="lse")
@@ -180,7 +181,7 @@ def test_scores_of_a_stage_arrive_with_their_infinities(engine: Engine) -> None:
 
 
 def test_options_of_audit_and_stage_are_checked() -> None:
-    door = Door()
+    door = InferenceService()
     infer(attention(audit_rows=459), door)
     (sent,) = door.requests
     assert isinstance(sent, AttentionRequest)
@@ -228,7 +229,7 @@ def test_typed_contents() -> None:
 def test_texts() -> None:
     request = pb.ModelInferRequest(model_name="mini")
     request.inputs.add(name="text", datatype="BYTES", shape=[2]).contents.bytes_contents.extend([b"a", "é".encode()])
-    door = Door()
+    door = InferenceService()
     response, _, _ = infer(request, door)
     assert isinstance(door.requests[0], ForwardRequest)
     assert door.requests[0].texts == ("a", "é")
@@ -253,7 +254,7 @@ def test_large_tensors_leave_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_id_of_a_request() -> None:
     def id_of(request: pb.ModelInferRequest, **metadata: str) -> tuple[str, str]:
-        door = Door()
+        door = InferenceService()
         _, context, _ = infer(request, door, **metadata)
         return door.requests[0].id, dict(context.trailing)["x-request-id"]
 
@@ -265,7 +266,7 @@ def test_the_id_of_a_request() -> None:
 
 
 def test_the_timeout_of_a_request() -> None:
-    door = Door()
+    door = InferenceService()
     infer(attention(timeout=5_000_000), door, x_request_timeout_seconds="1.5")
     assert isinstance(door.requests[0], AttentionRequest)
     assert door.requests[0].options.timeout_s == 1.5
@@ -324,13 +325,13 @@ def test_tensor_bytes_are_held_until_the_answer_is_made() -> None:
             log.append(size)
             held.callback(lambda: log.append(len(self.door.requests)))  # type: ignore[attr-defined]
 
-    run(Held(Door()).ModelInfer(attention(), Context()))
+    run(Held(InferenceService()).ModelInfer(attention(), Context()))
     assert log == [96, 1]
 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_every_kind_of_failure_has_its_status(kind: Kind) -> None:
-    response, context, service = infer(attention(), Door(FarsightError(kind, "because", retry_after_s=2.2)))
+    response, context, service = infer(attention(), InferenceService(FarsightError(kind, "because", retry_after_s=2.2)))
     assert (context.code.name, context.details) == (CODES[kind].grpc, "because")
     assert dict(context.trailing) == {"request_id": "serve-1", "x-request-id": "caller-1", "retry-after": "3"}
     assert response == pb.ModelInferResponse()
@@ -340,19 +341,19 @@ def test_every_kind_of_failure_has_its_status(kind: Kind) -> None:
 def test_what_the_engine_counted_is_not_counted_again() -> None:
     error = FarsightError(Kind.OVERLOADED, "full")
     error.counted = True
-    assert infer(attention(), Door(error))[2].refused == []
+    assert infer(attention(), InferenceService(error))[2].refused == []
 
 
 def test_a_bug_shows_the_request_id_only(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, logger="farsight"):
-        _, context, service = infer(attention(), Door(RuntimeError("secret")))
+        _, context, service = infer(attention(), InferenceService(RuntimeError("secret")))
     assert (context.code, context.details) == (grpc.StatusCode.INTERNAL, "internal error; request id caller-1")
     assert service.refused == [("infer", Kind.INTERNAL)]
     assert "secret" in caplog.text
 
 
 def test_a_client_that_left_cancels_the_method() -> None:
-    class Slow(Door):
+    class Slow(InferenceService):
         async def submit(self, request: Request, received_s: float | None = None) -> Answer:
             await asyncio.sleep(60)
             raise AssertionError
@@ -371,7 +372,7 @@ def test_a_client_that_left_cancels_the_method() -> None:
 
 
 def test_readiness_follows_the_door() -> None:
-    door = Door()
+    door = InferenceService()
     service = Methods(door)
     for ready in (True, False):
         door.ready = door.alive = ready
@@ -384,7 +385,7 @@ def test_readiness_follows_the_door() -> None:
 
 
 def test_what_is_not_there_is_not_found() -> None:
-    service = Methods(Door())
+    service = Methods(InferenceService())
     for call, message in (
         (service.ModelReady, pb.ModelReadyRequest(name="x")),
         (service.ModelMetadata, pb.ModelMetadataRequest(name="mini", version="3")),
@@ -397,12 +398,12 @@ def test_what_is_not_there_is_not_found() -> None:
 
 
 def test_metadata_equals_the_documents() -> None:
-    service = Methods(Door())
+    service = Methods(InferenceService())
     server = run(service.ServerMetadata(pb.ServerMetadataRequest(), Context()))
     assert (server.name, list(server.extensions)) == ("farsight", ["binary_tensor_data"])
     for name in ("attention", "mini"):
         model = run(service.ModelMetadata(pb.ModelMetadataRequest(name=name), Context()))
-        document = oip.model_metadata(name, "", [INFO])
+        document = metadata.model_metadata(name, "", [INFO])
         assert (model.name, list(model.versions), model.platform) == (name, ["1"], "farsight_torch")
         for side in ("inputs", "outputs"):
             got = [{"name": t.name, "datatype": t.datatype, "shape": list(t.shape)} for t in getattr(model, side)]
@@ -416,5 +417,5 @@ def test_health_registers_check_alone() -> None:
         def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
             added.extend(handlers)
 
-    grpc_health.add_health_to_server(Methods(Door()), Server())
+    grpc_health.add_health_to_server(Methods(InferenceService()), Server())
     assert added[0].service_name() == "grpc.health.v1.Health"

@@ -18,7 +18,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load, save
 
-from service.api.http import create_app, errors_table
+from service.api.http.app import create_app, errors_table
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.engine.engine import Engine

@@ -13,10 +13,10 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from service.api import grpc as methods
-from service.api.http import create_app
+from service.api.grpc import methods
+from service.api.http.app import create_app
 from service.api.proto import open_inference_grpc_pb2 as pb
-from service.billing.bank import LocalBank
+from service.billing.ledger import LocalLedger
 from service.billing.tenants import key_hash
 from service.config import Budget, TenantConfig
 from service.engine.engine import Engine
@@ -38,7 +38,7 @@ def closed(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     config = engine.config.model_copy(
         update={"tenants": TENANTS, "state_dir": tmp_path_factory.mktemp("state"), "model_control": True}
     )
-    metrics, bank = Metrics(CollectorRegistry()), LocalBank(config.ledger)
+    metrics, bank = Metrics(CollectorRegistry()), LocalLedger(config.ledger)
     other = Engine(config, metrics, engine.profile, engine.models, torch.device("cpu"), 2, bank=bank)
     yield other
     other.close()

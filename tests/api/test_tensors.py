@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.api import tensors
+from service.api.open_inference import tensors
 from service.errors import FarsightError, Kind
 
 SAMPLES = {

@@ -17,7 +17,7 @@ import transformers as hf
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from service.api.http import create_app
+from service.api.http.app import create_app
 from service.config import Config, ModelConfig
 from service.engine.engine import Engine
 from service.telemetry.metrics import Metrics

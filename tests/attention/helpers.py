@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.attention.output import AttentionOutput
-from service.core import Plan, PlanKind, Work
+from service.core.plan import Cost, Plan, PlanKind
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def plan_of(kind: PlanKind | str, block_size: int = 16, epsilon: float = 1e-7) -> Plan:
     """With so small an epsilon sparse attention drops nothing that can be told from rounding."""
-    return Plan(PlanKind(kind), Work(0, 0, 0, 0), 0.0, "test", block_size, None, epsilon)
+    return Plan(PlanKind(kind), Cost(0, 0, 0, 0), 0.0, "test", block_size, None, epsilon)
 
 
 def assert_within_budget(

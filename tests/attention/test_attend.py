@@ -7,10 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.attention import attend, chunked, dense, reference, scores, sparse
+from service.attention import (
+    attend,
+    chunked,
+    dense,
+    reference,
+    scores,
+)
 from service.attention.masks import MaskSpec
-from service.attention.workloads import structured
-from service.core import PlanKind
+from service.attention.sparse import attend as sparse
+from service.attention.synthetic import structured
+from service.core.plan import PlanKind
 
 from .helpers import Case, assert_within_budget, cases, plan_of
 

@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from service.attention import attend, reference, sparse
-from service.attention.audit import audit, measure, ratio_limits, student
+from service.attention import attend, reference
 from service.attention.masks import MaskSpec
 from service.attention.output import AttentionOutput
 from service.attention.pairs import visible_pairs
-from service.attention.selection import select
-from service.attention.workloads import structured
-from service.core import PlanKind
+from service.attention.sparse import attend as sparse
+from service.attention.sparse.audit import (
+    audit,
+    measure,
+    ratio_limits,
+    student,
+)
+from service.attention.sparse.selection import select
+from service.attention.synthetic import structured
+from service.core.plan import PlanKind
 
 
 def true_error(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from service.attention import moments
-from service.attention.moments import BITS, moments_of
 from service.attention.output import no_checkpoint
 from service.attention.scores import LOG2_E, Scratch
-from service.attention.workloads import diffuse, structured
+from service.attention.sparse import moments
+from service.attention.sparse.moments import BITS, moments_of
+from service.attention.synthetic import diffuse, structured
 
 
 def of(key, value=None, bias=None, block_size=64):

@@ -5,8 +5,8 @@ import torch
 
 from service.attention import attend
 from service.attention.masks import MaskSpec
-from service.attention.workloads import diffuse, plant_needle
-from service.core import PlanKind
+from service.attention.synthetic import diffuse, plant_needle
+from service.core.plan import PlanKind
 
 from .helpers import plan_of
 

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.attention import attend, selection, sparse
+from service.attention import attend
 from service.attention.masks import MaskSpec
 from service.attention.reference import visible
 from service.attention.scores import LOG2_E
-from service.attention.selection import Selection, select
-from service.attention.workloads import diffuse, plant_needle, structured
-from service.core import PlanKind
+from service.attention.sparse import attend as sparse
+from service.attention.sparse import selection
+from service.attention.sparse.selection import Selection, select
+from service.attention.synthetic import diffuse, plant_needle, structured
+from service.core.plan import PlanKind
 
 L = 2048
 BANDS = MaskSpec(is_causal=True, window=(1500, -1))

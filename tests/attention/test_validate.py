@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from service.attention import attend
 from service.attention.masks import mask_of
 from service.attention.validate import check_attention
-from service.core import AttentionOptions, PlanKind
+from service.core.options import AttentionOptions
+from service.core.plan import PlanKind
 from service.errors import FarsightError, Kind
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from service.billing.bank import LocalBank
+from service.billing.ledger import LocalLedger
 
 
 class Clock:
@@ -16,8 +16,8 @@ class Clock:
         return self.now_s
 
 
-def bank_at(directory: Path, clock: Clock, keep_days: float = 30.0) -> LocalBank:
-    return LocalBank(f"sqlite:///{directory}/ledger.sqlite", keep_days, clock)
+def bank_at(directory: Path, clock: Clock, keep_days: float = 30.0) -> LocalLedger:
+    return LocalLedger(f"sqlite:///{directory}/ledger.sqlite", keep_days, clock)
 
 
 def row(**given: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import orjson
 import pytest
 import sqlalchemy as sa
 
-from service.billing.bank import BankError, LocalBank
-from service.billing.store import fold
+from service.billing.ledger import LedgerError, LocalLedger
+from service.billing.tables import fold
 from service.config import Budget
 from tests.billing.common import Clock, row
 
@@ -60,13 +60,13 @@ def url(server: str) -> str:
 
 def test_budgets_and_ledger(url: str) -> None:
     clock = Clock()
-    bank = LocalBank(url, 2, clock)
+    bank = LocalLedger(url, 2, clock)
     assert bank.lease("a", MINUTE, 50, 50).granted == 50
     assert bank.lease("a", MINUTE, 25, 30).refill_s == pytest.approx(15)
     bank.give_back("a", MINUTE, 20)
     clock.now_s += 5
     bank.close()
-    bank = LocalBank(url, 2, clock)  # another one, as after a death
+    bank = LocalLedger(url, 2, clock)  # another one, as after a death
     assert bank.lease("a", MINUTE, 1, 100).granted == pytest.approx(35)
 
     rows = [
@@ -86,7 +86,7 @@ def test_budgets_and_ledger(url: str) -> None:
     assert orjson.loads(orjson.dumps(after)) == after  # no decimals, which JSON does not have
     assert after["capacity"] == before["capacity"] == {"used_s": 6.0, "idle_s": 4.0, "usd": 1.0}
     assert bank.singles(0, 2e6, 10) == []
-    with pytest.raises(BankError, match="null value"):
+    with pytest.raises(LedgerError, match="null value"):
         bank.record([row(journal="j", number=1001, tenant=None)], [])
     bank.close()
 
@@ -94,7 +94,7 @@ def test_budgets_and_ledger(url: str) -> None:
 def test_banks_that_ask_at_once_never_grant_more_than_there_is(url: str) -> None:
     """Two services on one database, each with threads: rows are locked while they change."""
     clock = Clock()
-    banks = [LocalBank(url, 30, clock) for _ in range(2)]
+    banks = [LocalLedger(url, 30, clock) for _ in range(2)]
 
     def ask(index: int) -> float:
         return sum(banks[index % 2].lease("new", MINUTE, 0.5, 0.7).granted for _ in range(30))

@@ -12,7 +12,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from service.telemetry.files import share_files
+from service.telemetry.metric_files import share_files
 
 
 async def main(directory: Path, port: int, ended: threading.Event) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.cli import ray_environment
+from service.cluster.environment import ray_environment
 from service.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_both_devices_and_only_they_are_built(text: str) -> None:
 
 
 def test_the_environment_is_the_service_s_own(text: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cli.SCRIPTS", Path("/opt/farsight/bin"))
+    monkeypatch.setattr("service.cluster.environment.SCRIPTS", Path("/opt/farsight/bin"))
     image, service = environment(text), ray_environment(config)
     shared = image.keys() & service.keys()
     assert {"RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"} <= shared

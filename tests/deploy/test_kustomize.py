@@ -15,7 +15,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from service.billing.tenants import TENANTS, Tenants
-from service.cli import ray_environment
+from service.cluster.environment import ray_environment
 from service.config import Config
 from tests.deploy import kinds
 from tests.deploy.rendered import OVERLAYS, documents, kustomize, objects, of_kind, only, tool

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from service.app import build
-from service.cli import ray_environment
+from service.cluster.deployment import build
+from service.cluster.environment import ray_environment
 from service.config import Config
 from tests.deploy import kinds
 from tests.deploy.kinds import groups
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"  # on one machine nobody else must learn of it
 GPUS = {"gpu": "nvidia.com/gpu", "mig": "nvidia.com/mig-1g.10gb", "prod": "nvidia.com/gpu"}
 
-# Ray tells it of what service/app.py sets with max_replicas
+# Ray tells it of what service/cluster/deployment.py sets with max_replicas
 pytestmark = pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 
 Json = dict[str, Any]
@@ -112,7 +112,7 @@ def test_head_and_workers_have_one_environment_and_it_is_ray_s(
 ) -> None:
     for name in ("RAY_SERVE_THROUGHPUT_OPTIMIZED", "RAY_SERVE_HAPROXY_BINARY_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("service.cli.SCRIPTS", Path("/opt/farsight/bin"))
+    monkeypatch.setattr("service.cluster.environment.SCRIPTS", Path("/opt/farsight/bin"))
     head, workers = groups(manifest)
     assert container(head)["env"] == container(workers)["env"]
     assert container(head)["envFrom"] == container(workers)["envFrom"]

@@ -14,9 +14,9 @@ import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
-from service.app import GRPC_SERVICERS, build
-from service.cli import DEMO_MODEL
+from service.cluster.deployment import GRPC_SERVICERS, build
 from service.config import Config
+from service.models.demo import DEMO_MODEL
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,7 +60,7 @@ def args(document: dict[str, Any]) -> dict[str, Any]:
 def test_ray_accepts_it_and_knows_every_key(document: dict[str, Any]) -> None:
     parsed = ServeDeploySchema.model_validate(document)
     assert [(app.name, app.route_prefix, app.import_path) for app in parsed.applications] == [
-        ("farsight", "/", "service.app:build")
+        ("farsight", "/", "service.cluster.deployment:build")
     ]
     assert parsed.proxy_location == "EveryNode"
     assert unknown_keys(ServeDeploySchema, document) == []

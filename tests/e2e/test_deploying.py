@@ -41,7 +41,7 @@ class Deployer:
         application = {
             "name": "farsight",
             "route_prefix": "/",
-            "import_path": "service.app:build",
+            "import_path": "service.cluster.deployment:build",
             "args": arguments,
             "deployments": [{"name": "Farsight", **deployment}],
         }

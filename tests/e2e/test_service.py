@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from benchmarks.servers.process import session
 from service.attention import reference
 from service.attention.masks import MaskSpec
-from service.attention.workloads import structured
-from service.bench.servers.process import session
+from service.attention.synthetic import structured
 from service.config import Config
 from tests.e2e.conftest import Service, environment, listens
 

@@ -11,25 +11,25 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
-from service.attention import audit, reference, selection
+from service.attention import reference
 from service.attention.masks import MaskSpec
-from service.attention.workloads import diffuse, structured
+from service.attention.sparse import audit, selection
+from service.attention.synthetic import diffuse, structured
 from service.config import Config
-from service.core import (
-    Answer,
+from service.core.answer import Answer
+from service.core.options import (
     AttentionOptions,
-    AttentionRequest,
     EmbedOptions,
-    ForwardRequest,
-    PlanKind,
     Priority,
     ScoreOptions,
 )
-from service.engine import planner
-from service.engine.batch import BatchRunner, Job, Outcome
-from service.engine.cost import selection_flops
+from service.core.plan import PlanKind
+from service.core.request import AttentionRequest, ForwardRequest
 from service.engine.engine import Engine
+from service.engine.runner import BatchRunner, Job, Outcome
 from service.errors import FarsightError, Kind
+from service.planning import planner
+from service.planning.attention_cost import selection_flops
 
 
 def attention(length: int = 16, seed: int = 0, *, heads: int = 2, **options: object) -> AttentionRequest:
@@ -310,7 +310,7 @@ def test_estimates_price_all_plans_and_run_nothing(engine: Engine, registry: Col
     assert forward.would_admit
     assert "under sparse_min_tokens" in forward.candidates[PlanKind.SPARSE].reason
     answer: Answer = run(engine.submit(embed("what does this cost?")))
-    assert forward.candidates[PlanKind.DENSE].work.flops == answer.usage.flops
+    assert forward.candidates[PlanKind.DENSE].cost.flops == answer.usage.flops
     assert total(registry, "batch_requests_count") - before == 1
 
 

@@ -15,7 +15,9 @@ import transformers as hf
 from prometheus_client import CollectorRegistry
 
 from service.config import Config, ModelConfig
-from service.core import Answer, ForwardRequest, PlanKind
+from service.core.answer import Answer
+from service.core.plan import PlanKind
+from service.core.request import ForwardRequest
 from service.engine.engine import Engine
 from service.engine.output_audit import MAX_WAITING, OutputAudits, output_error
 from service.errors import FarsightError, Kind
@@ -132,7 +134,7 @@ def test_an_audit_gives_way_to_requests(engine: Engine) -> None:
 
 
 def test_only_a_few_answers_wait_for_their_audit(engine: Engine) -> None:
-    from service.engine.batch import Job, Outcome
+    from service.engine.runner import Job, Outcome
 
     (answer,) = submit(engine, request("hidden", model="decoder", token_ids=(ids(3),), mode="sparse", max_error=1.0))
     future: Any = None

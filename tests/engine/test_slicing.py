@@ -12,9 +12,10 @@ import torch
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.config import Config
-from service.core import Answer, PlanKind
-from service.engine.batch import BatchRunner, Job, Outcome
+from service.core.answer import Answer
+from service.core.plan import PlanKind
 from service.engine.engine import Engine
+from service.engine.runner import BatchRunner, Job, Outcome
 from service.errors import FarsightError, Kind
 from tests.engine.test_engine import attention, embed, run
 
@@ -39,7 +40,7 @@ async def beside(engine: Engine, long: Any, *shorts: Any) -> tuple[list[str], li
 @pytest.fixture
 def eager(engine: Engine) -> Iterator[Engine]:
     """One that takes 10 ms for long."""
-    config = engine.config.model_copy(update={"target_slice_s": 0.01})
+    config = engine.config.model_copy(update={"batch_budget_s": 0.01})
     other = Engine(config, engine.metrics, engine.profile, engine.models, torch.device("cpu"), 2)
     yield other
     other.close()

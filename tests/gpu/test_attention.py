@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from service.attention import attend, cuda, reference
-from service.attention.checked import attend_checked
 from service.attention.masks import MaskSpec
-from service.attention.workloads import diffuse, structured
-from service.core import PlanKind
+from service.attention.sparse.bounded_error import attend_with_error_bound
+from service.attention.synthetic import diffuse, structured
+from service.core.plan import PlanKind
 
 from ..attention.helpers import plan_of
 
@@ -59,7 +59,7 @@ def test_at_least_one_fused_kernel_is_sound(dtype):
 @pytest.mark.parametrize("mask", [MaskSpec(is_causal=True), MaskSpec()], ids=["causal", "full"])
 def test_sparse_answers_are_measured(mask):
     tensors = [x.cuda() for x in structured(1, 8, 2, 8192, 64, torch.bfloat16)]
-    checked = attend_checked(*tensors, plan_of("sparse", 128, 0.4), mask, max_error=0.02, forced=True)
+    checked = attend_with_error_bound(*tensors, plan_of("sparse", 128, 0.4), mask, max_error=0.02, forced=True)
     exact = attend(*tensors, PlanKind.DENSE, mask)
     assert checked.kind is PlanKind.SPARSE
     error = float((checked.out.float() - exact.out.float()).norm() / exact.out.float().norm())

@@ -34,7 +34,7 @@ def test_poisson_gaps_are_exponential() -> None:
     at_s = draw("poisson", RATE, DURATION_S, seed=3)
     gaps = [b - a for a, b in pairwise(at_s)]
     assert statistics.fmean(gaps) == pytest.approx(1 / RATE, rel=0.03)
-    assert statistics.stdev(gaps) == pytest.approx(1 / RATE, rel=0.03)  # as large as the mean: nothing is paced
+    assert statistics.stdev(gaps) == pytest.approx(1 / RATE, rel=0.03)  # as large as the mean: nothing is corrected
 
 
 def rate_in(at_s: list[float], begin: float, end: float) -> float:

@@ -10,10 +10,10 @@ import torch
 from loadtests.mix import Endpoint, Planned
 from loadtests.payloads import HEAD_DIM, HEADS, MODEL, TRACE_HEADS, Bodies, build, check_trace
 from service.api import codec, safetensors_io
-from service.api.grpc import parse_message
+from service.api.grpc.methods import parse_message
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.api.schema import EmbeddingsBody
-from service.cli import DEMO_MODEL
+from service.models.demo import DEMO_MODEL
 
 LENGTHS = (64, 100, 130, 512)
 PLANNED = [Planned(0.0, endpoint, length) for endpoint in Endpoint for length in LENGTHS]

@@ -8,21 +8,19 @@ from typing import Any
 import torch
 
 from service.config import ModelConfig
-from service.core import (
+from service.core.options import (
     ClassifyOptions,
     EmbedOptions,
     ExplainOptions,
     ForwardOptions,
-    ForwardRequest,
     HiddenOptions,
-    Plan,
-    PlanKind,
     ScoreOptions,
     Task,
-    Work,
 )
+from service.core.plan import Cost, Plan, PlanKind
+from service.core.request import ForwardRequest
 from service.models.hook import ForwardContext
-from service.models.loading import LoadSettings, load
+from service.models.loading.load import LoadSettings, load
 from service.models.model import Computed, Model
 
 CPU = torch.device("cpu")
@@ -38,7 +36,7 @@ OPTIONS: dict[str, type[ForwardOptions]] = {
 
 
 def plan(kind: PlanKind = PlanKind.DENSE, **fields: Any) -> Plan:
-    return Plan(kind, Work(0, 0, 0, 0), 0.0, "test", **fields)
+    return Plan(kind, Cost(0, 0, 0, 0), 0.0, "test", **fields)
 
 
 def loaded(directory: Path, **fields: Any) -> Model:

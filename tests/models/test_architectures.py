@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers as hf
 
-from service.core import PlanKind, Task
+from service.core.options import Task
+from service.core.plan import PlanKind
 from service.models.hook import ForwardContext
 from tests.models import zoo
 from tests.models.common import asked, loaded, plan, run

@@ -20,8 +20,8 @@ from PIL.ImageFile import ImageFile
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, ViTConfig, ViTImageProcessorPil
 
 from service.errors import FarsightError, Kind
-from service.models import images
-from service.models.images import ImageProcessor, decode, read_processor
+from service.models.inputs import image as images
+from service.models.inputs.image import ImageProcessor, decode, read_processor
 
 DRAW = np.random.default_rng(0)
 NOISE = Image.fromarray(DRAW.integers(0, 256, (40, 56, 3), dtype=np.uint8))

@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from service.core import PlanKind
+from service.core.plan import PlanKind
 from service.errors import FarsightError, Kind
 from service.models.files import directory_of
 from service.models.hook import ForwardContext
-from service.models.loading import load
+from service.models.loading.load import load
 from service.models.model import Model
 from tests.conftest import MINILM
 from tests.models.common import SETTINGS, asked, plan, run

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.models.inputs.rows import EncodedInput
 from service.models.packing import pack, split_by_shape, split_by_tokens
-from service.models.tokens import Row
 
 
 def test_packed_rows() -> None:
-    packed = pack([Row((5, 6, 7)), Row((8,)), Row((9, 10))], torch.device("cpu"))
+    packed = pack([EncodedInput((5, 6, 7)), EncodedInput((8,)), EncodedInput((9, 10))], torch.device("cpu"))
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert packed.type_ids is None
@@ -19,7 +19,9 @@ def test_packed_rows() -> None:
 
 
 def test_types_of_pairs_and_the_first_position() -> None:
-    packed = pack([Row((5, 6)), Row((8, 9, 7), types=(0, 1, 1))], torch.device("cpu"), first_position=2)
+    packed = pack(
+        [EncodedInput((5, 6)), EncodedInput((8, 9, 7), types=(0, 1, 1))], torch.device("cpu"), first_position=2
+    )
     assert packed.position_ids.tolist() == [[2, 3, 2, 3, 4]]
     assert packed.type_ids is not None
     assert packed.type_ids.tolist() == [[0, 0, 0, 1, 1]]

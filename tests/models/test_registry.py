@@ -11,7 +11,7 @@ import transformers as hf
 from service.config import ModelConfig
 from service.errors import FarsightError, Kind
 from service.models.files import directory_of, task_of
-from service.models.loading import load
+from service.models.loading.load import load
 from service.models.registry import Registry
 from tests.models import zoo
 from tests.models.common import SETTINGS, asked, loaded, run

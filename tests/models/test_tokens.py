@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from service.errors import FarsightError
-from service.models.tokens import Inputs, read_tokenizer
+from service.models.inputs.processor import Inputs
+from service.models.inputs.tokenizer import read_tokenizer
 from tests.models import zoo
 from tests.models.common import asked
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.commands.main import app
 from service.config import Config
-from service.core import Priority
+from service.core.options import Priority
 from service.simulate import report, traces
 from service.simulate.cluster import Arrival, simulate
 from service.simulate.traces import Entry

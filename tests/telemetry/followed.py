@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import torch
 
-from service.api.grpc import GrpcMethods
-from service.api.http import App, create_app
+from service.api.grpc.methods import GrpcMethods
+from service.api.http.app import App, create_app
+from service.device import pick_device
 from service.engine.engine import Engine
-from service.engine.executor import pick_device
 
 SMALL = {"query": [[[1.0, 0.0]]], "key": [[[1.0, 0.0], [0.0, 1.0]]], "value": [[[123.5, 2.0], [3.0, 4.0]]]}
 

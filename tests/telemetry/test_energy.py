@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from service.core import Answer
-from service.engine.batch import BatchRunner, Job, Outcome
+from service.core.answer import Answer
 from service.engine.engine import Engine
+from service.engine.runner import BatchRunner, Job, Outcome
 from service.telemetry import energy
 from service.telemetry.energy import Energy, NoMeter, Nvml, Rapl, carbon_g, meter_for, nvml_meter, rapl_zones
 from tests.engine.test_engine import attention, embed, run
@@ -195,7 +195,7 @@ class Watts:
 
 def test_requests_and_idle_time_add_up_to_the_counter(engine: Engine) -> None:
     meter = Watts(engine._clock)
-    with engine_like(engine, meter=meter, target_slice_s=0.01, carbon_g_per_kwh=400.0) as other:
+    with engine_like(engine, meter=meter, batch_budget_s=0.01, carbon_g_per_kwh=400.0) as other:
         assert other.energy is not None
         start_j = meter.last_j
         _, answers = run(beside(other, attention(8192, 1, heads=8, mode="chunked"), attention(16, 3), attention(64, 2)))

@@ -17,7 +17,7 @@ REPLICA = """
 import sys
 from pathlib import Path
 from service.errors import Kind
-from service.telemetry.files import share_files
+from service.telemetry.metric_files import share_files
 from service.telemetry.metrics import Metrics
 share_files(Path(sys.argv[1]))
 metrics = Metrics()

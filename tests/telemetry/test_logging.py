@@ -11,9 +11,9 @@ from typing import Any
 import orjson
 import pytest
 
-from service.api.http import create_app
-from service.engine.batch import BatchRunner
+from service.api.http.app import create_app
 from service.engine.engine import Engine
+from service.engine.runner import BatchRunner
 from service.telemetry.logging import JsonFormatter
 from tests.api import test_grpc as grpc
 from tests.telemetry.followed import SMALL, Grpc, ask, engine_like, leave_while_it_runs, long_body, post
@@ -89,7 +89,7 @@ def test_every_line_about_a_bug_has_the_request_id(
     with logged(engine, caplog) as (other, lines):
         assert post(other, "/v1/attention", x_request_id="mine").status_code == 500
         asyncio.run(Grpc(other).ModelInfer(grpc.attention(), grpc.Context(x_request_id="mine")))
-        monkeypatch.setattr("service.api.attention.parse_attention", broken)
+        monkeypatch.setattr("service.api.http.attention.parse_attention", broken)
         assert post(other, "/v1/attention", x_request_id="mine").status_code == 500
     assert [line["request_id"] for line in lines] == ["mine"] * 6
     assert [line["message"] for line in lines] == ["request mine failed", "failed"] * 3

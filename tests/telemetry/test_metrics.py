@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.core import Answer, ErrorReport, Plan, PlanKind, Timing, Usage, Work
+from service.core.answer import (
+    Answer,
+    ErrorReport,
+    Timing,
+    Usage,
+)
+from service.core.plan import Cost, Plan, PlanKind
 from service.errors import Kind
 from service.telemetry.metrics import Metrics, memory_limit_bytes
 
@@ -20,7 +26,7 @@ def answer(tokens: int = 100, kind: PlanKind = PlanKind.SPARSE, joules: float | 
     return Answer(
         id="r",
         tensors={},
-        plan=Plan(kind, Work(1, 1, 1, 1), 0.01, "test"),
+        plan=Plan(kind, Cost(1, 1, 1, 1), 0.01, "test"),
         error=ErrorReport("measured", relative_l2_upper=0.01) if kind is PlanKind.SPARSE else ErrorReport(),
         usage=Usage(tokens, 10, 40, 100, 400, 0.01, 1, 2e-6, 6e-6, joules=joules),
         timing=Timing(queue_s=0.001, device_s=0.01, total_s=0.02),
@@ -129,8 +135,8 @@ COST = """
 import sys, time
 from pathlib import Path
 from prometheus_client import CollectorRegistry
-from service.core import PlanKind
-from service.telemetry.files import share_files
+from service.core.plan import PlanKind
+from service.telemetry.metric_files import share_files
 share_files(Path(sys.argv[1]))
 from service.telemetry.metrics import Metrics
 from tests.telemetry.test_metrics import answer

@@ -16,13 +16,13 @@ from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from service.api.http import create_app
+from service.api.http.app import create_app
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.config import Config
-from service.engine.batch import BatchRunner
 from service.engine.engine import Engine
+from service.engine.runner import BatchRunner
 from service.telemetry import tracing
-from service.telemetry.trail import Trail, Trails
+from service.telemetry.request_record import RequestRecord, RequestRecorder
 from tests.api import test_grpc as grpc
 from tests.telemetry.followed import SMALL, Grpc, ask, engine_like, leave_while_it_runs, long_body, post
 
@@ -181,7 +181,7 @@ def test_pauses_are_seen_inside_the_execution(engine: Engine, collector: Collect
         await ask(app, "/v1/attention", traceparent=UNSAMPLED)
         return (await long).json()
 
-    with traced(engine, collector, target_slice_s=0.01) as other:
+    with traced(engine, collector, batch_budget_s=0.01) as other:
         timing = asyncio.run(beside(other))["timing"]
     execute = collector.inside(collector.root)[4]
     pauses = collector.inside(execute)
@@ -270,9 +270,9 @@ def test_probes_are_not_followed(engine: Engine, collector: Collector) -> None:
 # -- the collector's troubles ---------------------------------------------------------------------------------------
 
 
-def trail(number: int) -> Trail:
+def trail(number: int) -> RequestRecord:
     """Of a request that was refused at once."""
-    return Trail(f"r{number}", "http", "attention", "POST /v1/attention", float(number))
+    return RequestRecord(f"r{number}", "http", "attention", "POST /v1/attention", float(number))
 
 
 def test_a_collector_that_hangs_costs_spans_and_nothing_else(
@@ -320,7 +320,7 @@ def test_without_the_exporter_the_start_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     config = Config(otlp_endpoint="http://127.0.0.1:4318/v1/traces")
     with pytest.raises(RuntimeError, match=r"exporter-otlp-proto-http \(extra `tracing`\)"):
-        Trails.of(config, lambda: 0.0, 0.1)
+        RequestRecorder.of(config, lambda: 0.0, 0.1)
 
 
 def test_rays_own_provider_stays_the_global_one(engine: Engine, collector: Collector) -> None:
@@ -332,11 +332,11 @@ def test_rays_own_provider_stays_the_global_one(engine: Engine, collector: Colle
 def test_nothing_is_imported_or_kept_while_it_is_off(engine: Engine) -> None:
     assert engine.trails is None
     code = (
-        "import sys, service.engine.engine, service.api.http, service.api.grpc\n"
-        "from service.telemetry.trail import Trails\n"
+        "import sys, service.engine.engine, service.api.http.endpoint, service.api.grpc.methods\n"
+        "from service.telemetry.request_record import RequestRecorder\n"
         "from service.config import Config\n"
-        "assert Trails.of(Config(), lambda: 0.0, 0.1) is None\n"
-        "Trails.of(Config(request_log=True), lambda: 0.0, 0.1)\n"
+        "assert RequestRecorder.of(Config(), lambda: 0.0, 0.1) is None\n"
+        "RequestRecorder.of(Config(request_log=True), lambda: 0.0, 0.1)\n"
         "kept_out = 'opentelemetry.exporter.otlp', 'service.telemetry.tracing'\n"
         "print([name for name in sys.modules if name.startswith(kept_out)])"
     )

@@ -16,9 +16,10 @@ import torch
 from service.attention.masks import MaskSpec
 from service.attention.rows import SCRATCH_BYTES
 from service.attention.weights import attention_weights
-from service.core import ExplainOptions
-from service.models.hook import Call
-from service.models.tokens import Row, TextTokenizer
+from service.core.options import ExplainOptions
+from service.models.hook import AttentionCall
+from service.models.inputs.rows import EncodedInput
+from service.models.inputs.tokenizer import TextTokenizer
 
 HeadType = Literal["previous token", "sink", "separator", "local", "broad"]
 MOST = 0.5  # of a head's weight, for a type's name
@@ -36,27 +37,27 @@ class Token:
 
 
 @dataclass(slots=True)
-class Look:
+class AttentionProbe:
     """Observes one pass: the weights of row `row` of every layer, [Hq, L] each, and for a rollout the layers' calls."""
 
     row: int
     keeps_all: bool = False
     weights: list[torch.Tensor] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[AttentionCall] = field(default_factory=list)
 
-    def see(self, call: Call) -> None:
+    def see(self, call: AttentionCall) -> None:
         found = attention_weights(call.query, call.key, _one(call), (self.row,), scale=call.scale, softcap=call.softcap)
         self.weights.append(found[0, :, 0].cpu())
         if self.keeps_all:
             self.calls.append(call)
 
 
-def _one(call: Call) -> MaskSpec:
+def _one(call: AttentionCall) -> MaskSpec:
     """The mask of a pass over one sequence, without the packing of one."""
     return replace(call.mask, cu_seqlens_q=None, cu_seqlens_k=None)
 
 
-def tokens_of(row: Row, text: str | None, tokenizer: TextTokenizer) -> list[Token]:
+def tokens_of(row: EncodedInput, text: str | None, tokenizer: TextTokenizer) -> list[Token]:
     """Every token of a row, readable."""
     if row.pieces is None or text is None:
         return [Token(at, tokenizer.name(one), (0, 0), False) for at, one in enumerate(row.ids)]
@@ -71,7 +72,9 @@ def tokens_of(row: Row, text: str | None, tokenizer: TextTokenizer) -> list[Toke
     ]
 
 
-def document(look: Look, tokens: Sequence[Token], options: ExplainOptions, pause: Callable[[], None]) -> dict[str, Any]:
+def document(
+    look: AttentionProbe, tokens: Sequence[Token], options: ExplainOptions, pause: Callable[[], None]
+) -> dict[str, Any]:
     """The explanation as JSON. Entropies in bits; weights of one head sum to 1."""
     count = len(look.weights)
     chosen = range(count) if options.layers is None else dict.fromkeys(layer % count for layer in options.layers)
@@ -92,7 +95,9 @@ def document(look: Look, tokens: Sequence[Token], options: ExplainOptions, pause
     return told
 
 
-def _layer(layer: int, look: Look, tokens: Sequence[Token], separators: torch.Tensor, top_k: int) -> dict[str, Any]:
+def _layer(
+    layer: int, look: AttentionProbe, tokens: Sequence[Token], separators: torch.Tensor, top_k: int
+) -> dict[str, Any]:
     weights = look.weights[layer]
     entropies = -(weights * weights.clamp(min=1e-30).log2()).sum(1)
     return {
@@ -124,7 +129,7 @@ def head_type(weights: torch.Tensor, row: int, separators: torch.Tensor) -> Head
     return "broad"
 
 
-def rollout(look: Look, length: int, pause: Callable[[], None]) -> torch.Tensor:
+def rollout(look: AttentionProbe, length: int, pause: Callable[[], None]) -> torch.Tensor:
     """[L] float32: the row's attention followed down through all layers."""
     flow = torch.zeros(length)
     flow[look.row] = 1.0
@@ -133,7 +138,7 @@ def rollout(look: Look, length: int, pause: Callable[[], None]) -> torch.Tensor:
     return flow
 
 
-def _followed(call: Call, flow: torch.Tensor, pause: Callable[[], None]) -> torch.Tensor:
+def _followed(call: AttentionCall, flow: torch.Tensor, pause: Callable[[], None]) -> torch.Tensor:
     """flow [L] times the weights [L, L] averaged over heads, rows without flow left out."""
     rows = flow.nonzero()[:, 0].tolist()
     heads, length = call.query.shape[1], call.key.shape[2]

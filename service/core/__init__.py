@@ -1,0 +1,1 @@
+"""The values that travel. Each stage adds a new frozen one: AttentionRequest -> Plan -> Answer."""
