@@ -1,4 +1,4 @@
-# The image of `docker run` (its command is that of `make serve`) and of the cluster, where KubeRay replaces the command.
+# The image for `docker run` (same command as `make serve`) and for the cluster, where KubeRay replaces the command.
 #   docker build --build-arg DEVICE=cpu --tag farsight:cpu .
 #   docker run --init --shm-size 256m --publish 8000:8000 --publish 9000:9000 --publish 9464:9464 farsight:cpu
 
@@ -7,15 +7,15 @@ FROM python:3.11-slim-bookworm AS base
 
 FROM base AS build
 ARG DEVICE=cpu
-# of the build for the CPU: PyTorch's own or a mirror of it
+# for the CPU build: PyTorch's own index or a mirror of it
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/farsight
 WORKDIR /src
 COPY constraints.txt ./
-# torch first and alone: it is most of the image, and stays cached while the source changes. The CPU build has no CUDA
-# libraries; pip then finds torch installed and takes everything else from PyPI.
+# torch first and alone: it is the largest part of the image, and stays cached while the source changes. The CPU build has
+# no CUDA libraries. pip then finds torch installed and gets everything else from PyPI.
 RUN case "${DEVICE}" in \
         cpu) /opt/farsight/bin/pip install --constraint constraints.txt --no-deps \
                 --index-url "${TORCH_INDEX_URL}" torch ;; \
@@ -33,7 +33,7 @@ LABEL org.opencontainers.image.title="farsight" \
       org.opencontainers.image.description="Long-context attention and small transformers as a service" \
       org.opencontainers.image.licenses="Apache-2.0" \
       farsight.device="${DEVICE}"
-# KubeRay's probes execute bash and wget. Versions come with the base image's Debian release.
+# KubeRay's probes need bash and wget. Their versions are those of the base image's Debian release.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends bash wget \
@@ -41,8 +41,8 @@ RUN apt-get update \
     && groupadd --gid 1000 farsight \
     && useradd --uid 1000 --gid 1000 --create-home --shell /bin/bash farsight
 COPY --from=build /opt/farsight /opt/farsight
-# What Ray reads at import (service/cluster/environment.py sets the same where it starts Ray itself; a test compares the two),
-# then the service's own settings: inside a container it listens on all interfaces.
+# Variables that Ray reads at import (service/cluster/environment.py sets the same ones when it starts Ray itself; a test
+# compares both), then the service's own settings: in a container it listens on all interfaces.
 ENV PATH=/opt/farsight/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     RAY_AUTH_MODE=disabled \
@@ -65,7 +65,7 @@ ENV PATH=/opt/farsight/bin:$PATH \
     FARSIGHT_HOST=0.0.0.0 \
     FARSIGHT_METRICS_HOST=0.0.0.0
 WORKDIR /home/farsight
-# a number, so that Kubernetes can see that it is not root
+# numeric, so that Kubernetes can verify that it is not root
 USER 1000:1000
 EXPOSE 8000 9000 9464
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \

@@ -1,4 +1,4 @@
-# `make serve` and `make test` are all a newcomer needs; both make the venv on first use.
+# `make serve` and `make test` are enough to start with; both create the venv on first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,11 +22,11 @@ check: $(STAMP)
 loadtest: $(STAMP)
 	$(BIN)/python -m loadtests --scenario smoke
 
-# half an hour, memory watched
+# half an hour; also checks the growth of memory
 soak: $(STAMP)
 	$(BIN)/python -m loadtests --scenario soak
 
-# what must not lose requests: a killed replica, new replicas for old ones, a node killed or gone (these as root)
+# events that must not lose requests: a killed replica, replaced replicas, a killed node, a lost node (nodes need root)
 chaos: $(STAMP)
 	$(BIN)/python -m loadtests --scenario chaos
 	$(BIN)/python -m loadtests --scenario rolling-update
@@ -44,7 +44,7 @@ checkov: $(STAMP)
 	scripts/kubectl.sh
 	$(BIN)/python -m scripts.checkov
 
-# the built image, run on a read-only root; as root, with Debian's buildah and debootstrap
+# builds the image and runs it on a read-only root; needs root and Debian's buildah and debootstrap
 image-test: $(STAMP)
 	scripts/image_test.sh $(BUILD_FLAGS)
 
@@ -55,7 +55,7 @@ clean:
 	rm -rf $(VENV) .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "installing into $(VENV), for some minutes ..."
+	@echo "installing into $(VENV), this takes some minutes ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

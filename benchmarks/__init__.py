@@ -1,1 +1,1 @@
-"""Measures a running service, or attention itself, next to a yardstick in the same run."""
+"""Measure a running service, or attention itself, compared with a baseline in the same run."""

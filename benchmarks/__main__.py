@@ -1,4 +1,4 @@
-"""`python -m benchmarks` measures a running service, or attention itself, next to a yardstick in the same run."""
+"""`python -m benchmarks` measures a running service, or attention itself, compared with a baseline in the same run."""
 
 from benchmarks.command import app
 

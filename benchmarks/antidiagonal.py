@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import pad
 
 from service.attention.masks import MaskSpec
-from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, cap, default_scale, exponentiate, fitting, normalise
+from service.attention.output import DEFAULT_SCORING, Scoring
+from service.attention.scores import LOG2_E, cap, exponentiate, fitting, normalise
 from service.attention.sparse.layout import Layout, layout_of
 from service.attention.sparse.selection import Selection, read_pairs
 
@@ -29,15 +29,13 @@ def select(
     mask: MaskSpec,
     block_size: int,
     threshold: float,
-    scale: float | None = None,
-    softcap: float | None = None,
-    checkpoint: Checkpoint | None = None,
     *,
+    scoring: Scoring = DEFAULT_SCORING,
     stride: int = STRIDE,
 ) -> Selection:
     """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> the blocks to read; a threshold of 1 keeps all that is visible.
 
-    `mask` as it is in a piece of `pieces.split`. ValueError: an attn_mask, or blocks that strides do not divide.
+    `mask` as it is in a segment of `segments.split`. ValueError: an attn_mask, or blocks that strides do not divide.
     """
     if mask.attn_mask is not None:
         raise ValueError("attn_mask: antidiagonals skip most scores and cannot hold a mask of single ones")
@@ -46,19 +44,19 @@ def select(
     batch, heads, query_length, head_dim = query.shape
     group, key_length = heads // key.shape[1], key.shape[2]
     layout = layout_of(mask, query_length, key_length, block_size, query.device)
-    strides = _Strides(layout, stride, softcap)
-    bits = default_scale(scale, head_dim) * LOG2_E
+    strides = _Strides(layout, stride, scoring.softcap)
+    bits = scoring.scale_for(head_dim) * LOG2_E
     always = _always(layout, mask.is_causal)
     keep = torch.zeros(batch, heads, *always.shape, dtype=torch.bool, device=query.device)
     for b in range(batch):
         for h in range(heads):
             if h % group == 0:
                 keys = strides.of_keys(key[b, h // group].float())
-            weights = strides.block_weights(query[b, h].float() * bits, keys, checkpoint or no_checkpoint)
+            weights = strides.block_weights(query[b, h].float() * bits, keys)
             keep[b, h] = heaviest(weights, always, layout.table(layout.seen), threshold)
     pairs = sum(read_pairs(layout, keep[b, h]) for b in range(batch) for h in range(heads))
     visible = batch * heads * mask.visible_pairs(query_length, key_length)
-    return Selection(layout, keep, moments=(), beside=(), by_row=False, pairs=pairs, visible=visible)
+    return Selection(layout, keep, moments=(), summarized=(), by_row=False, pairs=pairs, visible=visible)
 
 
 def heaviest(weights: torch.Tensor, always: torch.Tensor, seen: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -90,13 +88,12 @@ class _Strides:
         count = -(-len(key) // self.stride) * self.stride
         return key[torch.arange(count, device=key.device).clamp(max=len(key) - 1)].view(count // self.stride, -1)
 
-    def block_weights(self, q: torch.Tensor, keys: torch.Tensor, pause: Checkpoint) -> torch.Tensor:
+    def block_weights(self, q: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """q [Lq, D] in bits, keys [nS, S * D] -> [nQ, nK]: the softmax weight of each block's keys, rows added."""
         layout, count = self.layout, self._per_block
         parts = []
         step = fitting(TILE_BYTES, count * len(keys), q.device)
         for start in range(0, layout.q_blocks, step):
-            pause()
             stop = min(start + step, layout.q_blocks)
             at = torch.arange(start * count * self.stride, stop * count * self.stride, device=q.device)
             weights = self._weights(q, keys, at.view(-1, self.stride))

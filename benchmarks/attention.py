@@ -26,14 +26,14 @@ from benchmarks.contenders import (
     inputs_of,
     names,
 )
-from service.attention.rows import attend_rows
+from service.attention.rows import RowSet, attend_rows
 from service.core.plan import PlanKind
 from service.device import timed
 
-EXACT_LIMIT = 32768  # tokens: up to here every row is compared with an exact one
-EXACT_ROWS = 512  # a head's, above
-ROW_SEED = 1_000_003  # added to the seed: not the rows that the audit drew, which sparse answers were judged by
-SAMPLE_S = 0.001  # between two looks at the memory
+EXACT_LIMIT = 32768  # tokens; up to this length every row is compared with an exact one
+EXACT_ROWS = 512  # per head, above that length
+ROW_SEED = 1_000_003  # added to the seed: these rows must differ from those that the audit of a sparse answer drew
+SAMPLE_S = 0.001  # between two readings of the memory
 BASELINE = "sdpa"
 
 Step = Callable[[str], None]
@@ -41,31 +41,31 @@ Step = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender at one length. `kind` is what answered: of sparse not always sparse."""
+    """One contender at one length. `kind` is the plan that answered: for `sparse` it may be another."""
 
     name: str
     kind: str
-    absent: str = ""  # why it did not run; nothing else is known then
-    fallback: bool = False  # over max_error: the seconds are those of the sparse attempt and the exact answer
+    absent: str = ""  # why it did not run; all other fields are then empty
+    fallback: bool = False  # over max_error: seconds include the sparse attempt and the exact answer
     reason: str = ""
     median_s: float | None = None
     min_s: float | None = None
     max_s: float | None = None
-    speedup: float | None = None  # SDPA's median over this one
+    speedup: float | None = None  # SDPA's median divided by this median
     error: float | None = None  # true relative Frobenius error
-    needle_error: float | None = None  # worst relative error of a row that looks for a planted needle
+    needle_error: float | None = None  # largest relative error of a row that looks for a planted needle
     density: float | None = None
     epsilon: float | None = None
     threshold: float | None = None  # antidiagonal only
-    told_relative_l2: float | None = None
-    told_relative_l2_upper: float | None = None
-    rejected_relative_l2_upper: float | None = None  # of the sparse answer that a fallback replaced
-    peak_bytes: int | None = None  # above what was held before, the output included
+    reported_relative_l2: float | None = None
+    reported_relative_l2_upper: float | None = None
+    rejected_relative_l2_upper: float | None = None  # of the sparse answer that the fallback replaced
+    peak_bytes: int | None = None  # above the memory held before; includes the output
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """All contenders at one length; `exact_rows` a head are what errors are over."""
+    """All contenders at one length; errors are measured over `exact_rows` rows per head."""
 
     length: int
     exact_rows: int
@@ -77,7 +77,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Sparse seconds grow like length^exponent between two lengths; 2 for exact attention."""
+    """Seconds of sparse grow with length^exponent between two lengths; the exponent is 2 for exact attention."""
 
     start: int
     stop: int
@@ -86,17 +86,17 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Raced:
-    """What one contender did: `ran` and `peak_bytes` are of the untimed run."""
+    """The runs of one contender; `ran` and `peak_bytes` are those of the untimed run."""
 
     ran: Ran
     peak_bytes: int
     seconds: tuple[float, ...]
-    kinds: frozenset[str]  # what answered in any of the runs
+    kinds: frozenset[str]  # plans that answered in any of the runs
 
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Exact rows [H, R] and their outputs [H, R, Dv] float32; needle rows apart."""
+    """Exact rows [H, R] and their outputs [H, R, Dv] float32; needle rows separately."""
 
     rows: torch.Tensor
     out: torch.Tensor
@@ -109,7 +109,7 @@ class Truth:
         return _norm(difference) / _norm(self.out)
 
     def needle_error(self, out: torch.Tensor) -> float | None:
-        """Of the worst of the rows that look for a needle."""
+        """Largest relative error of the rows that look for a needle; None without needles."""
         if self.needle_rows.shape[1] == 0:
             return None
         difference = _pick(out, self.needle_rows) - self.needle_out
@@ -117,50 +117,50 @@ class Truth:
 
 
 def run(settings: Settings, step: Step) -> Iterator[Length]:
-    """One length after the other; `step` is called before each run with what runs next."""
+    """Measure one length after the other; `step` is called before each run with its description."""
     for length in settings.lengths:
         yield measure(settings, length, step)
 
 
 def steps(settings: Settings) -> int:
-    """How often `step` is called, if everybody runs at every length."""
+    """Number of calls of `step`, if every contender runs at every length."""
     return len(settings.lengths) * len(names(settings)) * (settings.rounds + 1)
 
 
 def measure(settings: Settings, length: int, step: Step) -> Length:
     inputs = inputs_of(settings, length)
-    everybody = contenders(settings, inputs)
-    runs = {name: one for name, one in everybody.items() if not isinstance(one, Absent)}
+    candidates = contenders(settings, inputs)
+    runs = {name: run for name, run in candidates.items() if not isinstance(run, Absent)}
     truth = truth_of(inputs, settings.seed)
     raced = race(runs, settings.rounds, inputs.query.device, lambda name: step(f"{length} tokens: {name}"))
     baseline_s = median(raced[BASELINE].seconds)
     rows = (
-        Row(name, "absent", one.reason) if isinstance(one, Absent) else row_of(name, raced[name], truth, baseline_s)
-        for name, one in everybody.items()
+        Row(name, "absent", run.reason) if isinstance(run, Absent) else row_of(name, raced[name], truth, baseline_s)
+        for name, run in candidates.items()
     )
     return Length(length, truth.rows.shape[1], tuple(rows))
 
 
 def race(runs: Mapping[str, Run], rounds: int, device: torch.device, step: Step) -> dict[str, Raced]:
-    """An untimed run each, in which memory is watched, then rounds in which everybody runs once, in turn."""
+    """One untimed run each, in which memory is measured, then rounds in which every contender runs once, in turn."""
     first: dict[str, tuple[Ran, int]] = {}
-    for name, one in runs.items():
+    for name, run in runs.items():
         step(name)
-        first[name] = with_peak(one, device)
+        first[name] = with_peak(run, device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     kinds = {name: {ran.kind} for name, (ran, _) in first.items()}
     for _ in range(rounds):
-        for name, one in runs.items():
+        for name, run in runs.items():
             step(name)
-            ran, took_s = timed(one, device)
+            ran, took_s = timed(run, device)
             seconds[name].append(took_s)
             kinds[name].add(ran.kind)
-            del ran  # the next one must not find less memory
+            del ran  # so that the next one has the same memory
     return {name: Raced(*first[name], tuple(seconds[name]), frozenset(kinds[name])) for name in runs}
 
 
 def row_of(name: str, found: Raced, truth: Truth, baseline_s: float) -> Row:
-    ran, told = found.ran, found.ran.told
+    ran, reported = found.ran, found.ran.told
     middle = median(found.seconds)
     row = Row(
         name=name,
@@ -177,20 +177,22 @@ def row_of(name: str, found: Raced, truth: Truth, baseline_s: float) -> Row:
         threshold=ran.threshold,
         peak_bytes=found.peak_bytes,
     )
-    if told is None:
+    if reported is None:
         return row
     return replace(
         row,
         fallback=row.kind != PlanKind.SPARSE,
-        told_relative_l2=told.relative_l2,
-        told_relative_l2_upper=told.relative_l2_upper,
-        rejected_relative_l2_upper=told.rejected_relative_l2_upper,
+        reported_relative_l2=reported.relative_l2,
+        reported_relative_l2_upper=reported.relative_l2_upper,
+        rejected_relative_l2_upper=reported.rejected_relative_l2_upper,
     )
 
 
 def growth(lengths: Sequence[Length]) -> list[Growth]:
-    """Between neighbours of which sparse answered both; a fallback's seconds say nothing about sparse."""
-    points = [(one.length, row.median_s, row.kind) for one in lengths if (row := one.row("sparse")) is not None]
+    """Growth between neighbouring lengths at which sparse answered; the seconds of a fallback are not sparse's."""
+    points = [
+        (length.length, row.median_s, row.kind) for length in lengths if (row := length.row("sparse")) is not None
+    ]
     return [
         Growth(n, m, log(second_s / first_s) / log(m / n))
         for (n, first_s, first), (m, second_s, second) in pairwise(points)
@@ -199,18 +201,18 @@ def growth(lengths: Sequence[Length]) -> list[Growth]:
 
 
 def figures(settings: Settings, lengths: Sequence[Length]) -> dict[str, Any]:
-    """What is written as JSON."""
+    """The figures that are written as JSON."""
     on_gpu = settings.device == "cuda"
     return {
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads",
-        "lengths": [asdict(one) for one in lengths],
-        "growth": [asdict(one) for one in growth(lengths)],
+        "lengths": [asdict(length) for length in lengths],
+        "growth": [asdict(between) for between in growth(lengths)],
     }
 
 
 def truth_of(inputs: Inputs, seed: int) -> Truth:
-    """From SDPA in float32 for all rows of a short input, from our exact rows for some of a long one's."""
+    """Exact outputs: of SDPA in float32 for all rows of a short input, of `attend_rows` for some rows of a long one."""
     heads, length = inputs.query.shape[1:3]
     if length <= EXACT_LIMIT:
         rows = torch.arange(length).expand(heads, -1).to(inputs.query.device)
@@ -221,21 +223,21 @@ def truth_of(inputs: Inputs, seed: int) -> Truth:
         draw = torch.Generator().manual_seed(seed + ROW_SEED)
         drawn = [torch.randperm(length, generator=draw)[:EXACT_ROWS] for _ in range(heads)]
         rows = torch.stack(drawn).to(inputs.query.device)
-        out = attend_rows(*inputs.tensors, inputs.mask, 0, rows)[0]
+        out = attend_rows(*inputs.tensors, inputs.mask, RowSet(0, rows))[0]
     sought = sorted({row for needle in inputs.needles for row in needle.rows})
     needle_rows = torch.tensor(sought, dtype=torch.int64, device=inputs.query.device).expand(heads, -1)
-    needle_out = attend_rows(*inputs.tensors, inputs.mask, 0, needle_rows)[0] if sought else out[:, :0]
+    needle_out = attend_rows(*inputs.tensors, inputs.mask, RowSet(0, needle_rows))[0] if sought else out[:, :0]
     return Truth(rows, out, needle_rows, needle_out)
 
 
-def with_peak(one: Run, device: torch.device) -> tuple[Ran, int]:
-    """What it returned, and the most bytes that it held at once beyond those held before."""
+def with_peak(run: Run, device: torch.device) -> tuple[Ran, int]:
+    """The result of a run, and its peak memory in bytes above the memory held before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        ran = one()
+        ran = run()
         torch.cuda.synchronize(device)
         return ran, torch.cuda.max_memory_allocated(device) - before
     _trim()
@@ -251,7 +253,7 @@ def with_peak(one: Run, device: torch.device) -> tuple[Ran, int]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        ran = one()
+        ran = run()
         last = process.memory_info().rss
     finally:
         done.set()
@@ -260,7 +262,7 @@ def with_peak(one: Run, device: torch.device) -> tuple[Ran, int]:
 
 
 def _trim() -> None:
-    """Freed memory goes back first: a contender that found it ready would seem to need none. glibc only."""
+    """Return freed memory to the system, otherwise a contender that reuses it would seem to need none. glibc only."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

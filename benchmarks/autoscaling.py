@@ -1,6 +1,6 @@
-"""Two replicas when the work asks for two, one when it is gone, and no request that fails for either.
+"""Two replicas under load, one after it, and no failed request during either change.
 
-One client asks from the first to the last second; in between others beside it bring more work than one replica can do.
+One client sends requests all the time; for a while other clients add more work than one replica can do.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from benchmarks.servers.lineup import REPLICA_PORTS
 from benchmarks.servers.process import is_taken, ours, replicas
 
 SAMPLE_S = 0.5
-TIMEOUT_S = 120.0  # for a replica to come, or to go
-BESIDE = 12  # clients
-PAUSE_S = 0.5  # between the requests of the one that always asks
+TIMEOUT_S = 120.0  # for a replica to be added or removed
+EXTRA_CLIENTS = 12
+PAUSE_S = 0.5  # between the requests of the permanent client
 QUEUE_METRIC = b"farsight_queue_predicted_seconds "
 
 
@@ -31,7 +31,7 @@ QUEUE_METRIC = b"farsight_queue_predicted_seconds "
 class Settings:
     """The command line."""
 
-    both_s: float = 20.0  # load beside, once there are two
+    both_s: float = 20.0  # seconds of load on two replicas
     upscale_delay_s: float = 2.0
     downscale_delay_s: float = 5.0
     first_port: int = 22500
@@ -39,31 +39,31 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What there was at `at_s`, seconds after the load began."""
+    """The state at `at_s`, seconds after the load began."""
 
     at_s: float
-    replicas: int  # processes: one that loads its models is there, but does not answer yet
+    replicas: int  # processes, including one that still loads its models
     answering: int
-    queue_s: float  # predicted device seconds that wait, of all
-    worked_s: list[float]  # processor seconds so far of each replica, the oldest first
+    queue_s: float  # predicted device seconds that wait in all replicas
+    worked_s: list[float]  # processor seconds so far by replica, oldest first
     answered: int
 
 
 @dataclass(slots=True)
 class Figures:
-    """Seconds after the load began, or ended; and every answer's status."""
+    """Seconds after the load began (`came_s`) or ended (`went_s`), rates, and the number of answers by status."""
 
     came_s: float = 0.0
     went_s: float = 0.0
     alone_per_s: float = 0.0
     both_per_s: float = 0.0
-    worked_s: float = 0.0  # processor seconds of the second replica while the load lasted
+    worked_s: float = 0.0  # processor seconds of the second replica under load
     statuses: dict[str, int] = field(default_factory=dict)
     timeline: list[Moment] = field(default_factory=list)
 
 
 def run(settings: Settings, model: Path, step: Callable[[str], None]) -> Figures:
-    """Raises RuntimeError where a replica does not come, or does not go."""
+    """Start a service and measure it. Raises RuntimeError if a replica is not added or not removed."""
     environment = {
         "FARSIGHT_REPLICAS": "1",
         "FARSIGHT_MAX_REPLICAS": "2",
@@ -77,7 +77,7 @@ def run(settings: Settings, model: Path, step: Callable[[str], None]) -> Figures
 
 
 class _Run:
-    """The load, and what is seen of it."""
+    """Generates the load and observes its effect."""
 
     def __init__(
         self, settings: Settings, port: int, leader: int, pool: list[bytes], step: Callable[[str], None]
@@ -88,9 +88,9 @@ class _Run:
 
     async def measure(self) -> Figures:
         found = self._found
-        always, beside = asyncio.Event(), asyncio.Event()
-        clients = [asyncio.create_task(self._client(always, PAUSE_S))]
-        clients += [asyncio.create_task(self._client(beside, 0.0)) for _ in range(BESIDE)]
+        stop, stop_extra = asyncio.Event(), asyncio.Event()
+        clients = [asyncio.create_task(self._client(stop, PAUSE_S))]
+        clients += [asyncio.create_task(self._client(stop_extra, 0.0)) for _ in range(EXTRA_CLIENTS)]
         self._step("load for two")
         last = await self._until(lambda now: now.answering == 2)
         found.came_s = last.at_s
@@ -100,56 +100,56 @@ class _Run:
             pass
         found.both_per_s = (now.answered - last.answered) / (now.at_s - last.at_s)
         found.worked_s = now.worked_s[-1] - last.worked_s[-1]
-        beside.set()
+        stop_extra.set()
         self._step("load for one")
         found.went_s = (await self._until(lambda now: now.replicas == 1)).at_s - now.at_s
-        for _ in range(4):  # what is left goes on answering
+        for _ in range(4):  # the remaining replica keeps answering
             await self._look()
-        always.set()
+        stop.set()
         await asyncio.gather(*clients)
         return found
 
     async def _client(self, stop: asyncio.Event, pause_s: float) -> None:
-        """Asks one after another, on one connection, as long as it may."""
+        """Send requests one after another on one connection until `stop` is set."""
         connection = await Connection.open(HOST, self._port)
         number = 0
         while not stop.is_set():
-            if not connection.is_open:  # HAProxy says so where it is given other replicas
+            if not connection.is_open:  # HAProxy closes it when its replicas change
                 connection = await Connection.open(HOST, self._port)
             try:
                 status, _ = await connection.send(self._pool[number % len(self._pool)])
-                told = str(status)
+                outcome = str(status)
             except ConnectionError as error:
-                told = repr(error)
-            self._found.statuses[told] = self._found.statuses.get(told, 0) + 1
+                outcome = repr(error)
+            self._found.statuses[outcome] = self._found.statuses.get(outcome, 0) + 1
             number += 1
             await asyncio.sleep(pause_s)
         connection.close()
 
-    async def _until(self, is_so: Callable[[Moment], bool]) -> Moment:
+    async def _until(self, condition: Callable[[Moment], bool]) -> Moment:
         deadline_s = time.perf_counter() + TIMEOUT_S
-        while not is_so(now := await self._look()):
+        while not condition(now := await self._look()):
             if time.perf_counter() > deadline_s:
-                raise RuntimeError(f"for {TIMEOUT_S:g} s there have been {now.replicas} replicas")
+                raise RuntimeError(f"still {now.replicas} replicas after {TIMEOUT_S:g} s")
         return now
 
     async def _look(self) -> Moment:
-        """The next line of the timeline."""
+        """Append the current state to the timeline."""
         await asyncio.sleep(SAMPLE_S)
         worked_s = []
-        for one in sorted(replicas(self._leader), key=psutil.Process.create_time):
+        for process in sorted(replicas(self._leader), key=psutil.Process.create_time):
             with suppress(psutil.NoSuchProcess):
-                times = one.cpu_times()
+                times = process.cpu_times()
                 worked_s.append(times.user + times.system)
         at_s, answered = time.perf_counter() - self._start_s, self._found.statuses.get("200", 0)
-        first = self._port + REPLICA_PORTS + 1  # after the one of Serve's own proxy, which stands in
+        first = self._port + REPLICA_PORTS + 1  # the port before belongs to Serve's own fallback proxy
         answering = sum(is_taken(port) for port in range(first, first + 4))
         now = Moment(at_s, len(worked_s), answering, await self._queue_s(), worked_s, answered)
         self._found.timeline.append(now)
         return now
 
     async def _queue_s(self) -> float:
-        """As the node's metrics tell it."""
+        """Predicted device seconds in the queue, from the metrics of the node."""
         request = f"GET /metrics HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\n\r\n".encode()
         text = (await exchanged(HOST, self._port + 2, [request], 1)).bodies[0]
         lines = [line for line in text.splitlines() if line.startswith(QUEUE_METRIC)]

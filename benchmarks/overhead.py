@@ -1,4 +1,4 @@
-"""What the service adds to a request that computes almost nothing, beside a plain uvicorn app."""
+"""Overhead of the service for a request that computes almost nothing, compared with a plain uvicorn app."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.client import drive, post
 
 TINY = {"query": [[[1, 0]]], "key": [[[1, 0], [0, 1]]], "value": [[[1, 2], [3, 4]]]}
 
-# parses and writes the same JSON, computes nothing, and stands behind nothing
+# parses and writes the same JSON, computes nothing, and has no proxy in front
 PLAIN_APP = """
 import json, sys, uvicorn
 from starlette.applications import Starlette
@@ -43,7 +43,7 @@ class Figures:
 
 @contextlib.contextmanager
 def plain_app() -> Iterator[int]:
-    """A plain uvicorn server on a free port, for as long as the block runs."""
+    """Run a plain uvicorn server on a free port while the block runs. Raises RuntimeError if it does not start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -65,13 +65,13 @@ def plain_app() -> Iterator[int]:
 
 
 async def measure(host: str, port: int, rounds: int, requests: int) -> dict[str, Figures]:
-    """Both servers in turn, round by round: p50 at concurrency 1, requests/s at 16."""
+    """Measure both servers in turn, round by round: p50 at concurrency 1, requests/s at 16."""
     body = orjson.dumps(TINY)
     latencies: dict[str, list[float]] = {"farsight": [], "plain uvicorn": []}
     rates: dict[str, list[float]] = {"farsight": [], "plain uvicorn": []}
     with plain_app() as plain_port:
         targets = {"farsight": (host, port), "plain uvicorn": ("127.0.0.1", plain_port)}
-        for target in targets.values():  # warm up, and fail early
+        for target in targets.values():  # warms up, and fails early
             await drive(*target, [post(*target, "/v1/attention", body)] * 200, 16)
         for _ in range(rounds):
             for name, target in targets.items():

@@ -1,15 +1,15 @@
-"""Predicted against actual peak memory: one request in a fresh process, and how far its resident memory grew.
+"""Predicted and actual peak memory: each request runs in a fresh process, whose growth of resident memory is measured.
 
-Resident memory, not torch's profiler: what the kernels' libraries and the allocator take is the machine's memory too.
-The kernel keeps the peak (VmHWM), so nothing between two looks is missed. Processes are forked before torch's threads
-start, and compute something small of the same kind first, so that code and thread stacks are there.
+Resident memory, not torch's profiler: memory of the kernels' libraries and of the allocator counts too. The operating
+system records the peak (VmHWM), so nothing between two readings is missed. Processes are forked before torch starts
+threads, and first compute something small of the same kind, so that code and thread stacks are already resident.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import multiprocessing
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.learning import MODEL
-from service.attention.synthetic import structured
+from service.attention.output import no_checkpoint
+from service.attention.synthetic import InputShape, structured
 from service.config import Config
 from service.core.options import (
     AttentionOptions,
@@ -32,26 +33,22 @@ from service.core.request import (
     AttentionRequest,
     AttentionShape,
     ForwardRequest,
-    Request,
 )
-from service.engine.runner import (
-    BatchRunner,
-    Job,
-    Outcome,
-    batch_key,
-    forward_key,
-)
-from service.models.inputs.rows import Tokenized
+from service.engine.workers import Workers
+from service.engine.workloads.attention import AttentionWorkload, PreparedAttention
+from service.engine.workloads.base import PlannedWork, Workload
+from service.engine.workloads.forward import ForwardWorkload, PreparedForward
 from service.models.loading.load import LoadSettings, load
 from service.models.model import Model
-from service.planning import forward_plan, planner
+from service.models.registry import Registry
+from service.planning import attention_plan, forward_plan
 from service.planning.attention_cost import CostFeatures
 from service.planning.calibration import DTYPES
 from service.planning.device_profile import DeviceProfile
 
-LEAST_BYTES = 32 * 2**20  # predicted; the peaks of smaller requests are the process's own noise
+LEAST_BYTES = 32 * 2**20  # predicted; peaks of smaller requests are lost in the noise of the process
 CPU = torch.device("cpu")
-EVEN = (0.0,) * len(CostFeatures._fields)  # seconds play no part here
+EVEN = (0.0,) * len(CostFeatures._fields)  # seconds are not used here
 PROFILE = DeviceProfile(
     "cpu", {(kind, dtype): EVEN for kind in PlanKind for dtype in DTYPES}, dict.fromkeys(DTYPES, 1e11), 1 << 50
 )
@@ -59,7 +56,7 @@ PROFILE = DeviceProfile(
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Attention of a shape under a plan, or texts of so many tokens through the demo model."""
+    """Attention of a shape under a plan, or texts of these lengths in tokens through the demo model."""
 
     kind: PlanKind
     shape: AttentionShape | None = None
@@ -71,15 +68,15 @@ class Case:
     def name(self) -> str:
         if self.shape is None:
             return f"{self.task} of {len(self.lengths)} x {max(self.lengths)} tokens"
-        one = self.shape
-        heads, causal = f"{one.heads}/{one.kv_heads}", ", causal" if self.options.is_causal else ""
-        lengths = f"{one.query_length:,} x {one.key_length:,}"
-        return f"{self.kind} {one.batch} x {heads} heads of {one.head_dim}, {lengths}, {one.dtype}{causal}"
+        shape = self.shape
+        heads, causal = f"{shape.heads}/{shape.kv_heads}", ", causal" if self.options.is_causal else ""
+        lengths = f"{shape.query_length:,} x {shape.key_length:,}"
+        return f"{self.kind} {shape.batch} x {heads} heads of {shape.head_dim}, {lengths}, {shape.dtype}{causal}"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One request; bytes, inputs and output included."""
+    """One request; bytes include inputs and output."""
 
     name: str
     kind: str
@@ -93,7 +90,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Share of the predictions within 20 % of actual and not under it by more than 10 %; the worst on either side."""
+    """Share of the predictions at most 20 % over and 10 % under the actual peak; the extreme ratios on both sides."""
 
     within: float
     lowest: float
@@ -128,7 +125,7 @@ def cases() -> Iterator[Case]:
 
 
 def run(rounds: int = 3) -> Figures:
-    """Medians of a few processes. Raises RuntimeError where the kernel does not keep a peak that can be reset."""
+    """Medians over `rounds` processes per case. Raises RuntimeError if the operating system cannot reset the peak."""
     context = multiprocessing.get_context("fork")
     rows = []
     for case in cases():
@@ -137,44 +134,43 @@ def run(rounds: int = 3) -> Figures:
             with context.Pool(1) as pool:
                 found.append(pool.apply(measured, (case,)))
         if found[0].predicted_bytes >= LEAST_BYTES:
-            rows.append(replace(found[0], actual_bytes=int(median(one.actual_bytes for one in found))))
+            rows.append(replace(found[0], actual_bytes=int(median(row.actual_bytes for row in found))))
     return figures(rows)
 
 
 def figures(rows: list[Row]) -> Figures:
     ratios = [row.ratio for row in rows]
-    return Figures(mean(0.9 <= one <= 1.2 for one in ratios), min(ratios), max(ratios), LEAST_BYTES, rows)
+    return Figures(mean(0.9 <= ratio <= 1.2 for ratio in ratios), min(ratios), max(ratios), LEAST_BYTES, rows)
 
 
 def measured(case: Case) -> Row:
-    """In a process of its own."""
+    """Measure a case; must run in its own process."""
     torch.set_num_threads(multiprocessing.cpu_count())
     model = load(MODEL, LoadSettings(CPU, 1 << 20, Config().max_batch_tokens)) if case.shape is None else None
-    runner = BatchRunner(Config(), CPU)
-    small = _job(_smaller(case), model)
-    assert isinstance(runner.run([small])[0].outcome, Outcome)
-    job = _job(case, model)
+    small = _planned(_smaller(case), model)
+    small.run()
+    planned = _planned(case, model)
     held = 0
-    if isinstance(job.request, AttentionRequest):
-        held = sum(one.nbytes for one in (job.request.query, job.request.key, job.request.value))
-    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs has left would be used again, and not be seen
+    if case.shape is not None:
+        request = planned.work.prepared.request
+        held = sum(tensor.nbytes for tensor in (request.query, request.key, request.value))
+    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs has left would be reused and not counted
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
         raise RuntimeError(f"the peak of resident memory cannot be reset: {error}") from error
     before = _status("VmRSS")
-    result = runner.run([job])[0]
-    if not isinstance(result.outcome, Outcome):
-        raise result.outcome
+    planned.run()
     grown = _status("VmHWM") - before
-    return Row(case.name, job.plan.kind.value, job.plan.cost.peak_bytes, held + grown)
+    plan = planned.work.plan
+    return Row(case.name, plan.kind.value, plan.cost.peak_bytes, held + grown)
 
 
 def _smaller(case: Case) -> Case:
     if case.shape is None:
         return Case(case.kind, lengths=(8, 8), task=case.task)
-    one = case.shape
-    shape = AttentionShape(1, one.kv_heads, one.kv_heads, 256, 256, one.head_dim, one.value_dim, one.dtype)
+    kv_heads, shape = case.shape.kv_heads, case.shape
+    shape = AttentionShape(1, kv_heads, kv_heads, 256, 256, shape.head_dim, shape.value_dim, shape.dtype)
     return Case(case.kind, shape, AttentionOptions(mode=case.kind.value))
 
 
@@ -183,24 +179,37 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def _job(case: Case, model: Model | None) -> Job:
-    future: Any = asyncio.new_event_loop().create_future()
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A request with its plan and the workload that runs it."""
+
+    workload: Workload[Any, Any]
+    work: PlannedWork[Any]
+
+    def run(self) -> None:
+        self.workload.run([self.work], no_checkpoint)
+
+
+def _planned(case: Case, model: Model | None) -> _Planned:
     config = Config()
-    request: Request
     if case.shape is not None:
-        one = case.shape
-        dtype = getattr(torch, one.dtype)
-        query, key, value = structured(one.batch, one.heads, one.kv_heads, one.key_length, one.head_dim, dtype)
-        query = query[:, :, one.key_length - one.query_length :].contiguous()
-        request = AttentionRequest("r", query, key, value, case.options)
-        plan = planner.plan_attention(one, case.options, PROFILE, config)
-        return Job(request, plan, batch_key(request, plan), 0.0, 0.0, float("inf"), future)
+        shape = case.shape
+        dtype = getattr(torch, shape.dtype)
+        inputs = structured(
+            InputShape(shape.batch, shape.heads, shape.kv_heads, shape.key_length, shape.head_dim), dtype
+        )
+        query = inputs[0][:, :, shape.key_length - shape.query_length :].contiguous()
+        request = AttentionRequest("r", query, inputs[1], inputs[2], case.options)
+        plan = attention_plan.plan_attention(shape, case.options, PROFILE, config)
+        attention = PreparedAttention(request, shape)
+        return _Planned(AttentionWorkload(config, PROFILE, CPU), PlannedWork(attention, plan, PlanKind.DENSE))
     assert model is not None, "bug: a forward pass without its model"
     options: ForwardOptions = HiddenOptions() if case.task == "hidden" else EmbedOptions()
     ids = tuple(tuple(1000 + at for at in range(length)) for length in case.lengths)
-    request = ForwardRequest("r", MODEL.name, case.task, options, token_ids=ids)  # type: ignore[arg-type]
-    tokenized: Tokenized = model.tokenize(request)
-    sizes = [(len(row), 0) for row in tokenized.rows]
-    plan = forward_plan.plan_forward(model.info, sizes, request, PROFILE, config)
-    key_ = forward_key(request, plan, model)
-    return Job(request, plan, key_, 0.0, 0.0, float("inf"), future, PlanKind.DENSE, model, tokenized)
+    texts = ForwardRequest("r", MODEL.name, case.task, options, token_ids=ids)  # type: ignore[arg-type]
+    tokenized = model.tokenize(texts)
+    sizes = tuple((len(row), 0) for row in tokenized.rows)
+    plan = forward_plan.plan_forward(model.info, sizes, texts, PROFILE, config)
+    registry = Registry(LoadSettings(CPU, 1, 1))
+    workload = ForwardWorkload(config, PROFILE, registry, Workers(), time.perf_counter)
+    return _Planned(workload, PlannedWork(PreparedForward(texts, model, tokenized, sizes, 0.0), plan, PlanKind.DENSE))

@@ -27,21 +27,21 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One file: what it shows of a row, and the line to compare with."""
+    """One file: the value that it shows of each row, and a level to compare with."""
 
     name: str
     label: str
     value: Callable[[Row], float | None]
-    base: int | None  # of the logarithmic axis; None: a linear one
-    level: float | None = None  # drawn across
-    told: Callable[[Row], float | None] | None = None  # what the row claims, dashed
+    base: int | None  # of the logarithmic axis; None: linear axis
+    level: float | None = None  # horizontal line
+    reported: Callable[[Row], float | None] | None = None  # the value that the answer reports, dashed
 
 
 def draw(lengths: Sequence[Length], max_error: float, directory: Path, title: str) -> list[Path]:
-    """Writes speedup.png, error.png, density.png and memory.png."""
+    """Write speedup.png, error.png, density.png and memory.png; returns their paths."""
     charts = (
         Chart("speedup", "times as fast as SDPA", lambda row: row.speedup, 2, 1.0),
-        Chart("error", "relative L2 error", lambda row: row.error or None, 10, max_error, _told),
+        Chart("error", "relative L2 error", lambda row: row.error or None, 10, max_error, _reported),
         Chart("density", "share of visible pairs scored", lambda row: row.density, None),
         Chart("memory", "peak MiB above the inputs", lambda row: (row.peak_bytes or 0) / 2**20 or None, 2),
     )
@@ -50,15 +50,15 @@ def draw(lengths: Sequence[Length], max_error: float, directory: Path, title: st
 
 
 def series(chart: Chart, lengths: Sequence[Length]) -> list[tuple[str, str, str, Points]]:
-    """(label, colour, format, points) per contender; where sparse fell back it is not a point of sparse's line."""
+    """(label, colour, format, points) per contender; fallbacks of sparse are separate points, not part of its line."""
     found = []
     for name, colour in COLOURS.items():
-        rows = [(one.length, row) for one in lengths if (row := one.row(name)) is not None]
+        rows = [(length.length, row) for length in lengths if (row := length.row(name)) is not None]
         found.append((name, colour, "o-", _points(rows, chart.value, fallback=False)))
         found.append((f"{name}, fell back", colour, "x", _points(rows, chart.value, fallback=True)))
-        if chart.told is not None:
-            found.append((f"{name}, told at most", colour, "--", _points(rows, chart.told, fallback=False)))
-    return [one for one in found if not all(isnan(y) for _, y in one[3])]
+        if chart.reported is not None:
+            found.append((f"{name}, reported limit", colour, "--", _points(rows, chart.reported, fallback=False)))
+    return [line for line in found if not all(isnan(y) for _, y in line[3])]
 
 
 def _chart(chart: Chart, lengths: Sequence[Length], path: Path, title: str) -> Path:
@@ -75,7 +75,7 @@ def _chart(chart: Chart, lengths: Sequence[Length], path: Path, title: str) -> P
         axes.set_yscale("log", base=chart.base)
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xscale("log", base=2)
-    axes.set_xticks([one.length for one in lengths], [f"{one.length:,}" for one in lengths])
+    axes.set_xticks([length.length for length in lengths], [f"{length.length:,}" for length in lengths])
     axes.set(xlabel="tokens", ylabel=chart.label, title=title)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
@@ -85,10 +85,10 @@ def _chart(chart: Chart, lengths: Sequence[Length], path: Path, title: str) -> P
 
 
 def _points(rows: Sequence[tuple[int, Row]], value: Callable[[Row], float | None], *, fallback: bool) -> Points:
-    """NaN where there is nothing to show, so that no line bridges it."""
+    """Points of the rows; NaN for missing values, so that lines have a gap there."""
     known = [(n, value(row) if row.fallback is fallback else None) for n, row in rows]
     return [(n, nan if y is None else y) for n, y in known]
 
 
-def _told(row: Row) -> float | None:
-    return row.told_relative_l2_upper
+def _reported(row: Row) -> float | None:
+    return row.reported_relative_l2_upper

@@ -1,4 +1,4 @@
-"""How well the planner knows this device: predicted against actual seconds on shapes that calibration never saw."""
+"""Accuracy of the planner on this device: predicted and actual seconds for shapes that calibration has not seen."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from statistics import mean, median
 
 import torch
 
+from service.attention.dispatch import attend
 from service.attention.masks import mask_of
 from service.attention.output import no_checkpoint
-from service.attention.sparse.bounded_error import attend_with_error_bound
-from service.attention.synthetic import structured
+from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
+from service.attention.synthetic import InputShape, structured
 from service.config import Config
 from service.core.options import AttentionOptions
-from service.core.plan import Cost, Plan, PlanKind
+from service.core.plan import PlanKind
 from service.core.request import AttentionShape
 from service.device import timed
+from service.planning.attention_plan import attention_candidates, plan_attention
 from service.planning.device_profile import DeviceProfile
-from service.planning.planner import candidates, plan_attention
 
 MAX_LENGTH = {PlanKind.DENSE: 16384, PlanKind.CHUNKED: 16384, PlanKind.SPARSE: 32768}
 WITHIN = 0.25
@@ -43,14 +44,14 @@ class Row:
 
     @property
     def regret(self) -> float:
-        """What the choice took beyond the best of those measured, as a share."""
+        """Extra time of the chosen plan over the fastest measured plan, as a share."""
         return self.actual_s[self.chosen] / min(self.actual_s.values()) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Shares of predictions within 25 % of actual, by plan and of the chosen plans; mean regret over the shapes of
-    which all three were measured."""
+    """Shares of predictions within 25 % of the actual time, by plan and for the chosen plans; mean regret over the
+    shapes for which all three plans were measured."""
 
     shapes: int
     within: dict[str, float]
@@ -60,7 +61,8 @@ class Figures:
 
 
 def shapes(count: int, seed: int) -> list[tuple[AttentionShape, bool]]:
-    """Held-out mix: lengths of 64 to 32K, log-uniform, self and cross, grouped heads, head_dim 32 to 128."""
+    """(shape, is_causal) of a held-out mix: log-uniform lengths 64 to 32K, self and cross, grouped heads, head_dim 32
+    to 128."""
     draw = random.Random(seed)
     found = []
     for _ in range(count):
@@ -78,12 +80,13 @@ def shapes(count: int, seed: int) -> list[tuple[AttentionShape, bool]]:
 
 
 def run(
-    profile: DeviceProfile, config: Config, device: torch.device, count: int, rounds: int, told: Callable[[int], None]
+    profile: DeviceProfile, config: Config, device: torch.device, count: int, rounds: int, done: Callable[[int], None]
 ) -> Figures:
+    """Measure `count` shapes; `done` is called with the number of measured shapes."""
     rows = []
     for index, (shape, is_causal) in enumerate(shapes(count, seed=12345)):
         rows.append(_row(shape, is_causal, profile, config, device, rounds))
-        told(index + 1)
+        done(index + 1)
     ratios = {
         kind: [row.predicted_s[kind] / row.actual_s[kind] for row in rows if kind in row.actual_s] for kind in PlanKind
     }
@@ -111,20 +114,21 @@ def _row(
 ) -> Row:
     options = AttentionOptions(is_causal=is_causal)
     dtype = getattr(torch, shape.dtype)
-    tensors = structured(1, shape.heads, shape.kv_heads, shape.key_length, shape.head_dim, dtype, seed=1)
-    query, key, value = (tensor.to(device) for tensor in tensors)
-    query = query[:, :, shape.key_length - shape.query_length :]
+    drawn = structured(InputShape(1, shape.heads, shape.kv_heads, shape.key_length, shape.head_dim), dtype, seed=1)
+    query, key, value = (tensor.to(device) for tensor in drawn)
+    tensors = query[:, :, shape.key_length - shape.query_length :], key, value
     chosen = plan_attention(shape, options, profile, config)
     kinds = [kind for kind in PlanKind if shape.key_length <= MAX_LENGTH[kind] or kind is chosen.kind]
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    mask = mask_of(options)
+    mask, bound = mask_of(options), ErrorBound(1.0, PlanKind.DENSE, config.epsilon, max_density=None)
     with torch.inference_mode():
-        for _ in range(rounds + 1):  # interleaved: what else runs on the machine meets all of them
+        for _ in range(rounds + 1):  # interleaved, so that other load on the machine affects all of them
             for kind in kinds:
-                plan = Plan(kind, Cost(0, 0, 0, 0), 0.0, "bench", epsilon=config.epsilon)
-                work = partial(attend_with_error_bound, query, key, value, plan, mask, max_error=1.0, forced=True)
-                times[kind].append(timed(partial(work, checkpoint=no_checkpoint), device)[1])
-    priced = candidates(shape, options, profile, config)
+                work: Callable[[], object] = partial(attend, *tensors, kind, mask, checkpoint=no_checkpoint)
+                if kind is PlanKind.SPARSE:
+                    work = partial(attend_with_error_bound, *tensors, mask, bound, checkpoint=no_checkpoint)
+                times[kind].append(timed(work, device)[1])
+    priced = attention_candidates(shape, options, profile, config)
     predicted = {str(kind): priced[kind].predicted_s for kind in kinds}
     actual = {str(kind): median(found[1:]) for kind, found in times.items()}
     sizes = shape.heads, shape.kv_heads, shape.query_length, shape.key_length, shape.head_dim, shape.dtype

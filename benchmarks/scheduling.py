@@ -1,7 +1,7 @@
-"""Short embeddings while a long attention request is always in flight: fair scheduling beside first in, first out.
+"""Short embeddings while a long attention request is always in flight: fair scheduling and first in, first out.
 
-Two services are started in turn, alike but for FARSIGHT_ORDER. Short requests come open-loop (Poisson) and are timed
-from when they should have been sent; long ones come from a process of their own, one after another.
+Two services are started in turn that differ only in the order of their queue. Short requests are sent in an open loop
+(Poisson) and timed from when they were due; a separate process sends long requests one after another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -22,22 +22,16 @@ import orjson
 import uvloop
 from safetensors.torch import save
 
-from benchmarks.client import (
-    drive,
-    exchanged,
-    open_loop,
-    poisson,
-    post,
-)
-from benchmarks.servers.lineup import MODEL, Place
+from benchmarks.client import drive, exchanged, open_loop, poisson, post
+from benchmarks.servers.lineup import LINEUP, MODEL, Place, by_arrival
 from benchmarks.servers.process import ours
 from benchmarks.serving import percentile
 from benchmarks.throughput import WORDS
-from service.attention.synthetic import structured
+from service.attention.synthetic import InputShape, structured
 
 ORDERS = ("fair", "arrival")
 HOST = "127.0.0.1"
-MAX_WORDS = 60  # no more than 64 tokens
+MAX_WORDS = 60  # at most 64 tokens
 CAPACITY_REQUESTS, CAPACITY_CLIENTS = 1500, 32
 SLICE_METRIC = "farsight_slice_seconds_bucket"
 
@@ -56,7 +50,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One order: seconds, and what was sent."""
+    """Results for one order. `beside`: while short and long requests run together."""
 
     capacity_per_s: float
     rate_per_s: float
@@ -72,7 +66,7 @@ class Figures:
 
     @property
     def bound_s(self) -> float:
-        """What p99 beside the long request may be."""
+        """Limit for the p99 of short requests while long ones run."""
         return 2 * self.short_alone_p99_s + 0.05
 
 
@@ -82,7 +76,8 @@ def run(settings: Settings, model: Path, step: Callable[[str], None]) -> dict[st
 
 def measure(settings: Settings, order: str, model: Path, step: Callable[[str], None]) -> Figures:
     sample = short_requests(settings.first_port, 200, seed=9)
-    with ours(model, settings.first_port, {"FARSIGHT_ORDER": order}, sample[0]) as (place, _):
+    farsight = LINEUP[0] if order == "fair" else replace(LINEUP[0], command=by_arrival)
+    with ours(model, settings.first_port, {}, sample[0], farsight) as (place, _):
         return _measured(settings, order, place, sample, step)
 
 
@@ -106,10 +101,10 @@ def _measured(
     step(f"{order}: both")
     with long_requests(port, body) as taken:
         beside = uvloop.run(open_loop(HOST, port, shorts))
-    failed = [one for one in (*alone, *beside) if one.status != 200]
+    failed = [sample for sample in (*alone, *beside) if sample.status != 200]
     if failed:
         raise RuntimeError(f"{len(failed)} short requests failed: {failed[0].status} {failed[0].body[:200]!r}")
-    before, after = ([one.latency_s for one in run] for run in (alone, beside))
+    before, after = ([sample.latency_s for sample in run] for run in (alone, beside))
     return Figures(
         capacity,
         rate,
@@ -137,19 +132,19 @@ def long_body(settings: Settings) -> bytes:
     """Causal self-attention, 8 heads of 64."""
     import torch
 
-    query, key, value = structured(1, 8, 8, settings.tokens, 64, getattr(torch, settings.dtype))
+    query, key, value = structured(InputShape(1, 8, 8, settings.tokens, 64), getattr(torch, settings.dtype))
     options = json.dumps({"is_causal": True, "mode": settings.mode})
     return save({"query": query, "key": key, "value": value}, metadata={"options": options})
 
 
 @contextmanager
 def long_requests(port: int, body: Path) -> Iterator[list[float]]:
-    """One always in flight; seconds of those that ended within the block, filled in at its end."""
+    """Keep a long request in flight during the block; the list of their seconds is filled at the end of the block."""
     context = multiprocessing.get_context("spawn")
     stop, results = context.Event(), context.Queue()
     process = context.Process(target=_send_until, args=(port, str(body), stop, results))
     process.start()
-    results.get(timeout=60)  # it is about to send the first
+    results.get(timeout=60)  # the process is about to send the first one
     taken: list[float] = []
     try:
         yield taken
@@ -181,7 +176,7 @@ def _send_long(port: int, content: bytes) -> float:
 
 
 def slices(port: int) -> dict[str, float]:
-    """Runs by the longest time that each kept the device from others: {at most these seconds: how many}, cumulative."""
+    """Number of runs by the longest time for which each blocked the device: {seconds at most: runs}, cumulative."""
     request = f"GET /metrics HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\n\r\n".encode()
     text = uvloop.run(exchanged(HOST, port, [request], 1)).bodies[0].decode()
     lines = (line for line in text.splitlines() if line.startswith(SLICE_METRIC))

@@ -1,4 +1,4 @@
-"""Requests/s and latencies of embeddings beside other servers of the same model, in turn, round by round."""
+"""Requests/s and latencies of embeddings, compared with other servers of the same model, in turn, round by round."""
 
 from __future__ import annotations
 
@@ -18,24 +18,13 @@ import orjson
 import uvloop
 
 from benchmarks.client import Exchange, exchanged, post
-from benchmarks.servers.lineup import (
-    LINEUP,
-    MODEL,
-    Contender,
-    Place,
-)
-from benchmarks.servers.process import (
-    Unavailable,
-    handling,
-    install,
-    running,
-    versions,
-)
+from benchmarks.servers.lineup import LINEUP, MODEL, Contender, Place
+from benchmarks.servers.process import Unavailable, handling, install, running, versions
 from benchmarks.throughput import texts
 
 OURS = LINEUP[0].name
-SAMPLE = 128  # texts of the warm-up, whose answers are compared; some are over the model's length
-LOAD_TIMEOUT_S = 1800.0  # a server that hangs is given up
+SAMPLE = 128  # texts of the warm-up, whose answers are compared; some exceed the model's length
+LOAD_TIMEOUT_S = 1800.0  # after that a server counts as hanging
 
 Vectors = npt.NDArray[np.float64]
 Step = Callable[[str], None]
@@ -53,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One server under load once; or the medians of several."""
+    """One server in one round, or the medians of several rounds."""
 
     requests_per_s: float
     p50_s: float
@@ -63,7 +52,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a server did in one round, and its embeddings [texts, width] of the sample."""
+    """A server in one round, and its embeddings [texts, width] of the sample."""
 
     round: Round
     vectors: Vectors
@@ -74,7 +63,7 @@ class Row:
     """One server."""
 
     name: str
-    absent: str = ""  # why it was not measured; nothing else is known then
+    absent: str = ""  # why it was not measured; all other fields are then empty
     medians: Round | None = None
     lowest_cosine: float | None = None  # to Farsight's answers
     rounds: tuple[Round, ...] = ()
@@ -84,13 +73,13 @@ class Row:
 def run(
     settings: Settings, directory: Path, cache: Path, step: Step, lineup: Sequence[Contender] = LINEUP
 ) -> list[Row]:
-    """Installs them, then round by round one after the other; whatever is started is ended."""
+    """Install all servers, then measure them in turn, round by round; every started server is stopped."""
     absent: dict[str, str] = {}
     pythons: dict[str, str] = {}
     runs: dict[str, list[Measured]] = {contender.name: [] for contender in lineup}
     with handling(signal.default_int_handler), TemporaryDirectory(prefix="farsight-bench-") as scratch:
         for contender in lineup:
-            step(f"{contender.name}: installed, if it is not")
+            step(f"{contender.name}: install")
             with noted(contender.name, absent):
                 pythons[contender.name] = install(contender, cache)
         for number in range(settings.rounds):
@@ -103,21 +92,21 @@ def run(
                         runs[contender.name].append(measure(contender, place, settings))
     reference = next(iter(runs.get(OURS, ())), None)
     return [
-        Row(one.name, absent[one.name])
-        if one.name in absent
-        else row_of(one.name, runs[one.name], reference, versions(one, pythons[one.name]))
-        for one in lineup
+        Row(contender.name, absent[contender.name])
+        if contender.name in absent
+        else row_of(contender.name, runs[contender.name], reference, versions(contender, pythons[contender.name]))
+        for contender in lineup
     ]
 
 
 def steps(settings: Settings, lineup: Sequence[Contender] = LINEUP) -> int:
-    """How often `step` is called."""
+    """Number of calls of `step`."""
     return len(lineup) * (settings.rounds + 1)
 
 
 @contextmanager
 def noted(name: str, absent: dict[str, str]) -> Iterator[None]:
-    """Who cannot go on is out, and the others go on."""
+    """Record why a contender drops out; the others continue."""
     try:
         yield
     except Unavailable as error:
@@ -125,18 +114,18 @@ def noted(name: str, absent: dict[str, str]) -> Iterator[None]:
 
 
 def measure(contender: Contender, place: Place, settings: Settings) -> Measured:
-    """Alone on the machine: idle, LitServe takes 0.2 cores and Ray 0.14, which the others would miss."""
+    """Start and measure one server. Alone on the machine: idle, LitServe uses 0.2 cores and Ray 0.14."""
     requests = requests_of(contender, place.port, texts(settings.requests))
     with running(contender, place, requests[0]):
-        sample = load(place.port, requests[:SAMPLE], settings.clients)  # warms up, too
+        sample = load(place.port, requests[:SAMPLE], settings.clients)  # also warms up
         loaded = load(place.port, requests, settings.clients)
     return Measured(round_of(loaded), vectors_of(sample.bodies))
 
 
-def row_of(name: str, measured: Sequence[Measured], reference: Measured | None, told: Mapping[str, str]) -> Row:
-    rounds = tuple(one.round for one in measured)
+def row_of(name: str, measured: Sequence[Measured], reference: Measured | None, versions: Mapping[str, str]) -> Row:
+    rounds = tuple(result.round for result in measured)
     cosine = None if reference is None else lowest_cosine(reference.vectors, measured[0].vectors)
-    return Row(name, "", medians(rounds), cosine, rounds, told)
+    return Row(name, "", medians(rounds), cosine, rounds, versions)
 
 
 def requests_of(contender: Contender, port: int, sample: Sequence[str]) -> list[bytes]:
@@ -152,11 +141,11 @@ def load(port: int, requests: Sequence[bytes], clients: int) -> Exchange:
 
 
 def vectors_of(bodies: Sequence[bytes]) -> Vectors:
-    """[texts, width] of answers in OpenAI's form."""
+    """[texts, width] from answers in OpenAI's format. Raises Unavailable for other formats."""
     try:
         return np.array([orjson.loads(body)["data"][0]["embedding"] for body in bodies])
     except (ValueError, LookupError, TypeError) as error:
-        raise Unavailable(f"its answer has another form: {bodies[0][:100]!r}") from error
+        raise Unavailable(f"unexpected format of the answer: {bodies[0][:100]!r}") from error
 
 
 def round_of(exchange: Exchange) -> Round:
@@ -165,16 +154,16 @@ def round_of(exchange: Exchange) -> Round:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of all does not exceed."""
+    """The smallest value that at least this share of the values does not exceed."""
     return sorted(values)[max(0, ceil(share * len(values)) - 1)]
 
 
 def medians(rounds: Sequence[Round]) -> Round:
-    return Round(*(median(getattr(one, each.name) for one in rounds) for each in fields(Round)))
+    return Round(*(median(getattr(found, field.name) for found in rounds) for field in fields(Round)))
 
 
 def lowest_cosine(ours: Vectors, theirs: Vectors) -> float:
-    """Over the texts [texts, width]; 1 where both computed the same, 0 where even their widths differ."""
+    """Lowest cosine over the texts, [texts, width] each: 1 if both are equal, 0 if their shapes differ."""
     if ours.shape != theirs.shape:
         return 0.0
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
@@ -182,20 +171,20 @@ def lowest_cosine(ours: Vectors, theirs: Vectors) -> float:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Farsight over the best of the others, figure by figure: the most requests/s, the shortest latency."""
+    """Farsight divided by the best other server, for each figure: the most requests/s, the shortest latency."""
     ours = next((row.medians for row in rows if row.name == OURS), None)
     others = [row.medians for row in rows if row.medians is not None and row.name != OURS]
     if ours is None or not others:
         return {}
     found = {}
-    for each in fields(Round):
-        best = max if each.name == "requests_per_s" else min
-        found[each.name] = getattr(ours, each.name) / best(getattr(one, each.name) for one in others)
+    for figure in fields(Round):
+        best = max if figure.name == "requests_per_s" else min
+        found[figure.name] = getattr(ours, figure.name) / best(getattr(other, figure.name) for other in others)
     return found
 
 
 def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """(name, requests/s, p50, p95, p99, lowest cosine), and the ratios at last."""
+    """(name, requests/s, p50, p95, p99, lowest cosine); the ratios are the last row."""
     cells = [_cells(row) for row in rows]
     found = ratios(rows)
     if found:
@@ -212,13 +201,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What each was made of, or why it is absent."""
-    told = (row.absent or ", ".join(f"{name} {number}" for name, number in row.versions.items()) for row in rows)
-    return [f"{row.name}: {text}" for row, text in zip(rows, told, strict=True)]
+    """Versions of each server, or why it is absent."""
+    texts = (row.absent or ", ".join(f"{name} {number}" for name, number in row.versions.items()) for row in rows)
+    return [f"{row.name}: {text}" for row, text in zip(rows, texts, strict=True)]
 
 
 def figures(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
-    """What is written as JSON."""
+    """The figures that are written as JSON."""
     return {
         "settings": asdict(settings),
         "model": MODEL,

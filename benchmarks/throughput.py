@@ -1,4 +1,4 @@
-"""Texts of mixed length: one after another, from many clients at once, and sentence-transformers in one call."""
+"""Texts of mixed length: sequential, from many concurrent clients, and sentence-transformers in one call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Seconds for the same texts, medians over the rounds, and how far the embeddings are from the yardstick's."""
+    """Seconds for the same texts, medians over the rounds, and the lowest cosine to sentence-transformers."""
 
     one_by_one_s: float
     concurrent_s: float
@@ -32,14 +32,14 @@ class Figures:
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Lengths lognormal, 4 to about 400 tokens."""
+    """Texts of lognormal length, 4 to about 400 tokens."""
     generator = random.Random(seed)
     lengths = [min(398, max(2, round(generator.lognormvariate(4.0, 1.0)))) for _ in range(count)]
     return [" ".join(generator.choices(WORDS, k=length)) for length in lengths]
 
 
 def run(host: str, port: int, model: str, directory: Path, rounds: int, count: int, clients: int) -> Figures:
-    """The same texts three ways, in turn, round by round."""
+    """Embed the same texts in three ways, in turn, round by round."""
     from sentence_transformers import SentenceTransformer
 
     info = uvloop.run(_get(host, port, f"/v1/models/{model}"))

@@ -1,1 +1,1 @@
-"""Load on a service: `make loadtest`, `python -m loadtests`. Only `locustfile` changes anything on import."""
+"""Load tests of the service: `make loadtest`, `python -m loadtests`. Only `locustfile` has side effects on import."""

@@ -1,4 +1,4 @@
-"""The charts of a run and of a sweep. A colour is a length; dashed is the median, solid is p99. Needs matplotlib."""
+"""Charts of a run and of a sweep. Colours are lengths; dashed lines are medians, solid lines p99. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from loadtests.watch import Moment
 LENGTH_COLOURS = dict(zip(BUCKET_NAMES, ("#1f77b4", "#2ca02c", "#d95f02", "#c51b8a", "#54278f"), strict=True))
 PLAN_COLOURS = {"dense": "tab:blue", "chunked": "tab:green", "sparse": "tab:red"}
 GOOD, LATE, REFUSED, FAILED = "#2ca02c", "#f2b134", "#9a9a9a", "#d62728"
-PARTS = 24  # of a run's time
-LEAST = 5  # answers, below which a percentile is none
+PARTS = 24  # of the duration of a run
+MIN_ANSWERS = 5  # for a percentile
 
 Points = list[tuple[float, float]]
 
 
 def requests(run: Run) -> Figure:
-    """Each answer when its request was due, as long as it took."""
+    """Latency of each answer, at the time when its request was due."""
     figure, axes = _figure("latency, s")
-    for name, group in by_bucket(one for one in run.samples if one.outcome is Outcome.ANSWERED).items():
-        times, taken = [one.at_s for one in group], [one.latency_s for one in group]
+    for name, group in by_bucket(sample for sample in run.samples if sample.outcome is Outcome.ANSWERED).items():
+        times, taken = [sample.at_s for sample in group], [sample.latency_s for sample in group]
         axes.plot(times, taken, ".", ms=4, alpha=0.6, color=LENGTH_COLOURS[name], label=f"{bucket_label(name)} tokens")
-        axes.hlines(taken, times, [one.ended_s for one in group], color=LENGTH_COLOURS[name], lw=0.6, alpha=0.35)
+        axes.hlines(taken, times, [sample.ended_s for sample in group], color=LENGTH_COLOURS[name], lw=0.6, alpha=0.35)
     for outcome, colour, marker in ((Outcome.REFUSED, REFUSED, "|"), (Outcome.FAILED, FAILED, "x")):
-        others = [one for one in run.samples if one.outcome is outcome]
+        others = [sample for sample in run.samples if sample.outcome is outcome]
         if others:
-            times, taken = [one.at_s for one in others], [one.latency_s for one in others]
+            times, taken = [sample.at_s for sample in others], [sample.latency_s for sample in others]
             axes.plot(times, taken, marker, color=colour, ms=5, alpha=0.7, label=outcome.value)
     _seconds(axes)
     return _over_time(figure, axes, run)
@@ -51,7 +51,7 @@ def percentiles(run: Run, slo_s: Seconds) -> Figure:
 
 
 def against_load(run: Run, slo_s: Seconds) -> Figure:
-    """Within one run, by how much was offered in the seconds around."""
+    """Latency within one run, by the load offered at that time."""
     figure, axes = _figure("latency, s")
     _latencies(axes, by_load(run.samples, run.duration_s), slo_s)
     axes.set_xlabel("offered requests/s, in equal parts of the run sorted by it")
@@ -63,26 +63,26 @@ def goodput(run: Run, slo_s: Seconds) -> Figure:
     parts = windows(run.samples, run.duration_s, width_s)
     totals = [Totals.of(part, slo_s) for _, part in parts]
     stacks = (
-        ("answered in time", GOOD, [one.good for one in totals]),
-        ("answered late", LATE, [one.answered - one.good for one in totals]),
-        ("refused (429)", REFUSED, [one.refused for one in totals]),
-        ("failed", FAILED, [one.failed for one in totals]),
+        ("answered in time", GOOD, [part.good for part in totals]),
+        ("answered late", LATE, [part.answered - part.good for part in totals]),
+        ("refused (429)", REFUSED, [part.refused for part in totals]),
+        ("failed", FAILED, [part.failed for part in totals]),
     )
     figure, axes = _figure("requests/s, by when they were due")
     bottom = [0.0] * len(parts)
     for label, colour, counts in stacks:
         heights = [count / width_s for count in counts]
         if any(heights):
-            axes.bar([at for at, _ in parts], heights, width_s * 0.92, bottom, color=colour, label=label)
+            axes.bar([at_s for at_s, _ in parts], heights, width_s * 0.92, bottom, color=colour, label=label)
         bottom = [low + more for low, more in zip(bottom, heights, strict=True)]
     return _over_time(figure, axes, run)
 
 
 def queue(run: Run) -> Figure:
     figure, axes = _figure("predicted device seconds that wait")
-    _moments(axes, run.moments, lambda one: one.queue_s, "queue (left)", "tab:purple")
+    _moments(axes, run.moments, lambda moment: moment.queue_s, "queue (left)", "tab:purple")
     right = _right(axes)
-    last_s = max((one.ended_s for one in run.samples), default=run.duration_s)
+    last_s = max((sample.ended_s for sample in run.samples), default=run.duration_s)
     times = [last_s * index / 200 for index in range(201)]
     right.step(times, in_flight(run.samples, times), color="0.6", lw=1, where="post", label="in flight (right)")
     right.set_ylabel("requests in flight")
@@ -91,8 +91,8 @@ def queue(run: Run) -> Figure:
 
 
 def batches(run: Run) -> Figure:
-    """Between two looks."""
-    figure, axes = _figure("requests of a batch, mean")
+    """Mean size of the batches between two moments."""
+    figure, axes = _figure("mean requests per batch")
     right = _right(axes)
     pairs = [(a, b) for a, b in zip(run.moments, run.moments[1:], strict=False) if b.batches > a.batches]
     times = [b.at_s for _, b in pairs]
@@ -100,33 +100,33 @@ def batches(run: Run) -> Figure:
     tokens = [(b.batched_tokens - a.batched_tokens) / (b.batches - a.batches) for a, b in pairs]
     axes.plot(times, requests, "-", color="tab:blue", label="requests (left)")
     right.plot(times, tokens, "-", color="tab:orange", alpha=0.7, label="tokens (right)")
-    right.set_ylabel("tokens of a batch, mean")
+    right.set_ylabel("mean tokens per batch")
     _from_zero(axes, right)
     return _over_time(figure, axes, run, right)
 
 
 def plans(run: Run) -> Figure:
-    """Which plan answered which lengths."""
+    """Share of the plans by length."""
     figure, axes = _figure("share of answers")
-    groups = by_bucket(one for one in run.samples if one.outcome is Outcome.ANSWERED)
+    groups = by_bucket(sample for sample in run.samples if sample.outcome is Outcome.ANSWERED)
     bottom = [0.0] * len(groups)
     for plan, colour in PLAN_COLOURS.items():
-        shares = [sum(one.plan == plan for one in group) / len(group) for group in groups.values()]
+        shares = [sum(sample.plan == plan for sample in group) / len(group) for group in groups.values()]
         bars = axes.bar(range(len(groups)), shares, 0.6, bottom, color=colour, label=plan)
-        told = [f"{share:.0%}" if share >= 0.05 else "" for share in shares]
-        axes.bar_label(bars, told, label_type="center", color="w")
+        labels = [f"{share:.0%}" if share >= 0.05 else "" for share in shares]
+        axes.bar_label(bars, labels, label_type="center", color="w")
         bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
     axes.set_ylim(0, 1.12)
     return _by_length(figure, axes, groups)
 
 
 def cost(run: Run, slo_s: Seconds) -> Figure:
-    """As the answers tell it, by length."""
+    """Cost reported by the answers, by length."""
     figure, axes = _figure("USD per 1,000 answers")
-    groups = by_bucket(one for one in run.samples if one.outcome is Outcome.ANSWERED)
+    groups = by_bucket(sample for sample in run.samples if sample.outcome is Outcome.ANSWERED)
     usd = [Totals.of(group, slo_s).usd_per_1000 for group in groups.values()]
     bars = axes.bar(range(len(groups)), usd, 0.6, color=[LENGTH_COLOURS[name] for name in groups])
-    axes.bar_label(bars, [f"{one:.2g}" for one in usd], padding=2)
+    axes.bar_label(bars, [f"{amount:.2g}" for amount in usd], padding=2)
     if any(usd):
         axes.set_yscale("log")
         axes.margins(y=0.15)
@@ -134,14 +134,14 @@ def cost(run: Run, slo_s: Seconds) -> Figure:
 
 
 def cores(run: Run) -> Figure:
-    """Whether the client was the limit: its cores, and how late it sent."""
+    """Shows whether the client was the bottleneck: cores, and how late it sent."""
     figure, axes = _figure("cores in use")
-    _moments(axes, run.moments, lambda one: one.service_cores, "service", "tab:blue")
-    _moments(axes, run.moments, lambda one: one.client_cores, "client", "tab:orange")
+    _moments(axes, run.moments, lambda moment: moment.service_cores, "service", "tab:blue")
+    _moments(axes, run.moments, lambda moment: moment.client_cores, "client", "tab:orange")
     right = _right(axes)
     parts = windows(run.samples, run.duration_s, run.duration_s / PARTS)
-    late = [1e3 * percentile([one.sent_s - one.at_s for one in part], 99) for _, part in parts]
-    right.plot([at for at, _ in parts], late, ":", color="0.4", label="sent late, p99 (right)")
+    late = [1e3 * percentile([sample.sent_s - sample.at_s for sample in part], 99) for _, part in parts]
+    right.plot([at_s for at_s, _ in parts], late, ":", color="0.4", label="sent late, p99 (right)")
     right.set_ylabel("ms after it was due")
     _from_zero(axes, right)
     return _over_time(figure, axes, run, right)
@@ -149,42 +149,42 @@ def cores(run: Run) -> Figure:
 
 def memory(run: Run) -> Figure:
     figure, axes = _figure("MiB resident, all replicas")
-    _moments(axes, run.moments, lambda one: one.service_bytes / 2**20, "memory (left)", "tab:blue")
+    _moments(axes, run.moments, lambda moment: moment.service_bytes / 2**20, "memory (left)", "tab:blue")
     _from_zero(axes)
     right = _right(axes)
-    _moments(right, run.moments, lambda one: float(one.replicas), "replica processes (right)", "0.6")
-    right.set_ylim(0, 1 + max((one.replicas for one in run.moments), default=1))
+    _moments(right, run.moments, lambda moment: float(moment.replicas), "replica processes (right)", "0.6")
+    right.set_ylim(0, 1 + max((moment.replicas for moment in run.moments), default=1))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     return _over_time(figure, axes, run, right)
 
 
 def sweep_latencies(steps: Sequence[Step], slo_s: Seconds) -> Figure:
     figure, axes = _figure("latency, s")
-    ordered = sorted((one.run for one in steps), key=lambda one: one.offered_per_s)
-    _latencies(axes, [(one.offered_per_s, one.samples) for one in ordered], slo_s)
+    ordered = sorted((step.run for step in steps), key=lambda run: run.offered_per_s)
+    _latencies(axes, [(run.offered_per_s, run.samples) for run in ordered], slo_s)
     return _over_load(figure, axes, steps)
 
 
 def sweep_goodput(steps: Sequence[Step], slo_s: Seconds) -> Figure:
     figure, axes = _figure("requests/s")
-    ordered = sorted((one.run for one in steps), key=lambda one: one.offered_per_s)
-    loads = [one.offered_per_s for one in ordered]
-    totals = [Totals.of(one.samples, slo_s) for one in ordered]
-    axes.plot([0, loads[-1]], [0, loads[-1]], ":", color="0.6", label="all of them")
+    ordered = sorted((step.run for step in steps), key=lambda run: run.offered_per_s)
+    loads = [run.offered_per_s for run in ordered]
+    totals = [Totals.of(run.samples, slo_s) for run in ordered]
+    axes.plot([0, loads[-1]], [0, loads[-1]], ":", color="0.6", label="offered")
     for label, colour, name in (("answered", LATE, "answered"), ("in time", GOOD, "good")):
-        per_s = [getattr(one, name) / run.duration_s for one, run in zip(totals, ordered, strict=True)]
+        per_s = [getattr(total, name) / run.duration_s for total, run in zip(totals, ordered, strict=True)]
         axes.plot(loads, per_s, "o-", color=colour, label=label)
     return _over_load(figure, axes, steps)
 
 
 def _latencies(axes: Axes, parts: Iterable[tuple[float, list[Sample]]], slo_s: Seconds) -> None:
-    """Median and p99 by length, and what they should be."""
+    """Median, p99 and SLO by length."""
     seen: dict[str, tuple[Points, Points]] = {}
     for x, samples in parts:
         for name, group in by_bucket(samples).items():
             taken = latencies(group)
             medians, tails = seen.setdefault(name, ([], []))
-            few = len(taken) < LEAST
+            few = len(taken) < MIN_ANSWERS
             medians.append((x, math.nan if few else percentile(taken, 50)))
             tails.append((x, math.nan if few else percentile(taken, 99)))
     _seconds(axes)
@@ -203,7 +203,9 @@ def _latencies(axes: Axes, parts: Iterable[tuple[float, list[Sample]]], slo_s: S
 
 
 def _moments(axes: Axes, moments: Sequence[Moment], value: Callable[[Moment], float], label: str, colour: str) -> None:
-    axes.plot([one.at_s for one in moments], [value(one) for one in moments], "-", color=colour, label=label)
+    axes.plot(
+        [moment.at_s for moment in moments], [value(moment) for moment in moments], "-", color=colour, label=label
+    )
 
 
 def _figure(unit: str) -> tuple[Figure, Axes]:
@@ -217,7 +219,7 @@ def _figure(unit: str) -> tuple[Figure, Axes]:
 
 
 def _right(axes: Axes) -> Axes:
-    """A second scale."""
+    """A second scale on the right."""
     right = axes.twinx()
     right.spines["top"].set_visible(False)
     return right
@@ -234,8 +236,10 @@ def _seconds(axes: Axes) -> None:
 
 
 def _over_time(figure: Figure, axes: Axes, run: Run, right: Axes | None = None) -> Figure:
-    """Seconds of the run; what happened as lines, and after the last request grey."""
-    last_s = max([run.duration_s, *(one.ended_s for one in run.samples), *(one.at_s for one in run.moments)])
+    """Time axis of the run, with events as lines; the time after the last request is grey."""
+    last_s = max(
+        [run.duration_s, *(sample.ended_s for sample in run.samples), *(moment.at_s for moment in run.moments)]
+    )
     axes.set_xlim(0, last_s)
     axes.axvspan(run.duration_s, last_s, color="0.94", lw=0, zorder=0)
     for at_s, done_s, what in run.happened:
@@ -260,8 +264,8 @@ def _by_length(figure: Figure, axes: Axes, groups: dict[str, list[Sample]], *, l
 def _over_load(figure: Figure, axes: Axes, steps: Sequence[Step]) -> Figure:
     if (found := knee(steps)) is not None:
         axes.axvline(found.run.offered_per_s, color="0.3", lw=1)
-        told = f" knee: {found.run.offered_per_s:.1f}/s"
-        axes.annotate(told, (found.run.offered_per_s, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
+        label = f" knee: {found.run.offered_per_s:.1f}/s"
+        axes.annotate(label, (found.run.offered_per_s, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8)
     axes.set_xlim(left=0)
     axes.set_xlabel("offered requests/s")
     _legend(axes)
@@ -269,7 +273,7 @@ def _over_load(figure: Figure, axes: Axes, steps: Sequence[Step]) -> Figure:
 
 
 def _legend(axes: Axes, right: Axes | None = None) -> None:
-    """Above the chart, where it hides nothing."""
+    """Above the chart, so that it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if right is not None:
         more, names = right.get_legend_handles_labels()

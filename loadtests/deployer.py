@@ -1,8 +1,8 @@
-"""Deploys what it is told: `python -m loadtests.deployer [ADDRESS NODES]`, on the Ray at ADDRESS or on one of its own.
+"""Deploys applications: `python -m loadtests.deployer [ADDRESS NODES]`, on the Ray at ADDRESS or on its own.
 
-Each line of its input is a Serve application as JSON; or a number of replicas to wait for, where it is negative until
-there are not that many. It answers `done`.
-Its own process: Ray reads its environment when it is imported. `serve deploy` does the same through the dashboard.
+Each input line is a Serve application as JSON, or a number: n waits until there are n replicas, -n until there are
+no longer n replicas. It answers `done`. It is a separate process because Ray reads its environment at import.
+`serve deploy` does the same through the dashboard.
 """
 
 from __future__ import annotations
@@ -47,10 +47,13 @@ def main() -> None:
     assert client is not None
 
     def wait_for(replicas: int | None) -> None:
+        """None: until the application runs. Exits with the state if that fails or takes too long."""
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             application = serve.status().applications["farsight"]
-            states = [pair for one in application.deployments.values() for pair in one.replica_states.items()]
+            states = [
+                state for deployment in application.deployments.values() for state in deployment.replica_states.items()
+            ]
             if replicas is not None and replicas < 0:
                 if states != [("RUNNING", -replicas)]:
                     return
@@ -61,11 +64,11 @@ def main() -> None:
             time.sleep(0.1)
 
     for line in sys.stdin:
-        told = json.loads(line)
-        if isinstance(told, int):
-            wait_for(told)
+        command = json.loads(line)
+        if isinstance(command, int):
+            wait_for(command)
         else:
-            client.deploy_apps(ServeDeploySchema.model_validate({"applications": [told]}))
+            client.deploy_apps(ServeDeploySchema.model_validate({"applications": [command]}))
             time.sleep(1)
             wait_for(None)
         print("done", flush=True)

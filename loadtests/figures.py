@@ -1,4 +1,4 @@
-"""The arithmetic of a run: percentiles, length buckets, goodput, and both over time and against the offered load."""
+"""Arithmetic of a run: percentiles, length buckets, goodput, over time and against the offered load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from loadtests.samples import Outcome, Sample
 
-# tokens up to and including, as in the metrics and alerts; the last bucket is "more"
+# inclusive upper limits in tokens, as in the metrics and alerts; the last bucket is "more"
 BUCKETS = (512, 4096, 32768, 262144)
 BUCKET_NAMES = (*map(str, BUCKETS), "more")
 
@@ -21,7 +21,7 @@ def bucket_of(length: int) -> str:
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """Nearest rank: a latency that was really seen; NaN of nothing."""
+    """Nearest rank, so the result is a measured value; NaN without values."""
     ordered = sorted(values)
     if not ordered:
         return math.nan
@@ -29,17 +29,18 @@ def percentile(values: Iterable[float], percent: float) -> float:
 
 
 def latencies(samples: Iterable[Sample]) -> list[float]:
-    return [one.latency_s for one in samples if one.outcome is Outcome.ANSWERED]
+    """Seconds of the answered requests."""
+    return [sample.latency_s for sample in samples if sample.outcome is Outcome.ANSWERED]
 
 
 def is_good(sample: Sample, slo_s: Mapping[str, float]) -> bool:
-    """Answered, within the bound of its length."""
+    """Whether it was answered within the SLO of its length."""
     return sample.outcome is Outcome.ANSWERED and sample.latency_s <= slo_s[bucket_of(sample.length)]
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Shares are of what was offered; seconds are NaN where nothing was answered."""
+    """Counts and sums of a set of samples; percentiles are NaN if nothing was answered."""
 
     offered: int
     answered: int
@@ -58,65 +59,65 @@ class Totals:
         return cls(
             offered=len(samples),
             answered=len(seen),
-            refused=sum(one.outcome is Outcome.REFUSED for one in samples),
-            failed=sum(one.outcome is Outcome.FAILED for one in samples),
-            good=sum(is_good(one, slo_s) for one in samples),
+            refused=sum(sample.outcome is Outcome.REFUSED for sample in samples),
+            failed=sum(sample.outcome is Outcome.FAILED for sample in samples),
+            good=sum(is_good(sample, slo_s) for sample in samples),
             p50_s=percentile(seen, 50),
             p95_s=percentile(seen, 95),
             p99_s=percentile(seen, 99),
-            device_s=sum(one.device_s for one in samples),
-            cost_usd=sum(one.cost_usd for one in samples),
+            device_s=sum(sample.device_s for sample in samples),
+            cost_usd=sum(sample.cost_usd for sample in samples),
         )
 
     def share(self, name: str) -> float:
-        """Of answered, refused, failed or good; 0 of nothing."""
+        """Share of the offered requests that are answered, refused, failed or good (`name`); 0 without requests."""
         return getattr(self, name) / self.offered if self.offered else 0.0
 
     @property
     def usd_per_1000(self) -> float:
-        """Of answers; NaN where there are none."""
+        """USD per 1,000 answers; NaN without answers."""
         return 1000 * self.cost_usd / self.answered if self.answered else math.nan
 
 
 def grouped(samples: Iterable[Sample], key: Callable[[Sample], Any]) -> dict[Any, list[Sample]]:
-    """By key, in the order of the keys."""
+    """Samples by key, in the order of the keys."""
     groups: dict[Any, list[Sample]] = defaultdict(list)
-    for one in samples:
-        groups[key(one)].append(one)
+    for sample in samples:
+        groups[key(sample)].append(sample)
     return {key: groups[key] for key in sorted(groups)}
 
 
 def by_bucket(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
-    """By length, the shortest first."""
-    groups = grouped(samples, lambda one: bisect_left(BUCKETS, one.length))
-    return {BUCKET_NAMES[place]: group for place, group in groups.items()}
+    """Samples by length bucket, the shortest first."""
+    groups = grouped(samples, lambda sample: bisect_left(BUCKETS, sample.length))
+    return {BUCKET_NAMES[index]: group for index, group in groups.items()}
 
 
 def windows(samples: Iterable[Sample], duration_s: float, width_s: float) -> list[tuple[float, list[Sample]]]:
-    """(middle, those that were due in it) of equal parts of the run, empty ones too."""
+    """(middle, samples due in it) for equal parts of the run, including empty ones."""
     count = max(1, round(duration_s / width_s))
     parts: list[list[Sample]] = [[] for _ in range(count)]
-    for one in samples:
-        parts[min(count - 1, int(one.at_s / duration_s * count))].append(one)
+    for sample in samples:
+        parts[min(count - 1, int(sample.at_s / duration_s * count))].append(sample)
     return [((index + 0.5) * duration_s / count, part) for index, part in enumerate(parts)]
 
 
 def by_load(samples: Sequence[Sample], duration_s: float, levels: int = 5) -> list[tuple[float, list[Sample]]]:
-    """(offered requests/s, samples), ascending: the run's windows sorted by how much was offered, in equal groups."""
+    """(offered requests/s, samples), ascending: the windows of the run sorted by offered load, in equal groups."""
     width_s = max(2.0, duration_s / 30)
     parts = sorted(windows(samples, duration_s, width_s), key=lambda part: len(part[1]))
     each_s, found = duration_s / len(parts), []
     for level in range(levels):
         group = parts[level * len(parts) // levels : (level + 1) * len(parts) // levels]
-        if together := [one for _, part in group for one in part]:
+        if together := [sample for _, part in group for sample in part]:
             found.append((len(together) / (each_s * len(group)), together))
     return found
 
 
 def growth(values: Sequence[tuple[float, float]], duration_s: float) -> float:
-    """Of (seconds, value): the median of the run's last quarter over that of its second one, less 1.
+    """Growth of (seconds, value): the median of the last quarter of the run over that of the second quarter, minus 1.
 
-    The first quarter warms up, and a median does not see one large request. NaN where a quarter has no values.
+    The first quarter is warm-up, and a median ignores a single large request. NaN if a quarter has no values.
     """
     before, after = (
         [value for at_s, value in values if part <= at_s / duration_s < part + 0.25 and value > 0]
@@ -126,6 +127,6 @@ def growth(values: Sequence[tuple[float, float]], duration_s: float) -> float:
 
 
 def in_flight(samples: Iterable[Sample], times_s: Sequence[float]) -> list[int]:
-    """Requests that were due and not yet ended at these moments."""
-    begun, ended = sorted(one.at_s for one in samples), sorted(one.ended_s for one in samples)
+    """Number of requests that were due and had not ended, at each of these times."""
+    begun, ended = sorted(sample.at_s for sample in samples), sorted(sample.ended_s for sample in samples)
     return [bisect_left(begun, at_s) - bisect_left(ended, at_s) for at_s in times_s]

@@ -1,8 +1,8 @@
-"""A scenario's requests over HTTP and gRPC, open loop: what `python -m loadtests` runs beside the service.
+"""Sends the requests of a scenario over HTTP and gRPC in an open loop; `python -m loadtests` runs it as a process.
 
-Locust's users are closed loops: whoever waits for an answer sends nothing. Here there is one user for each transport,
-and its only task starts a greenlet for every request at the second that was drawn for it (`schedule`). Locust's events
-get the latencies since those seconds, and `--samples` all of them unrounded.
+Locust's users are closed loops: a user that waits for an answer sends nothing. Here there is one user for each
+transport, and its only task starts a greenlet for every request when it is due (`schedule`). Locust's events receive
+latencies from these times, and `--samples` all of them unrounded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loadtests.mix import Endpoint, Planned, plan, plan_of
 from loadtests.payloads import HEADS, TRACE_HEADS, Bodies, build
 from loadtests.samples import Outcome, Sample, Sent
 from loadtests.scenarios import SCENARIOS, key_of
-from loadtests.schedule import MOST_IN_FLIGHT, drive
+from loadtests.schedule import MAX_IN_FLIGHT, drive
 from service.api.proto import open_inference_grpc_pb2 as pb
 
 SAFETENSORS = "application/x-safetensors"
@@ -39,11 +39,11 @@ INFER = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT_S = 300.0  # the service's own default
 CHANNEL = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
-init_gevent()  # before any channel: grpc would otherwise block every other greenlet
+init_gevent()  # before any channel is created: otherwise grpc blocks all other greenlets
 
 
 class Run:
-    """What its two users share; Locust gives user classes no other place."""
+    """State shared by the two users; Locust offers user classes no other place for it."""
 
     options: Namespace
     planned: list[Planned]
@@ -53,7 +53,7 @@ class Run:
         self.start_s = time.perf_counter()
         self.started = Event()
         self.samples: list[Sample] = []
-        self.warm = self.done = 0  # users
+        self.warm = self.done = 0  # number of users
 
     def begin(self) -> None:
         self.start_s = time.perf_counter() + 0.5
@@ -69,7 +69,7 @@ RUN = Run()
 
 
 class OpenLoop(User):
-    """Sends its transport's part of the plan."""
+    """Sends the requests of its transport."""
 
     abstract = True
     fixed_count = 1
@@ -77,9 +77,9 @@ class OpenLoop(User):
 
     @task
     def arrivals(self) -> None:
-        mine = [one for one in RUN.planned if one.endpoint in self.endpoints]
-        for one in first_ones(mine):
-            self.send(one, Sent(one.endpoint, one.length, 0.0, 0.0, one.tenant))
+        mine = [planned for planned in RUN.planned if planned.endpoint in self.endpoints]
+        for planned in warm_up(mine):
+            self.send(planned, Sent(planned.endpoint, planned.length, 0.0, 0.0, planned.tenant))
         RUN.warm += 1
         if RUN.warm == USERS:
             RUN.begin()
@@ -87,8 +87,8 @@ class OpenLoop(User):
         RUN.samples += drive(mine, RUN.start_s, self.send)
         RUN.done += 1
         if RUN.done == USERS:
-            gevent.spawn(self.environment.runner.quit)  # not from here: it ends this user first
-        Event().wait()  # until Locust ends it: a second round would be another run
+            gevent.spawn(self.environment.runner.quit)  # in another greenlet: quit ends this user first
+        Event().wait()  # until Locust ends the user; otherwise the task would run again
 
     def send(self, planned: Planned, sent: Sent) -> Sample:
         raise NotImplementedError
@@ -96,13 +96,13 @@ class OpenLoop(User):
 
 class HttpUser(OpenLoop, FastHttpUser):
     endpoints = (Endpoint.ATTENTION, Endpoint.EMBEDDINGS)
-    concurrency = MOST_IN_FLIGHT
+    concurrency = MAX_IN_FLIGHT
     network_timeout = TIMEOUT_S
     connection_timeout = TIMEOUT_S
     max_retries = 0
 
     def send(self, planned: Planned, sent: Sent) -> Sample:
-        body: Any = RUN.bodies[planned.endpoint, planned.length]  # Locust's annotation knows no bytes
+        body: Any = RUN.bodies[planned.endpoint, planned.length]  # Locust's annotation lacks bytes
         headers = dict(HEADERS[planned.endpoint])
         if planned.tenant:
             headers["authorization"] = f"Bearer {key_of(planned.tenant)}"
@@ -114,8 +114,8 @@ class HttpUser(OpenLoop, FastHttpUser):
             elif response.status_code == 429:
                 sample = sent.refused(ended_s)
             else:
-                told = response.text if response.status_code >= 400 else ""
-                sample = sent.failed(ended_s, f"{response.status_code} {error!r} {told}"[:200])
+                text = response.text if response.status_code >= 400 else ""
+                sample = sent.failed(ended_s, f"{response.status_code} {error!r} {text}"[:200])
             response.request_meta["response_time"] = 1000 * sample.latency_s
             if sample.outcome is Outcome.FAILED:
                 response.failure(sample.reason)
@@ -140,12 +140,12 @@ class GrpcUser(OpenLoop):
         metadata = [("authorization", f"Bearer {key_of(planned.tenant)}")] if planned.tenant else []
         size = 0
         try:
-            # as a future: each plain call would hold one of gevent's ten threads until it is answered
+            # as a future: a plain call would occupy one of gevent's ten threads until it is answered
             call = self.infer.future(RUN.bodies[planned.endpoint, planned.length], timeout=TIMEOUT_S, metadata=metadata)
             response = call.result()
         except grpc.RpcError as error:
             trailing = dict(error.trailing_metadata() or ())
-            # device memory that ran out has the same code, but no time to come back
+            # out of device memory has the same code, but no retry-after
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "retry-after" in trailing:
                 sample = sent.refused(RUN.now_s())
             else:
@@ -153,7 +153,7 @@ class GrpcUser(OpenLoop):
         else:
             ended_s = RUN.now_s()
             size = sum(map(len, response.raw_output_contents))
-            sample = sent.answered(ended_s, {name: one.string_param for name, one in response.parameters.items()})
+            sample = sent.answered(ended_s, {name: value.string_param for name, value in response.parameters.items()})
         self.environment.events.request.fire(
             request_type="gRPC",
             name=sample.endpoint,
@@ -165,25 +165,27 @@ class GrpcUser(OpenLoop):
         return sample
 
 
-def first_ones(planned: list[Planned]) -> list[Planned]:
-    """What warms the service and the connections up: the shortest, the middle and the longest of each endpoint."""
+def warm_up(planned: list[Planned]) -> list[Planned]:
+    """Requests that warm up service and connections: the shortest, the middle and the longest of each endpoint."""
     found = []
     for endpoint in Endpoint:
-        by_length = sorted((one for one in planned if one.endpoint is endpoint), key=lambda one: one.length)
-        found += [by_length[place] for place in sorted({0, len(by_length) // 2, len(by_length) - 1}) if by_length]
+        by_length = sorted(
+            (request for request in planned if request.endpoint is endpoint), key=lambda request: request.length
+        )
+        found += [by_length[index] for index in sorted({0, len(by_length) // 2, len(by_length) - 1}) if by_length]
     return found
 
 
 def _options(parser: Any) -> None:
     group = parser.add_argument_group("Farsight")
     group.add_argument("--scenario", choices=list(SCENARIOS), default="smoke")
-    group.add_argument("--duration", type=float, help="Seconds; default: the scenario's.")
-    group.add_argument("--scale", type=float, default=1.0, help="Times the scenario's rates.")
+    group.add_argument("--duration", type=float, help="Seconds; default: those of the scenario.")
+    group.add_argument("--scale", type=float, default=1.0, help="Factor for the rates of the scenario.")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--trace", type=Path, help="CSV of `farsight simulate` instead of the scenario's streams.")
+    group.add_argument("--trace", type=Path, help="CSV of `farsight simulate`, instead of the scenario's streams.")
     group.add_argument("--grpc-port", type=int, default=9000)
-    group.add_argument("--samples", type=Path, help="Where the samples go, as NDJSON.")
-    group.add_argument("--started", type=Path, help="Written when the first request is due: its time.perf_counter.")
+    group.add_argument("--samples", type=Path, help="File for the samples, as NDJSON.")
+    group.add_argument("--started", type=Path, help="File that receives time.perf_counter of the start of the run.")
     parser.set_defaults(headless=True, num_users=USERS, spawn_rate=USERS)
 
 
@@ -198,14 +200,14 @@ def _prepare(environment: Environment, **_: object) -> None:
     else:
         RUN.planned = plan(scenario.streams, duration_s, options.seed, options.scale)
     RUN.bodies = build(RUN.planned, options.seed, heads=TRACE_HEADS if options.trace else HEADS)
-    gc.freeze()  # the bodies stay: they need not be looked at again
+    gc.freeze()  # the bodies live until the end: the collector can skip them
 
 
 def _finish(environment: Environment, **_: object) -> None:
-    RUN.samples.sort(key=lambda one: one.at_s)
+    RUN.samples.sort(key=lambda sample: sample.at_s)
     if RUN.options.samples:
         samples.write(RUN.options.samples, RUN.samples)
-    environment.process_exit_code = 0  # thresholds are judged by who reads the samples
+    environment.process_exit_code = 0  # the reader of the samples checks the thresholds
 
 
 for event, listener in (

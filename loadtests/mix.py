@@ -1,4 +1,4 @@
-"""What is sent: endpoints by weight, lengths by a distribution or a trace, when by `arrivals`; all from one seed."""
+"""The requests of a run, from one seed: endpoints by weight, lengths by distribution or trace, times by `arrivals`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.simulate.traces import Entry, read
 
 
 class Endpoint(StrEnum):
-    """The value is how reports call it."""
+    """The value is the name in reports."""
 
     ATTENTION = "attention"  # HTTP, safetensors
     INFER = "grpc ModelInfer"  # the same tensors as raw contents
@@ -25,8 +25,8 @@ class Endpoint(StrEnum):
 
 MIN_TOKENS, MAX_TOKENS = 64, 8192
 MAX_WORDS = 128
-POOL = 24  # bodies of one endpoint and stream
-CHAT, BOOK = (5.0, 0.7), (4096, 16384)  # mean and deviation of the logarithm; from, to
+POOL = 24  # bodies per endpoint and stream
+CHAT, BOOK = (5.0, 0.7), (4096, 16384)  # mean and deviation of the logarithm; minimum and maximum
 BOOK_SHARE = 0.1
 LOGNORMAL = (6.2, 1.2)
 
@@ -40,13 +40,13 @@ def _lognormal(mean: float, deviation: float, part: float) -> float:
 
 
 def _bimodal(part: float) -> float:
-    """Chat, and one book in ten."""
+    """Chats, and one book in ten requests."""
     if part < 1 - BOOK_SHARE:
         return _lognormal(*CHAT, part / (1 - BOOK_SHARE))
     return _between(*BOOK, (part - 1 + BOOK_SHARE) / BOOK_SHARE)
 
 
-# quantile functions: [0, 1) to tokens
+# quantile functions: from [0, 1) to tokens
 LENGTHS: dict[str, Callable[[float], float]] = {
     "log-uniform": lambda part: _between(MIN_TOKENS, MAX_TOKENS, part),
     "lognormal": lambda part: min(MAX_TOKENS, _lognormal(*LOGNORMAL, part)),
@@ -57,9 +57,9 @@ LENGTHS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One kind of callers. `lengths`: a name of LENGTHS, or one number of tokens; embeddings always draw "words"."""
+    """A kind of callers. `lengths`: a name in LENGTHS, or a number of tokens; embeddings always use "words"."""
 
-    rate: float  # requests/s in the mean
+    rate: float  # mean requests/s
     endpoints: dict[Endpoint, float] = field(
         default_factory=lambda: {Endpoint.EMBEDDINGS: 2, Endpoint.ATTENTION: 1, Endpoint.INFER: 1}
     )
@@ -70,7 +70,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One request, before it is sent: `length` tokens (words of embeddings), one of its endpoint's prepared bodies."""
+    """A request before it is sent; its length in tokens (words for embeddings) selects one of the encoded bodies."""
 
     at_s: float
     endpoint: Endpoint
@@ -79,7 +79,7 @@ class Planned:
 
 
 def lengths(distribution: str | int, seed: int, count: int = POOL) -> list[int]:
-    """One from each equal slice of the distribution, so that no part of it is left out; ascending."""
+    """`count` lengths, one from each equal part of the distribution, so that none is left out; ascending."""
     if isinstance(distribution, int):
         return [distribution]
     generator, quantile = random.Random(seed), LENGTHS[distribution]
@@ -87,7 +87,7 @@ def lengths(distribution: str | int, seed: int, count: int = POOL) -> list[int]:
 
 
 def plan(streams: Sequence[Stream], duration_s: float, seed: int, scale: float = 1.0) -> list[Planned]:
-    """Every request of a run, by time; each stream has draws of its own, and `scale` times its rate."""
+    """All requests of a run, by time. Each stream has its own random draws; `scale` multiplies the rates."""
     found: list[Planned] = []
     for number, stream in enumerate(streams):
         generator = random.Random(f"{seed} {number}")
@@ -98,26 +98,29 @@ def plan(streams: Sequence[Stream], duration_s: float, seed: int, scale: float =
         for at_s in arrivals.draw(stream.shape, scale * stream.rate, duration_s, seed + 1000 * number):
             name = generator.choices(names, weights)[0]
             found.append(Planned(at_s, name, generator.choice(pools[name]), stream.tenant))
-    return sorted(found, key=lambda one: one.at_s)
+    return sorted(found, key=lambda planned: planned.at_s)
 
 
-@lru_cache(1)  # asked for with every figure of a run
+@lru_cache(1)  # read for every figure of a run
 def span_s(trace: Path) -> float:
-    """When its last request is due."""
-    return max((one.at_s for one in read(trace)), default=0.0)
+    """Seconds until the last request of a trace is due."""
+    return max((entry.at_s for entry in read(trace)), default=0.0)
 
 
 def plan_of(trace: Path, duration_s: float, scale: float = 1.0) -> list[Planned]:
-    """Of a CSV as `farsight simulate` reads it; `scale` shortens its gaps. Lengths are rounded to 5 %, so that bodies
-    can be prepared. ValueError: a line is wrong, or nothing is left."""
-    entries = [one for one in read(trace) if one.at_s / scale <= duration_s]
+    """The requests of a CSV as `farsight simulate` reads it; times are divided by `scale`.
+
+    Lengths are rounded to 5 %, so that bodies can be encoded before the run. Raises ValueError if a line is invalid or
+    no request is left.
+    """
+    entries = [entry for entry in read(trace) if entry.at_s / scale <= duration_s]
     if not entries:
         raise ValueError(f"{trace} has no requests within {duration_s:g} s")
-    return [_planned(one, scale, number) for number, one in enumerate(entries)]
+    return [_planned(entry, scale, number) for number, entry in enumerate(entries)]
 
 
 def _planned(entry: Entry, scale: float, number: int) -> Planned:
-    """Attention takes both transports in turn."""
+    """Attention alternates between both transports."""
     length = max(1, round(1.05 ** round(math.log(entry.tokens, 1.05))))
     endpoint = Endpoint.EMBEDDINGS if entry.model else (Endpoint.ATTENTION, Endpoint.INFER)[number % 2]
     tenant = "" if entry.tenant == "default" else entry.tenant

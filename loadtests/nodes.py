@@ -1,9 +1,9 @@
 """A Ray cluster of several nodes on one machine: `python -m loadtests.nodes FOLDER`, as root, with iproute2.
 
-Each node has namespaces of its own for its network, its processes and Ray's files, and a link to the others: what Ray
-and HAProxy see is several machines. Input is that of loadtests.deployer, which runs on the head, and `kill`: all
-processes of the last node are killed (-9), and its kernel closes their connections; or `unplug`: its link goes first,
-so that nobody is told, as when a machine stops.
+Each node has its own namespaces for network, processes and Ray's files, and a link to the others, so Ray and HAProxy
+see several machines. Input lines are those of loadtests.deployer, which runs on the head, and two more. `kill`: all
+processes of the last node are killed (-9), and the kernel closes their connections. `unplug`: the link of the node is
+cut first, so that no connection is closed, as when a machine loses power.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from service.config import Config
 
 NODES = 3
 NETWORK = "10.203.77"
-PREFIX = "fsight"  # of links, whose names have at most 15 characters
+PREFIX = "fsight"  # of links; their names have at most 15 characters
 HEAD = f"{NETWORK}.11"
 GCS_PORT = 6379
 START_TIMEOUT_S = 60.0
@@ -39,22 +39,23 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
 
 
-def forget_dead_runs() -> None:
-    """What was killed before it could clean up holds the same addresses. A name has the process that made it."""
+def remove_leftovers() -> None:
+    """Remove links and namespaces of runs that were killed, which use the same addresses. Their names contain the id of
+    the process that created them; exits if it is still running."""
     links = [path.name for path in Path("/sys/class/net").iterdir()]
     spaces = [path.name for path in Path("/run/netns").iterdir()] if Path("/run/netns").is_dir() else []
     for kind, names in (("netns", spaces), ("link", links)):
         for name in names:
-            made = re.fullmatch(rf"{PREFIX}(\d+)(-\d)?", name)
-            if made and psutil.pid_exists(int(made[1])):
-                sys.exit(f"process {made[1]} has such a cluster here already")
-            if made:
+            match = re.fullmatch(rf"{PREFIX}(\d+)(-\d)?", name)
+            if match and psutil.pid_exists(int(match[1])):
+                sys.exit(f"process {match[1]} already runs such a cluster on this machine")
+            if match:
                 ip(kind, "delete", name)
 
 
 @contextmanager
 def bridge(name: str) -> Iterator[str]:
-    """Where all links end; this machine's own processes reach the nodes through it."""
+    """Create the bridge that connects all links; processes of this machine reach the nodes through it."""
     ip("link", "add", name, "type", "bridge")
     try:
         ip("address", "add", f"{NETWORK}.1/24", "dev", name)
@@ -66,7 +67,7 @@ def bridge(name: str) -> Iterator[str]:
 
 @contextmanager
 def linked(name: str, address: str, bridge: str) -> Iterator[None]:
-    """A network namespace with a loopback of its own and one link to the bridge."""
+    """Create a network namespace with its own loopback and one link to the bridge."""
     ip("netns", "add", name)
     try:
         ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
@@ -80,18 +81,20 @@ def linked(name: str, address: str, bridge: str) -> Iterator[None]:
 
 
 class Node:
-    """`ray start` as process 1 of its namespaces: with it end all others."""
+    """`ray start` as process 1 of its namespaces: when it ends, all other processes of the node end."""
 
     def __init__(self, name: str, address: str, folder: Path, config: Config) -> None:
         self.name = name
         self._log = folder / f"{name}.log"
         own = ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
         options = own if address == HEAD else [f"--address={HEAD}:{GCS_PORT}"]
-        # two: the replica of a node that is lost has a place on those that are left
+        # two CPUs: the replica of a lost node fits on the remaining nodes
         options += [f"--node-ip-address={address}", "--num-cpus=2", f"--object-store-memory={128 * 1024**2}", "--block"]
-        # beside Ray's, HAProxy's files: their place is the same on all nodes
-        places = f"/tmp/ray {config.haproxy_dir}"
-        script = f'set -e; mkdir -p {places}; for one in {places}; do mount -t tmpfs tmpfs $one; done; exec "$@"'
+        # private to each node: Ray's and HAProxy's files, whose paths are the same on all nodes
+        folders = f"/tmp/ray {config.haproxy_dir}"
+        script = (
+            f'set -e; mkdir -p {folders}; for folder in {folders}; do mount -t tmpfs tmpfs $folder; done; exec "$@"'
+        )
         command = ["ip", "netns", "exec", name, "unshare", "--mount", "--mount-proc", "--pid", "--fork", "--kill-child"]
         self.environment = {**os.environ, **ray_environment(config), "FARSIGHT_STATE_DIR": str(folder / name)}
         with self._log.open("wb") as log:
@@ -105,7 +108,7 @@ class Node:
 
     @property
     def init(self) -> psutil.Process:
-        """Its process 1, as seen from here."""
+        """Process 1 of the node, as seen from outside. Raises TimeoutError if the node did not start."""
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while self._outer.poll() is None and time.monotonic() < deadline_s:
             if children := psutil.Process(self._outer.pid).children():
@@ -115,8 +118,8 @@ class Node:
 
     @property
     def serves(self) -> bool:
-        """It has a replica."""
-        return any("ServeReplica" in "".join(one.cmdline()) for one in self.init.children(recursive=True))
+        """Whether the node has a replica."""
+        return any("ServeReplica" in "".join(process.cmdline()) for process in self.init.children(recursive=True))
 
     def kill(self) -> None:
         if self._outer.poll() is None:
@@ -126,9 +129,9 @@ class Node:
 
 def main() -> None:
     if os.geteuid() != 0 or shutil.which("ip") is None:
-        sys.exit("several nodes on one machine need root and iproute2: they are network namespaces")
+        sys.exit("nodes are network namespaces: expected root and iproute2")
     folder, config = Path(sys.argv[1]), Config()
-    forget_dead_runs()
+    remove_leftovers()
     with ExitStack() as cleanup:
         own = cleanup.enter_context(bridge(f"{PREFIX}{os.getpid()}"))
         nodes = []
@@ -145,7 +148,7 @@ def main() -> None:
             for line in sys.stdin:
                 if line in ("kill\n", "unplug\n"):
                     if not nodes[-1].serves:
-                        sys.exit("the node to be lost has no replica: nothing would be seen")
+                        sys.exit("the last node has no replica: losing it would have no effect")
                     if line == "unplug\n":
                         ip("link", "set", nodes[-1].name, "down")
                     nodes[-1].kill()
@@ -168,7 +171,7 @@ def await_head() -> None:
 
 @contextmanager
 def in_namespaces_of(node: Node, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python process on that node; its end is awaited."""
+    """Run a Python process on the node; waits for its end."""
     command = ["nsenter", f"--target={node.init.pid}", "--mount", "--net", "--pid", sys.executable, *arguments]
     with subprocess.Popen(command, env=node.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         yield process

@@ -37,12 +37,12 @@ img { width: 100% }
 """
 TENANT_HEADER = ("tenant", "offered/s", "in time/s", "in time", "refused", "failed", "p50", "p99", "device s")
 SHARED = (
-    "Client and service ran on the same cores, so that each took time from the other: latencies are higher than with a "
-    "client elsewhere."
+    "Client and service ran on the same cores and took time from each other, so latencies are higher than "
+    "with a client on another machine."
 )
 OPEN = (
-    "The load is open: every request has a second at which it is due, drawn before the run, and "
-    "its latency counts from then, however late it was sent."
+    "The load is an open loop: the time at which each request is due is drawn before the run, and its latency counts "
+    "from that time, even if it was sent late."
 )
 
 
@@ -56,15 +56,15 @@ def of_run(run: Run, checks: Sequence[Check], slo_s: Seconds, about: Mapping[str
         ),
         ("Latency over time", "by length", charts.percentiles(run, slo_s)),
         ("Latency against offered load", "by length", charts.against_load(run, slo_s)),
-        ("Goodput", "what became of the requests that were due", charts.goodput(run, slo_s)),
-        ("Queue", "as the service predicts it, and as the client sees it", charts.queue(run)),
-        ("Batches", "how much one run of the device did", charts.batches(run)),
-        ("Plans", "which attention answered", charts.plans(run)),
-        ("Cost", "used device time at the configured price", charts.cost(run, slo_s)),
-        ("Cores", "was the client the limit?", charts.cores(run)),
+        ("Goodput", "outcome of the requests, by when they were due", charts.goodput(run, slo_s)),
+        ("Queue", "as predicted by the service, and as seen by the client", charts.queue(run)),
+        ("Batches", "work per run of the device", charts.batches(run)),
+        ("Plans", "attention plan of the answers", charts.plans(run)),
+        ("Cost", "device time used, at the configured price", charts.cost(run, slo_s)),
+        ("Cores", "shows whether the client was the bottleneck", charts.cores(run)),
         ("Memory and replicas", "", charts.memory(run)),
     ]
-    totals, own = Totals.of(run.samples, slo_s), client(run)
+    totals, client_load = Totals.of(run.samples, slo_s), client(run)
     figures = {
         "offered": f"{run.offered_per_s:.1f}/s",
         "answered in time": f"{totals.good / run.duration_s:.1f}/s",
@@ -75,17 +75,17 @@ def of_run(run: Run, checks: Sequence[Check], slo_s: Seconds, about: Mapping[str
         "failed": f"{totals.failed:,}",
         "per 1,000 answers": f"{totals.usd_per_1000:.2g} USD",
         "longest queue": _seconds(service(run)["queue_max_s"]),
-        "client": f"{own['cores_mean']:.2f} cores",
+        "client": f"{client_load['cores_mean']:.2f} cores",
     }
     tiles = "".join(f"<div><b>{seen}</b><span>{name}</span></div>" for name, seen in figures.items())
     body = [
         f"<h1>Load test: {escape(run.options.scenario)}</h1><p>{escape(scenario.about.capitalize())}. {_how(run)}</p>",
         f'<div class="figures">{tiles}</div>',
         _checks(checks),
-        "<main>" + "".join(_figure(*one) for one in drawn) + "</main>",
+        "<main>" + "".join(_figure(*chart) for chart in drawn) + "</main>",
         "<h2>By endpoint, length and plan</h2>" + _table(HEADER, rows(run.samples)),
     ]
-    if tenants := grouped((one for one in run.samples if one.tenant), lambda one: one.tenant):
+    if tenants := grouped((sample for sample in run.samples if sample.tenant), lambda sample: sample.tenant):
         lines = [_tenant(name, group, run.duration_s, slo_s) for name, group in tenants.items()]
         body.append("<h2>By tenant</h2>" + _table(TENANT_HEADER, lines))
     if failures := reasons(run.samples):
@@ -98,17 +98,18 @@ def of_sweep(steps: Sequence[Step], slo_s: Seconds, about: Mapping[str, str]) ->
         ("Latency against offered load", "by length", charts.sweep_latencies(steps, slo_s)),
         ("Goodput against offered load", "", charts.sweep_goodput(steps, slo_s)),
     ]
-    name, told = steps[0].run.options.scenario, escape(verdict(steps).capitalize())
+    name, result = steps[0].run.options.scenario, escape(verdict(steps).capitalize())
     head = "offered/s", "in time/s", "in time", "refused", "failed", "p50", "p99", "service cores", "client cores"
-    ordered = sorted(steps, key=lambda one: one.run.offered_per_s)
+    ordered = sorted(steps, key=lambda step: step.run.offered_per_s)
     body = [
         f"<h1>Saturation sweep: {escape(name)}</h1>",
-        f"<p><b>{told}.</b> {escape(SCENARIOS[name].about.capitalize())}. {_how(steps[0].run)}</p>",
-        "<main>" + "".join(_figure(*one) for one in drawn) + "</main>",
-        "<h2>Steps</h2>" + _table((*head, "missed"), [_step(one, slo_s) for one in ordered]),
+        f"<p><b>{result}.</b> {escape(SCENARIOS[name].about.capitalize())}. {_how(steps[0].run)}</p>",
+        "<main>" + "".join(_figure(*chart) for chart in drawn) + "</main>",
+        "<h2>Steps</h2>" + _table((*head, "missed"), [_step(step, slo_s) for step in ordered]),
         "<h2>By length</h2>",
         _table(
-            ("tokens, offered/s", "answers", "p50", "p99"), [row for one in ordered for row in _lengths(one.run, slo_s)]
+            ("tokens, offered/s", "answers", "p50", "p99"),
+            [row for step in ordered for row in _lengths(step.run, slo_s)],
         ),
     ]
     return _page(f"Saturation sweep: {name}", "".join(body), about)
@@ -121,7 +122,7 @@ def png(figure: Figure) -> bytes:
 
 
 def _how(run: Run) -> str:
-    """A service that is not ours may be elsewhere."""
+    """How the load was measured; a service that was not started here may run on another machine."""
     return OPEN if math.isnan(service(run)["cores_mean"]) else f"{SHARED} {OPEN}"
 
 
@@ -153,18 +154,18 @@ def _lengths(run: Run, slo_s: Seconds) -> list[tuple[str, ...]]:
 def _checks(checks: Sequence[Check]) -> str:
     if not checks:
         return "<p>No thresholds for this load.</p>"
-    missed = sum(not one.passed for one in checks)
+    missed = sum(not check.passed for check in checks)
     verdict = (
         f'<span class="missed">{missed} of {len(checks)} missed</span>' if missed else '<span class="ok">met</span>'
     )
     lines = (
-        f"<tr><td>{escape(one.name)}</td><td>{one.value:.4g}</td>"
-        f"<td>{'at least' if one.at_least else 'at most'} {one.limit:g}</td>"
-        f"<td>{'<span class=ok>ok</span>' if one.passed else '<span class=missed>missed</span>'}</td></tr>"
-        for one in checks
+        f"<tr><td>{escape(check.name)}</td><td>{check.value:.4g}</td>"
+        f"<td>{'at least' if check.at_least else 'at most'} {check.limit:g}</td>"
+        f"<td>{'<span class=ok>ok</span>' if check.passed else '<span class=missed>missed</span>'}</td></tr>"
+        for check in checks
     )
-    head = "<tr><th>threshold</th><th>seen</th><th>allowed</th><th></th></tr>"
-    note = "What this load must reach to pass. The SLO of a length, by which goodput counts, is what it should have."
+    head = "<tr><th>threshold</th><th>measured</th><th>allowed</th><th></th></tr>"
+    note = "Limits that this load must meet to pass. Goodput counts answers within the SLO of their length."
     return f"<h2>Thresholds: {verdict}</h2><p>{note}</p><table>{head}{''.join(lines)}</table>"
 
 
@@ -190,5 +191,5 @@ def _page(title: str, body: str, about: Mapping[str, Any]) -> str:
     where = _table(("", ""), [(name, str(value)) for name, value in about.items()], "words")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body>\n{body}\n<h2>Where and how</h2>{where}</body></html>\n"
+        f"<style>{STYLE}</style></head><body>\n{body}\n<h2>Environment</h2>{where}</body></html>\n"
     )

@@ -1,4 +1,4 @@
-"""One scenario on one service: the client in a process of its own, what happens meanwhile, and all that was seen."""
+"""One run of a scenario on a service: the client in its own process, the event, and everything that was observed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from loadtests.target import Service
 from loadtests.watch import EVERY_S, Moment, Watch
 
 LOCUSTFILE = Path(__file__).parent / "locustfile.py"
-EVENT_PART = 1 / 3  # of the run
+EVENT_PART = 1 / 3  # of the run, after which the event starts
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The command line. A trace is as long as its gaps are, shortened by `scale`."""
+    """The command line. A trace lasts until its last request, divided by `scale`."""
 
     scenario: str = "smoke"
     duration_s: float | None = None
@@ -43,7 +43,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`happened`: (from, to, what) of the scenario's event, in seconds of the run."""
+    """`happened`: (start, end, description) of the scenario's event, in seconds of the run."""
 
     options: Options
     samples: list[Sample]
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def duration_s(self) -> float:
-        """While requests were due; answers may come later."""
+        """The time in which requests are due; answers may arrive later."""
         return self.options.whole_s
 
     @property
@@ -61,10 +61,11 @@ class Run:
 
 
 class ClientFailed(Exception):
-    """It ended without samples; the message is the last line that it wrote."""
+    """The client ended without samples; the message is the last line of its output."""
 
 
-def run(options: Options, service: Service, step: Callable[[str], None] = lambda _: None) -> Run:
+def run(options: Options, service: Service, progress: Callable[[str], None] = lambda _: None) -> Run:
+    """Run the scenario on the service. Raises ClientFailed."""
     with TemporaryDirectory(prefix="farsight-loadtest-") as folder:
         begun, found, log = (Path(folder) / name for name in ("begun", "samples.ndjson", "client.log"))
         with log.open("wb") as output:
@@ -76,11 +77,11 @@ def run(options: Options, service: Service, step: Callable[[str], None] = lambda
                 start_new_session=True,
             )
         try:
-            step("preparing")
+            progress("preparing")
             while not (begun.exists() and begun.read_text()) and client.poll() is None:
                 time.sleep(0.05)
             if client.poll() is None:
-                step("running")
+                progress("running")
             moments, happened = _watched(options, service, client, begun)
         finally:
             stop(client)
@@ -102,28 +103,28 @@ def _command(options: Options, service: Service, begun: Path, found: Path) -> li
 def _watched(
     options: Options, service: Service, client: subprocess.Popen[bytes], begun: Path
 ) -> tuple[list[Moment], list[tuple[float, float, str]]]:
-    """Until the client ends."""
+    """Observe until the client ends: (moments, events)."""
     moments: list[Moment] = []
     happened: list[tuple[float, float, str]] = []
     if client.poll() is not None:
         return moments, happened
     start_s = float(begun.read_text())
 
-    def happen(event: Callable[[], str]) -> None:
-        begun_s = time.perf_counter() - start_s
-        done = event()
-        happened.append((begun_s, time.perf_counter() - start_s, done))
+    def trigger(event: Callable[[], str]) -> None:
+        event_s = time.perf_counter() - start_s
+        description = event()
+        happened.append((event_s, time.perf_counter() - start_s, description))
 
     event: Future[None] | None = None
     watch = Watch(client.pid, service.leader, service.metrics_url)
-    watch.look(start_s)  # the first has no cores: they are since the one before
+    watch.look(start_s)  # the first moment has no cores, which are measured since the moment before
     with ThreadPoolExecutor(1) as pool:
         while client.poll() is None:
             time.sleep(EVERY_S)
-            if service.happen and not event and time.perf_counter() - start_s > EVENT_PART * options.whole_s:
-                event = pool.submit(happen, service.happen)
+            if service.event and not event and time.perf_counter() - start_s > EVENT_PART * options.whole_s:
+                event = pool.submit(trigger, service.event)
             if client.poll() is None:
                 moments.append(watch.look(start_s))
     if event:
-        event.result()  # or what went wrong with it
+        event.result()  # raises the error of the event
     return moments, happened

@@ -1,4 +1,4 @@
-"""One line for each request of a run, as it was seen by its caller: nothing is rounded or summed up before the end."""
+"""One record per request of a run, as seen by the caller; nothing is rounded or aggregated before the end."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-NO_PLAN = "-"  # a request that was refused or failed
+NO_PLAN = "-"  # of a request that was refused or failed
 
 
 class Outcome(StrEnum):
     ANSWERED = "answered"
-    REFUSED = "refused"  # 429: the service says when to come back; not a failure
+    REFUSED = "refused"  # 429, with the time to retry; not a failure
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Seconds are those since the run began. What a stalled service or client delays counts: latency begins at `at_s`,
-    when the request should have been sent."""
+    """Times are seconds since the run began. Latency counts from `at_s`, when the request was due, so that delays of a
+    stalled service or client are included."""
 
     endpoint: str
     length: int  # tokens of an attention request, words of an embeddings request
@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A request on its way."""
+    """A request in flight."""
 
     endpoint: str
     length: int
@@ -51,7 +51,7 @@ class Sent:
     tenant: str = ""
 
     def answered(self, ended_s: float, headers: Mapping[str, str]) -> Sample:
-        """From the headers (or gRPC parameters) that every answer has; one without them is a failure."""
+        """A sample from the headers (or gRPC parameters) that every answer has; without them it is a failure."""
         try:
             return Sample(
                 **asdict(self),
@@ -73,7 +73,7 @@ class Sent:
 
 
 def write(path: Path, samples: Iterable[Sample]) -> None:
-    path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in samples))
+    path.write_text("".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
 
 
 def read(path: Path) -> list[Sample]:

@@ -1,6 +1,6 @@
-"""The named load tests: which streams, for how long, on a service with which settings, and what happens to it.
+"""The named load tests: streams, duration, settings of the service, and an event.
 
-Rates are for 2 cores, which client and service share; `--scale` multiplies them.
+Rates are for 2 cores that client and service share; `--scale` multiplies them.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ NODES = {"FARSIGHT_REPLICAS": "3", "FARSIGHT_CPU_THREADS": "1"}
 
 
 def key_of(tenant: str) -> str:
-    """Of a service that is started for a load test and listens on loopback: no secret."""
+    """API key of a tenant; not a secret: the service is started for a load test and listens on loopback."""
     return f"loadtest-{tenant}"
 
 
 def tenants(**weights: float) -> str:
-    """FARSIGHT_TENANTS."""
+    """Value of FARSIGHT_TENANTS for tenants with these weights."""
     hashes = {name: hashlib.sha256(key_of(name).encode()).hexdigest() for name in weights}
     return json.dumps([{"name": name, "key_sha256": [hashes[name]], "weight": weights[name]} for name in weights])
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """`event` happens after a third of `duration_s`: a replica is killed (-9), all are replaced one by one, or one of
-    three nodes (loadtests/nodes.py) is killed or stops."""
+    """`event` starts after a third of `duration_s`: a replica is killed (-9), all are replaced one by one, or one of
+    three nodes (loadtests/nodes.py) is killed or goes silent."""
 
     about: str
     streams: tuple[Stream, ...]
@@ -57,13 +57,13 @@ SCENARIOS = {
     ),
     "burst": Scenario("five times the quiet rate in a quarter of the time", (Stream(12.0, shape="bursts"),)),
     "overload": Scenario(
-        "more than the service can do",
+        "more load than the service can handle",
         (Stream(60.0, TENSORS, "lognormal"),),
         settings={"FARSIGHT_MAX_QUEUE_S": "1"},
     ),
-    "soak": Scenario("half an hour, memory watched", (Stream(8.0, lengths="lognormal"),), 1800.0),
+    "soak": Scenario("half an hour, with growth of memory", (Stream(8.0, lengths="lognormal"),), 1800.0),
     "tenants": Scenario(
-        "one tenant asks for more than there is, another of equal weight for little",
+        "one tenant asks for more than the capacity, another of equal weight for little",
         (
             Stream(30.0, TENSORS, "lognormal", tenant="greedy"),
             Stream(4.0, EMBEDDINGS, tenant="modest"),
@@ -75,5 +75,5 @@ SCENARIOS = {
     "chaos": Scenario("one of two replicas is killed (-9)", (Stream(10.0),), settings=REPLICAS, event="kill"),
     # as root: three nodes on this machine, each with a replica and its own network
     "node-killed": Scenario("one of three nodes is killed (-9)", (Stream(10.0),), 90.0, NODES, "kill-node"),
-    "node-lost": Scenario("one of three nodes stops without a word", (Stream(10.0),), 150.0, NODES, "unplug-node"),
+    "node-lost": Scenario("one of three nodes goes silent", (Stream(10.0),), 150.0, NODES, "unplug-node"),
 }

@@ -1,4 +1,4 @@
-"""The service under load: one that is started for it and ended after it, or one that runs already."""
+"""The service under load: started and stopped for the load test, or already running."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.servers.lineup import Place, farsight_environment
-from benchmarks.servers.process import (
-    Unavailable,
-    last_line,
-    ours,
-    replicas,
-    stop,
-)
+from benchmarks.servers.process import Unavailable, last_line, ours, replicas, stop
 from loadtests.nodes import HEAD
 from loadtests.scenarios import Scenario
 from service.config import Config
@@ -35,19 +29,19 @@ from service.models.demo import DEMO_MODEL
 READY = b"GET /readyz HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 STOP_S = 120.0
 LOCAL = "127.0.0.1"
-ANSWER_S = 10.0  # of a running service, before it is loaded
+ANSWER_S = 10.0  # timeout for a running service before it is loaded
 DEFAULTS = {name: int(Config.model_fields[name].default) for name in ("http_port", "grpc_port", "metrics_port")}
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Where it listens, all on the host of `url`; its processes are the session of `leader`, where it is ours."""
+    """Its addresses, all on the host of `url`. Its processes are the session of `leader`, if it was started here."""
 
     url: str
     grpc_port: int
     metrics_port: int
     leader: int | None = None
-    happen: Callable[[], str] | None = None  # the scenario's event; returns what was done, once it is
+    event: Callable[[], str] | None = None  # of the scenario; returns a description when it is done
 
     @property
     def metrics_url(self) -> str:
@@ -55,13 +49,17 @@ class Service:
 
 
 def running(url: str, grpc_port: int | None, metrics_port: int | None) -> Service:
-    """What answers there over HTTP and gRPC; ports have defaults where the URL's is one. ValueError, Unavailable."""
+    """The service at `url`, after it has answered over HTTP and gRPC.
+
+    Ports have defaults if the port of the URL is the default. Raises ValueError for wrong arguments, and Unavailable if
+    the service does not answer.
+    """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url!r} is no URL such as http://127.0.0.1:8000")
+        raise ValueError(f"url: expected for example http://127.0.0.1:8000, got {url!r}")
     if grpc_port is None or metrics_port is None:
-        if parts.port != DEFAULTS["http_port"]:  # another service may have the other defaults
-            raise ValueError(f"with --url {url}, --grpc-port and --metrics-port of the same service are needed")
+        if parts.port != DEFAULTS["http_port"]:  # the default ports may be those of another service
+            raise ValueError(f"--url {url} has another port than the default: give --grpc-port and --metrics-port too")
         grpc_port, metrics_port = grpc_port or DEFAULTS["grpc_port"], metrics_port or DEFAULTS["metrics_port"]
     service = Service(url.rstrip("/"), grpc_port, metrics_port)
     try:
@@ -79,28 +77,31 @@ def running(url: str, grpc_port: int | None, metrics_port: int | None) -> Servic
 
 @contextmanager
 def started(scenario: Scenario, first_port: int) -> Iterator[Service]:
-    """With the scenario's settings, on the 300 ports from `first_port`. Unavailable: it does not start."""
+    """Run a service with the settings of the scenario during the block, on the 300 ports from `first_port`.
+
+    Raises Unavailable if it does not start.
+    """
     if scenario.event in ("update", "kill-node", "unplug-node"):
-        with deployed(scenario, first_port) as service:
+        with _deployed(scenario, first_port) as service:
             yield service
         return
     with ours(Path(), first_port, scenario.settings, READY) as (place, leader):
-        happen = (lambda: kill_one(leader)) if scenario.event == "kill" else None
-        yield _service(place.port, leader, happen)
+        event = (lambda: _kill_replica(leader)) if scenario.event == "kill" else None
+        yield _service(place.port, leader, event)
 
 
 @contextmanager
-def deployed(scenario: Scenario, first_port: int) -> Iterator[Service]:
-    """By a Serve configuration, as on a cluster, on one node or several.
+def _deployed(scenario: Scenario, first_port: int) -> Iterator[Service]:
+    """Run a service deployed by a Serve configuration, as on a cluster, on one node or several.
 
-    Its event is a second configuration, which replaces all replicas, or the loss of a node, which lasts until there are
+    Its event is a second configuration, which replaces all replicas, or the loss of a node, which ends when there are
     as many replicas as before.
     """
     has_nodes, replicas = scenario.event != "update", int(scenario.settings["FARSIGHT_REPLICAS"])
     with TemporaryDirectory(prefix="farsight-loadtest-") as folder:
         place = Place(sys.executable, Path(), first_port, Path(folder))
-        everywhere = {"FARSIGHT_HOST": "0.0.0.0", "FARSIGHT_METRICS_HOST": "0.0.0.0"} if has_nodes else {}
-        environment = {**os.environ, **farsight_environment(place), **everywhere, **scenario.settings}
+        hosts = {"FARSIGHT_HOST": "0.0.0.0", "FARSIGHT_METRICS_HOST": "0.0.0.0"} if has_nodes else {}
+        environment = {**os.environ, **farsight_environment(place), **hosts, **scenario.settings}
         log = Path(folder) / "deployer.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -112,47 +113,48 @@ def deployed(scenario: Scenario, first_port: int) -> Iterator[Service]:
                 start_new_session=True,
             )
 
-        def tell(line: str) -> None:
+        def send(line: str) -> None:
             assert process.stdin is not None, "bug: opened without a pipe"
             assert process.stdout is not None, "bug: opened without a pipe"
             process.stdin.write(line.encode() + b"\n")
             process.stdin.flush()
-            if not any(line == b"done\n" for line in process.stdout):  # it ended
+            if not any(line == b"done\n" for line in process.stdout):  # the deployer has ended
                 raise Unavailable(f"not deployed: {last_line(log)}")
 
         def deploy(**changed: object) -> None:
             models = [DEMO_MODEL.model_dump(exclude_defaults=True)]
             arguments = {"replicas": replicas, "device": "cpu", "models": models, **changed}
             application = {"name": "farsight", "route_prefix": "/", "import_path": "service.cluster.deployment:build"}
-            tell(json.dumps({**application, "args": arguments}))
+            send(json.dumps({**application, "args": arguments}))
 
         def update() -> str:
             deploy(log_level="WARNING")
             return "all replicas replaced"
 
         def lose_node() -> str:
-            tell("kill" if scenario.event == "kill-node" else "unplug")
-            begun_s = time.monotonic()
-            tell(f"{-replicas}")
-            seen_s = time.monotonic() - begun_s
-            tell(f"{replicas}")
-            what = "kill -9 of a node" if scenario.event == "kill-node" else "a node stops without a word"
-            return f"{what}; seen after {seen_s:.1f} s; {replicas} replicas after {time.monotonic() - begun_s:.1f} s"
+            send("kill" if scenario.event == "kill-node" else "unplug")
+            start_s = time.monotonic()
+            send(f"{-replicas}")
+            detected_s = time.monotonic() - start_s
+            send(f"{replicas}")
+            event = "kill -9 of a node" if scenario.event == "kill-node" else "a node goes silent"
+            restored_s = time.monotonic() - start_s
+            return f"{event}; detected after {detected_s:.1f} s; {replicas} replicas after {restored_s:.1f} s"
 
         try:
             deploy()
-            tell(f"{replicas}")
+            send(f"{replicas}")
             yield _service(first_port, process.pid, lose_node if has_nodes else update, HEAD if has_nodes else LOCAL)
-            with suppress(subprocess.TimeoutExpired):  # what was measured is not lost for that; `stop` ends it
+            with suppress(subprocess.TimeoutExpired):  # the measurements are kept anyway, and `stop` ends it
                 process.communicate(timeout=STOP_S)
         finally:
             stop(process)
 
 
-def kill_one(leader: int) -> str:
+def _kill_replica(leader: int) -> str:
     replicas(leader)[0].kill()
     return "kill -9 of a replica"
 
 
-def _service(port: int, leader: int, happen: Callable[[], str] | None, host: str = LOCAL) -> Service:
-    return Service(f"http://{host}:{port}", port + 1, port + 2, leader, happen)
+def _service(port: int, leader: int, event: Callable[[], str] | None, host: str = LOCAL) -> Service:
+    return Service(f"http://{host}:{port}", port + 1, port + 2, leader, event)

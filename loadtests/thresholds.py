@@ -1,4 +1,4 @@
-"""What a scenario must reach, from a file: latencies by length, goodput, and how many may be refused or fail."""
+"""Thresholds of the scenarios, from a file: latencies by length, goodput, shares of refused and failed requests."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ STEADY_S = 300.0
 
 def _known(seconds: Seconds) -> Seconds:
     if unknown := seconds.keys() - set(BUCKET_NAMES):
-        raise ValueError(f"{sorted(unknown)} are no length buckets; they are {', '.join(BUCKET_NAMES)}")
+        raise ValueError(f"length buckets: expected {', '.join(BUCKET_NAMES)}, got {sorted(unknown)}")
     return seconds
 
 
 class Limits(BaseModel):
-    """Seconds by length bucket, shares of what was offered. What is not named is not judged."""
+    """Seconds by length bucket, and shares of the offered requests. What is not set is not checked."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     p50_s: Seconds = {}
     p99_s: Seconds = {}
-    goodput: float | None = Field(None, ge=0, le=1, description="Least share answered within its SLO.")
-    refused: float | None = Field(None, ge=0, le=1, description="Largest share.")
-    failed: float = Field(0.0, ge=0, le=1, description="Largest share.")
-    failed_of: dict[Endpoint, float] = Field({}, description="Largest share of what an endpoint was asked.")
+    goodput: float | None = Field(None, ge=0, le=1, description="Minimum share answered within the SLO.")
+    refused: float | None = Field(None, ge=0, le=1, description="Maximum share.")
+    failed: float = Field(0.0, ge=0, le=1, description="Maximum share.")
+    failed_of: dict[Endpoint, float] = Field({}, description="Maximum share of the requests to an endpoint.")
     resident_growth: float | None = Field(
         None,
         gt=0,
-        description="Largest growth of the replicas' memory from the second quarter to the last of a run of 5 minutes.",
+        description="Maximum growth of the replicas' memory from the second to the last quarter; runs of 5 minutes.",
     )
     tenants: dict[str, Limits] = {}
 
@@ -44,7 +44,7 @@ class Limits(BaseModel):
 
 
 class Thresholds(BaseModel):
-    """`slo_s`: the latency that an answer of each length should have; goodput counts those that do."""
+    """`slo_s`: the latency limit for each length within which an answer counts as goodput."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +61,7 @@ class Thresholds(BaseModel):
 
 
 class Check(BaseModel):
-    """One comparison. A latency that nobody saw fails: a test without its long requests proves nothing."""
+    """One comparison. A missing latency (NaN) fails: a test without its long requests proves nothing."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -79,18 +79,19 @@ class Check(BaseModel):
 
 
 def read(path: Path) -> Thresholds:
-    """ValidationError (a ValueError) or OSError say what is wrong."""
+    """Read a file of thresholds. Raises ValidationError (a ValueError) or OSError."""
     return Thresholds.model_validate_json(path.read_text())
 
 
 def judge_memory(resident_growth: float, duration_s: float, limits: Limits) -> list[Check]:
-    """NaN fails: nobody looked. A service that has just started still grows."""
+    """Check the growth of memory. Not in short runs, because a service that has just started still grows. NaN fails."""
     if limits.resident_growth is None or duration_s < STEADY_S:
         return []
     return [Check(name="resident_growth", value=resident_growth, limit=limits.resident_growth)]
 
 
 def judge(samples: Sequence[Sample], limits: Limits, slo_s: Seconds, prefix: str = "") -> list[Check]:
+    """Compare the samples with the limits, tenants included."""
     totals, buckets = Totals.of(samples, slo_s), by_bucket(samples)
     found = [Check(name=f"{prefix}answered", value=totals.answered, limit=1, at_least=True)]
     for name in ("p50_s", "p99_s"):
@@ -104,8 +105,8 @@ def judge(samples: Sequence[Sample], limits: Limits, slo_s: Seconds, prefix: str
         found.append(Check(name=f"{prefix}refused", value=totals.share("refused"), limit=limits.refused))
     found.append(Check(name=f"{prefix}failed", value=totals.share("failed"), limit=limits.failed))
     for endpoint, limit in limits.failed_of.items():
-        own = Totals.of([one for one in samples if one.endpoint == endpoint], slo_s)
-        found.append(Check(name=f"{prefix}failed, {endpoint}", value=own.share("failed"), limit=limit))
-    for tenant, its in limits.tenants.items():
-        found += judge([one for one in samples if one.tenant == tenant], its, slo_s, f"{tenant}: ")
+        part = Totals.of([sample for sample in samples if sample.endpoint == endpoint], slo_s)
+        found.append(Check(name=f"{prefix}failed, {endpoint}", value=part.share("failed"), limit=limit))
+    for tenant, tenant_limits in limits.tenants.items():
+        found += judge([sample for sample in samples if sample.tenant == tenant], tenant_limits, slo_s, f"{tenant}: ")
     return found

@@ -1,4 +1,4 @@
-"""What a run does to its machine and its service, looked at from a third process: cores, memory, queue and batches."""
+"""Observes machine and service during a run from a third process: cores, memory, queue and batches."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ import psutil
 from benchmarks.servers.process import replicas, session
 
 EVERY_S = 1.0
-SCRAPE_S = 2.0  # timeout: a busy service answers late, and the next look must not
+SCRAPE_S = 2.0  # timeout: a busy service answers late, and must not delay the next moment
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """At `at_s` of the run. NaN where it is not known: a remote service has no processes here."""
+    """Readings at `at_s` of the run. NaN if unknown: a remote service has no processes here."""
 
     at_s: float
-    client_cores: float  # since the moment before
+    client_cores: float  # since the previous moment
     service_cores: float
-    service_bytes: float  # resident, of its replicas; of a remote service those of the node that tells its metrics
+    service_bytes: float  # resident memory of its replicas; of a remote service from the metrics of its node
     replicas: int
     queue_s: float  # predicted device seconds that wait
-    batches: float  # counters: so many so far
+    batches: float  # counters
     batched_requests: float
     batched_tokens: float
 
 
 class Watch:
-    """`look` at least every few seconds: what a process that ended has used since the last one is not seen."""
+    """Call `look` at least every few seconds: the time used by a process after the last call is lost when it ends."""
 
     def __init__(self, client: int, leader: int | None, metrics_url: str) -> None:
         self._client, self._leader, self._url = client, leader, metrics_url
-        self._without_proxy = build_opener(ProxyHandler({}))  # one of the environment does not know this machine
+        self._without_proxy = build_opener(ProxyHandler({}))  # a proxy of the environment cannot reach this machine
         self._last_s = time.perf_counter()
         self._client_s: dict[int, float] = {}
         self._service_s: dict[int, float] = {}
 
     def look(self, start_s: float) -> Moment:
-        """`start_s`: of the run, by time.perf_counter."""
+        """The current moment. `start_s`: start of the run, by time.perf_counter."""
         now_s = time.perf_counter()
         since_s, self._last_s = now_s - self._last_s, now_s
         client, self._client_s = _worked([psutil.Process(self._client)], self._client_s)
@@ -52,7 +52,7 @@ class Watch:
             service, self._service_s = _worked(session(self._leader), self._service_s)
             own = replicas(self._leader)
             resident, count = _resident(own), len(own)
-        seen = counters(self._scraped())  # last: it may take its time
+        seen = counters(self._scraped())  # last, because it may be slow
         if self._leader is None:
             resident = seen.get("farsight_resident_memory_bytes", nan)
         return Moment(
@@ -74,24 +74,24 @@ class Watch:
 
 
 def counters(text: str) -> dict[str, float]:
-    """Series without labels of a Prometheus page."""
+    """Values of the series without labels in Prometheus text."""
     lines = (line.split(" ") for line in text.splitlines() if not line.startswith("#") and "{" not in line)
     return {name: float(value) for name, value, *_ in lines}
 
 
 def _worked(processes: Iterable[psutil.Process], before: dict[int, float]) -> tuple[float, dict[int, float]]:
-    """Processor seconds since `before`, and what is the next one's `before`."""
+    """(processor seconds since `before`, the next `before`); `before` has the processor seconds by process id."""
     now: dict[int, float] = {}
-    for one in processes:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            times = one.cpu_times()
-            now[one.pid] = times.user + times.system
+            times = process.cpu_times()
+            now[process.pid] = times.user + times.system
     return sum(seconds - before.get(pid, seconds) for pid, seconds in now.items()), now
 
 
 def _resident(processes: Iterable[psutil.Process]) -> float:
     total = 0
-    for one in processes:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            total += one.memory_info().rss
+            total += process.memory_info().rss
     return float(total)

@@ -1,6 +1,6 @@
-"""The second half of `make image-test`: runs a built root file system as a container would be, and asks it for answers.
+"""The second half of `make image-test`: runs a built root file system like a container, and tests the service in it.
 
-Started by scripts/image_test.sh as process 1 of new namespaces (mounts, processes, network), which end with it.
+scripts/image_test.sh starts it as process 1 of new namespaces (mounts, processes, network), which end with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 READY_S = 240.0
 STOP_S = 90.0
-SHM = "256m"  # that of `docker run` in the Dockerfile
+SHM = "256m"  # as in the Dockerfile's `docker run`
 COMPILERS = ("cc", "gcc", "c++", "g++", "clang", "ld", "make")
 
 
@@ -25,7 +25,7 @@ def mount(*arguments: str | Path) -> None:
 
 
 def make_container(root: Path, home: Path, uid: str, gid: str) -> None:
-    """A read-only root; writable are /tmp, /dev/shm and the user's home, as in deploy/kustomize."""
+    """Mount a read-only root; only /tmp, /dev/shm and the user's home are writable, as in deploy/kustomize."""
     mount("--bind", root, root)
     mount("-o", "remount,bind,ro", root)
     mount("-t", "proc", "proc", root / "proc")
@@ -41,7 +41,7 @@ def make_container(root: Path, home: Path, uid: str, gid: str) -> None:
 
 
 class Container:
-    """Commands with the image's user, environment and folder, without capabilities and without a way to new ones."""
+    """Runs commands with the image's user, environment and directory, without capabilities or a way to gain any."""
 
     def __init__(self, root: Path, config: dict[str, Any]) -> None:
         self._prefix = ["setpriv", "--no-new-privs", "chroot", f"--userspec={config['User']}", str(root)]
@@ -54,9 +54,9 @@ class Container:
         return subprocess.run([*self._prefix, *command], capture_output=True, text=True, check=False)
 
 
-def check(what: str, good: bool, told: object = "") -> None:
-    print(f"{'ok' if good else 'FAILED'}: {what} {told}".rstrip(), flush=True)
-    if not good:
+def check(name: str, passed: bool, detail: object = "") -> None:
+    print(f"{'ok' if passed else 'FAILED'}: {name} {detail}".rstrip(), flush=True)
+    if not passed:
         sys.exit(1)
 
 
@@ -71,8 +71,8 @@ def main() -> None:
 
     identity = container.ask(["id", "-u"]).stdout.strip()
     check("runs as that user", identity == uid, identity)
-    told = [container.ask(["touch", f"{path}/x"]).stderr for path in ("/", "/opt/farsight", "/etc", "/usr/bin")]
-    check("the root file system is read-only", all("Read-only file system" in one for one in told))
+    errors = [container.ask(["touch", f"{path}/x"]).stderr for path in ("/", "/opt/farsight", "/etc", "/usr/bin")]
+    check("the root file system is read-only", all("Read-only file system" in error for error in errors))
     rights = container.ask(["grep", "-E", "^(CapEff|NoNewPrivs):", "/proc/self/status"]).stdout.split()
     check("no capabilities, and no way to any", rights == ["CapEff:", "0" * 16, "NoNewPrivs:", "1"], rights)
     found = {name: container.ask(["bash", "-c", f"command -v {name}"]).stdout for name in (*COMPILERS, "wget")}
@@ -93,7 +93,7 @@ def main() -> None:
     check("HAProxy has farsight-haproxy's configuration", any(int(count) > 0 for count in written), written)
 
     with TemporaryDirectory() as results:
-        load = [sys.executable, "-m", "service", "loadtest", "--url", "http://127.0.0.1:8000", "--directory", results]
+        load = [sys.executable, "-m", "loadtests", "--url", "http://127.0.0.1:8000", "--directory", results]
         check("the smoke load passes", subprocess.run(load, check=False).returncode == 0)
     service.send_signal(signal.SIGTERM)
     status = service.wait(STOP_S)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds the image without a daemon and runs the service from it as the cluster does: as uid 1000 on a read-only root,
-# with only /tmp, /dev/shm and $HOME writable, in namespaces of its own, where the smoke load must pass.
+# with only /tmp, /dev/shm and $HOME writable, in its own namespaces. The smoke load must pass.
 #   make image-test BUILD_FLAGS='--volume /srv/wheels:/srv/wheels:ro'
-# Needs root and Debian's buildah, debootstrap and iproute2. Arguments are given to `buildah bud`. IMAGE_DIRECTORY
-# keeps base and layers between runs, some 10 GB.
+# Needs root and Debian's buildah, debootstrap and iproute2. Arguments are passed to `buildah bud`. IMAGE_DIRECTORY
+# keeps the base and the layers between runs, about 10 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,13 +15,13 @@ readonly BASE
 for command in buildah debootstrap ip; do
     command -v "$command" >/dev/null || { echo "image-test needs $command: apt-get install buildah debootstrap iproute2" >&2; exit 1; }
 done
-[[ $(id -u) == 0 ]] || { echo "image-test needs root: it makes namespaces and mounts" >&2; exit 1; }
+[[ $(id -u) == 0 ]] || { echo "image-test needs root: it creates namespaces and mounts" >&2; exit 1; }
 
-buildah() { # vfs needs no overlay mounts, chroot no container runtime
+buildah() { # vfs needs no overlay mounts, chroot needs no container runtime
     command buildah --root "$DIRECTORY/storage" --runroot "$DIRECTORY/run" --storage-driver vfs "$@"
 }
 
-stand_in_for_the_base() { # Debian with its own Python 3.11 where the official image has one that it built
+stand_in_for_the_base() { # Debian with its own Python 3.11; the official image builds its own
     local root=$DIRECTORY/base container
     rm -rf --one-file-system "$root"
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$root"
@@ -35,7 +35,7 @@ stand_in_for_the_base() { # Debian with its own Python 3.11 where the official i
 
 mkdir -p "$DIRECTORY"
 buildah inspect --type image "$BASE" >/dev/null 2>&1 || stand_in_for_the_base
-# --format docker: OCI's images have no health check
+# --format docker: OCI images have no health check
 buildah bud --isolation chroot --layers --pull-never --format docker --tag "$IMAGE" "$@" .
 
 container=$(buildah from --pull-never "$IMAGE")

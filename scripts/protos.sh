@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Regenerate the gRPC stubs next to their .proto files: scripts/protos.sh [output root, default the repository]
 #
-# The generator is pinned in an environment of its own: code from grpcio-tools 1.75.1 (protobuf 6.31.1) loads with
-# every protobuf >= 6.31 and grpcio >= 1.75, code from a newer generator would demand its own runtime.
+# The generator is pinned in its own environment: code from grpcio-tools 1.75.1 (protobuf 6.31.1) loads with every
+# protobuf >= 6.31 and grpcio >= 1.75; code from a newer generator would require its own runtime.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-.}")

@@ -1,4 +1,4 @@
-"""One frozen configuration, cross-checked at start. Environment: FARSIGHT_<FIELD>, JSON for lists."""
+"""The frozen configuration, cross-checked at start. Environment variables: FARSIGHT_<FIELD>, with JSON for lists."""
 
 from __future__ import annotations
 
@@ -16,32 +16,30 @@ MIB = 1024**2
 
 
 class ModelConfig(BaseModel):
-    """One local Hugging Face directory (config.json, safetensors, tokenizer.json) and how it is served."""
+    """A local Hugging Face directory (config.json, safetensors, tokenizer.json) and how it is served."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
-    path: str | None = Field(None, description="Directory of the model; or give `package`.")
-    package: str | None = Field(None, description="Installed Python package that carries it in its folder `model/`.")
+    path: str | None = Field(None, description="Directory of the model; alternative to `package`.")
+    package: str | None = Field(None, description="Installed Python package with the model in its folder `model/`.")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_length: int | None = Field(None, ge=1, description="Tokens per input; default: what the model's files say.")
-    task: Literal["embed", "classify", "rerank", "score"] | None = Field(
-        None, description="What it is for; default: what the model's files say."
-    )
+    max_length: int | None = Field(None, ge=1, description="Tokens per input; default: from the model's files.")
+    task: Literal["embed", "classify", "rerank", "score"] | None = Field(None, description="Default: from the files.")
     pooling: Literal["mean", "cls", "last"] | None = Field(
-        None, description="Of embeddings; default: the sentence-transformers files, or the mean."
+        None, description="Pooling of embeddings; default: from sentence-transformers' files, else mean."
     )
     rope_scaling: dict[str, Any] | None = Field(
-        None, description='Rotary positions for longer inputs, as in config.json: {"rope_type": "yarn", "factor": 4.0}.'
+        None, description='Rotary scaling for longer inputs, as in config.json: {"rope_type": "yarn", "factor": 4.0}.'
     )
-    required: bool = Field(True, description="`/readyz` is red while it is not served.")
+    required: bool = Field(True, description="`/readyz` fails while this model is not served.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.path is None) == (self.package is None):
-            raise ValueError(f"model {self.name!r}: give exactly one of path and package")
+            raise ValueError(f"model {self.name!r}: expected exactly one of path and package")
         if self.name == "attention":
-            raise ValueError("model name 'attention' is taken by the attention endpoint itself")
+            raise ValueError("model name 'attention' is reserved for the attention endpoint")
         return self
 
 
@@ -105,11 +103,11 @@ class TenantConfig(BaseModel):
 
 
 class Config(BaseSettings):
-    """Everything that can be set; nobody writes to it after start."""
+    """All settings; immutable after the start."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="FARSIGHT_", hide_input_in_errors=True)
 
-    # where it listens
+    # addresses and directories
     host: str = "127.0.0.1"
     http_port: int = Field(8000, ge=1, le=65535)
     grpc_port: int = Field(9000, ge=1, le=65535)
@@ -121,80 +119,68 @@ class Config(BaseSettings):
         25000,
         ge=1024,
         le=32568,
-        description="Replicas listen behind HAProxy on the 200 ports from here (100 HTTP, 100 gRPC). Two services on "
-        "one machine need different ranges: Ray lets them share ports and mixes their traffic.",
+        description="First of the 200 ports (100 HTTP, 100 gRPC) on which replicas listen behind HAProxy. Two services "
+        "on one machine need different ranges: otherwise Ray lets them share ports and mixes their traffic.",
     )
     state_dir: Path = Field(
         Path("~/.local/state/farsight"),
-        description="Where the ledger, its journals and the metric files are kept; on a disk that stays.",
+        description="Directory of the ledger, its write-ahead logs and the metric files; on a persistent disk.",
     )
-    cache_dir: Path = Field(
-        Path("~/.cache/farsight"), description="Where the measured speed of this device is kept between starts."
-    )
+    cache_dir: Path = Field(Path("~/.cache/farsight"), description="Directory of the measured speed of this device.")
 
-    # what it serves, and on what
+    # models, replicas and devices
     models: tuple[ModelConfig, ...] = ()
-    model_control: bool = Field(False, description="Whether callers may load and unload models.")
-    model_repository: Path | None = Field(
-        None, description="Folder whose folders may be loaded by name while the service runs."
-    )
-    replicas: int = Field(1, ge=1, description="With max_replicas: the least.")
-    max_replicas: int | None = Field(
-        None, ge=1, description="As many as the work asks for, up to this number; default: always `replicas`."
-    )
-    upscale_delay_s: float = Field(10.0, ge=0, description="More work must be there for so long.")
-    downscale_delay_s: float = Field(300.0, ge=0, description="Less work must be there for so long.")
+    model_control: bool = Field(False, description="Callers may load and unload models.")
+    model_repository: Path | None = Field(None, description="Directory with models that can be loaded by folder name.")
+    replicas: int = Field(1, ge=1, description="Number of replicas; the minimum if max_replicas is set.")
+    max_replicas: int | None = Field(None, ge=1, description="Maximum, reached under load; default: `replicas`.")
+    upscale_delay_s: float = Field(10.0, ge=0, description="Seconds of sustained load before adding a replica.")
+    downscale_delay_s: float = Field(300.0, ge=0, description="Seconds of lower load before removing a replica.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpu_threads: int | None = Field(None, ge=1, description="Threads of the device thread; default: all cores.")
+    cpu_threads: int | None = Field(None, ge=1, description="Threads that a replica computes with; default: all cores.")
 
-    # limits, all checked before memory is taken
+    # limits, all checked before memory is allocated
     max_request_bytes: int = Field(256 * MIB, ge=1024)
-    max_json_bytes: int = Field(32 * MIB, ge=1024, description="JSON numbers cost ~16x their text once parsed.")
-    max_inflight_bytes: int = Field(2 * GIB, ge=1024, description="Bodies held by one replica at one time.")
+    max_json_bytes: int = Field(32 * MIB, ge=1024, description="Parsed JSON numbers take ~16x the bytes of their text.")
+    max_inflight_bytes: int = Field(2 * GIB, ge=1024, description="Request bodies that a replica holds at any time.")
     max_weights_bytes: int = Field(64 * MIB, ge=0, description="Size of a returned attention-weight tensor.")
-    max_peak_bytes: int | None = Field(
-        None, description="Predicted peak of one request; default: 60 % of what is free."
-    )
-    max_texts: int = Field(2048, ge=1, description="Inputs of one embeddings request.")
-    max_images: int = Field(64, ge=1, description="Images of one request; decoding a large one takes up to ~1 GB.")
-    max_text_bytes: int = Field(1 * MIB, ge=1, description="One text, refused before it is tokenised.")
+    max_peak_bytes: int | None = Field(None, description="Predicted peak of a request; default: 60 % of free memory.")
+    max_texts: int = Field(2048, ge=1, description="Inputs per request.")
+    max_images: int = Field(64, ge=1, description="Images per request; decoding a large one takes up to ~1 GB.")
+    max_text_bytes: int = Field(1 * MIB, ge=1, description="Longer texts are refused before they are tokenised.")
 
     # scheduling
     batch_budget_s: float = Field(
         0.2,
         gt=0,
-        description="Predicted device time that a batch is filled to. With 32 clients of a small transformer on 2 "
-        "cores 0.05 gave 60 % of the throughput of larger ones: other threads disturb small products more.",
+        description="Predicted device time up to which a batch is filled. With 32 clients of a small transformer on 2 "
+        "cores, 0.05 gave 60 % of the throughput of larger values: other threads disturb small matrix products more.",
     )
-    order: Literal["fair", "arrival"] = Field(
-        "fair",
-        description="`arrival`: first in, first out, nothing is interrupted; to compare with, as other servers do.",
-    )
-    max_batch_tokens: int = Field(16384, ge=1, description="Tokens of one packed forward pass.")
+    max_batch_tokens: int = Field(16384, ge=1, description="Tokens per packed forward pass.")
     max_queue_s: float = Field(
         30.0,
         gt=0,
-        description="Predicted device seconds that may be ahead of a request; of other tenants' no more counts than "
-        "their shares let pass. What has waited longer than this goes first.",
+        description="Predicted device seconds of work that may be ahead of a request; work of other tenants counts as "
+        "far as their shares let it run first. Requests that have waited longer than this run first.",
     )
     default_timeout_s: float = Field(300.0, gt=0)
 
     # attention
     block_size: int = Field(128, ge=16, le=1024)
-    max_error: float = Field(0.02, ge=0, le=1, description="Used where a request names none.")
+    max_error: float = Field(0.02, ge=0, le=1, description="Default for requests that do not set it.")
     epsilon: float = Field(
-        0.4, gt=0, le=1, description="Risk that a sparse row may leave in a block it does not read, at max_error 0.02."
+        0.4, gt=0, le=1, description="Largest risk of a block that a sparse row does not read, at max_error 0.02."
     )
-    audit_rows: int = Field(59, ge=8, le=4096, description="Exact rows per head; 59 = 95 % of rows at 95 % confidence.")
+    audit_rows: int = Field(59, ge=8, le=4096, description="Rows per head; 59 = 95 % of rows at 95 % confidence.")
     output_audit_share: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="Of sparse forward answers: how many are run again exactly, on an idle device, to export the error "
-        "of their outputs.",
+        description="Share of sparse forward answers that run again exactly on an idle device, to export the error of "
+        "their outputs.",
     )
-    sparse_min_tokens: int = Field(6144, ge=256, description="Keys below which auto never tries sparse.")
-    max_density: float = Field(0.5, gt=0, le=1, description="Share of pairs selected, above which auto goes exact.")
+    sparse_min_tokens: int = Field(6144, ge=256, description="Number of keys below which `auto` never tries sparse.")
+    max_density: float = Field(0.5, gt=0, le=1, description="Share of selected pairs above which `auto` runs exact.")
 
     # money
     price_per_device_hour_usd: Price | dict[str, Price] = Field(
@@ -225,16 +211,16 @@ class Config(BaseSettings):
 
     request_log: bool = Field(
         False,
-        description="One JSON line on stderr for each request, with what it used, also where it was refused, failed or "
-        "its client left; metrics say the same in sum.",
+        description="Write one JSON line per request to stderr with its usage, also for refused, failed and cancelled "
+        "requests; metrics have the sums.",
     )
     otlp_endpoint: str | None = Field(
         None,
         pattern=r"^https?://",
-        description="Where traces are sent, by OTLP over HTTP: the whole URL, as in http://collector:4318/v1/traces.",
+        description="URL to which traces are sent by OTLP over HTTP, for example http://collector:4318/v1/traces.",
     )
     trace_ratio: float = Field(
-        1.0, ge=0, le=1, description="Of requests whose caller has not decided (traceparent): how many are traced."
+        1.0, ge=0, le=1, description="Share of requests traced when the caller does not decide it (traceparent)."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -243,27 +229,22 @@ class Config(BaseSettings):
     def _expanded(cls, path: Path) -> Path:
         try:
             return path.expanduser()
-        except RuntimeError:  # nobody's home
+        except RuntimeError:  # the user has no home directory
             return Path(tempfile.gettempdir()) / "farsight"
 
     @model_validator(mode="after")
     def _cross_check(self) -> Config:
-        ports = {
-            "http_port": self.http_port,
-            "grpc_port": self.grpc_port,
-            "metrics_port": self.metrics_port,
-            "haproxy_metrics_port": self.haproxy_metrics_port,
-            "haproxy_stats_port": self.haproxy_stats_port,
-        }
+        names = ("http_port", "grpc_port", "metrics_port", "haproxy_metrics_port", "haproxy_stats_port")
+        ports = {name: getattr(self, name) for name in names}
         if len(set(ports.values())) != len(ports):
             raise ValueError(f"ports must differ: {ports}")
         if self.max_json_bytes > self.max_request_bytes:
             raise ValueError(f"max_json_bytes {self.max_json_bytes} is over max_request_bytes {self.max_request_bytes}")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas {self.max_replicas} is under replicas {self.replicas}")
-        names = [model.name for model in self.models]
-        if len(set(names)) != len(names):
-            raise ValueError(f"model names must differ: {names}")
+        models = [model.name for model in self.models]
+        if len(set(models)) != len(models):
+            raise ValueError(f"model names must differ: {models}")
         tenants = [tenant.name for tenant in self.tenants]
         if len(set(tenants)) != len(tenants):
             raise ValueError(f"tenant names must differ: {tenants}")
@@ -294,15 +275,15 @@ class Config(BaseSettings):
 
     @property
     def journal_dir(self) -> Path:
-        """Where the replicas of one node write down what the ledger does not have yet."""
+        """Directory of the write-ahead logs of a node's replicas."""
         return self.state_dir / f"journal-{self.metrics_port}"
 
     @property
     def metrics_dir(self) -> Path:
-        """Where the replicas of one node keep their metric files."""
+        """Directory of the metric files of a node's replicas."""
         return self.state_dir / f"metrics-{self.metrics_port}"
 
     @property
     def haproxy_dir(self) -> Path:
-        """HAProxy's configuration and sockets; short, for a socket's path may have 97 characters and Ray adds 68."""
+        """Directory of HAProxy's configuration and sockets. Short: of a socket path's 97 characters Ray uses 68."""
         return Path(tempfile.gettempdir()) / f"farsight-{self.http_port}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -27,15 +29,15 @@ def device_names(device: torch.device) -> tuple[str, str]:
     return name, device.type
 
 
-class EnqueuedAhead:
-    """Bounds the work that a GPU is given ahead of time: what is enqueued can be neither stopped nor overtaken."""
+class DeviceQueue:
+    """What a device was given. Bounds how far it may be behind: enqueued work can be neither stopped nor overtaken."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
+        self._device, self._is_cuda = device, device.type == "cuda"
         self._marks: deque[torch.cuda.Event] = deque()
 
     def mark(self) -> None:
-        """At a checkpoint: wait until the device is at the one before the last."""
+        """At a checkpoint: wait until the device has reached the mark before the last. Nothing to do on a CPU."""
         if not self._is_cuda:
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -43,6 +45,29 @@ class EnqueuedAhead:
         self._marks.append(event)
         if len(self._marks) > MARKS_AHEAD:
             self._marks.popleft().synchronize()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything it was given."""
+        synchronize(self._device)
+
+
+def side_pool(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads next to the device's, each on one core.
+
+    All are started here, before the device thread sets its own number: MKL has one number of threads per process, the
+    last that any thread has set.
+    """
+    all_started = threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    pool = ThreadPoolExecutor(count, name, initializer=begin)
+    for _ in range(count):
+        pool.submit(int)
+    all_started.wait()
+    return pool
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What can go wrong, and how each transport says so: one table, no transport imported."""
+"""Kinds of failure and their codes on each transport: one table, no transport imported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """How one kind of failure looks outside: HTTP status, gRPC status name, whether a retry can help."""
+    """One kind of failure as callers see it: HTTP status, gRPC status name, whether a retry can help, its meaning."""
 
     http: int
     grpc: str
@@ -44,27 +44,31 @@ CODES: dict[Kind, Code] = {
     Kind.MALFORMED: Code(400, "INVALID_ARGUMENT", False, "The body cannot be parsed."),
     Kind.INVALID: Code(422, "INVALID_ARGUMENT", False, "Wrong shape, type, value or combination; non-finite numbers."),
     # not RESOURCE_EXHAUSTED: that would invite a retry of what can never fit
-    Kind.TOO_LARGE: Code(413, "INVALID_ARGUMENT", False, "Can never fit; the message names the limit and the size."),
-    Kind.UNAUTHENTICATED: Code(401, "UNAUTHENTICATED", False, "No API key, or one that is not known."),
-    Kind.FORBIDDEN: Code(403, "PERMISSION_DENIED", False, "The key is known, and does not allow this."),
+    Kind.TOO_LARGE: Code(413, "INVALID_ARGUMENT", False, "Can never fit; the message names the size and the limit."),
+    Kind.UNAUTHENTICATED: Code(401, "UNAUTHENTICATED", False, "No API key, or an unknown one."),
+    Kind.FORBIDDEN: Code(403, "PERMISSION_DENIED", False, "The API key does not allow this operation."),
     Kind.NOT_FOUND: Code(404, "NOT_FOUND", False, "Unknown model or route."),
-    Kind.METHOD_NOT_ALLOWED: Code(405, "UNIMPLEMENTED", False, "The route does not take this method."),
-    Kind.UNSUPPORTED_MEDIA: Code(415, "INVALID_ARGUMENT", False, "A content type or encoding that is not accepted."),
-    Kind.OVERLOADED: Code(429, "RESOURCE_EXHAUSTED", True, "The queue is full; Retry-After is computed from it."),
-    Kind.OVER_BUDGET: Code(429, "RESOURCE_EXHAUSTED", True, "The tenant's budget is spent; Retry-After is its refill."),
-    Kind.DEADLINE: Code(504, "DEADLINE_EXCEEDED", True, "Would not, or did not, finish within timeout_s."),
-    Kind.CANCELLED: Code(499, "CANCELLED", False, "The client left (seen in metrics and logs only)."),
-    Kind.UNAVAILABLE: Code(503, "UNAVAILABLE", True, "Starting, or the device does not answer."),
-    Kind.OUT_OF_MEMORY: Code(507, "RESOURCE_EXHAUSTED", True, "The device ran out of memory and survived."),
-    Kind.INTERNAL: Code(500, "INTERNAL", False, "A bug; the answer carries the request id only."),
+    Kind.METHOD_NOT_ALLOWED: Code(405, "UNIMPLEMENTED", False, "The route does not support this method."),
+    Kind.UNSUPPORTED_MEDIA: Code(415, "INVALID_ARGUMENT", False, "Unsupported content type or content encoding."),
+    Kind.OVERLOADED: Code(
+        429, "RESOURCE_EXHAUSTED", True, "The queue is full; Retry-After is predicted from the queued work."
+    ),
+    Kind.OVER_BUDGET: Code(
+        429, "RESOURCE_EXHAUSTED", True, "The tenant's budget is spent; Retry-After is the time until it refills."
+    ),
+    Kind.DEADLINE: Code(504, "DEADLINE_EXCEEDED", True, "Did not finish within timeout_s, or is predicted not to."),
+    Kind.CANCELLED: Code(499, "CANCELLED", False, "The client disconnected (seen in metrics and logs only)."),
+    Kind.UNAVAILABLE: Code(503, "UNAVAILABLE", True, "The service is starting, or the device does not respond."),
+    Kind.OUT_OF_MEMORY: Code(507, "RESOURCE_EXHAUSTED", True, "Out of device memory; the service has recovered."),
+    Kind.INTERNAL: Code(500, "INTERNAL", False, "A bug; the response contains only the request id."),
 }
 
 
 class FarsightError(Exception):
-    """A request that gets an error as its one answer.
+    """The error that answers a request.
 
-    `message` is shown to the caller: numbers and names, never inputs or internals.
-    `param` names the offending field. `retry_after_s` is computed, or None where waiting does not help.
+    `message` is shown to the caller: numbers and names, never inputs or internals. `param` names the wrong field.
+    `retry_after_s` is computed; None: waiting does not help.
     """
 
     def __init__(
@@ -76,33 +80,32 @@ class FarsightError(Exception):
         param: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        message = message[:MAX_MESSAGE]  # callers' own names may be in it, and gRPC drops a status that is too long
+        message = message[:MAX_MESSAGE]  # it may contain names that callers chose; gRPC drops a status that is too long
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.code = code or kind.value
         self.param = None if param is None else param[:MAX_PARAM]
         self.retry_after_s = retry_after_s
-        self.counted = False  # set by the engine: this failure is in the metrics already
 
 
 def retry_after(seconds: float) -> str:
-    """Whole seconds for a header, rounded up: never earlier than the queue can take the request."""
+    """Whole seconds for a Retry-After header, rounded up: never earlier than the queue accepts the request."""
     return str(max(1, math.ceil(seconds)))
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> FarsightError:
-    """422: the request is understood and cannot be right."""
+    """422: the request can be parsed and is wrong."""
     return FarsightError(Kind.INVALID, message, param=param, code=code)
 
 
 def malformed(message: str, *, param: str | None = None) -> FarsightError:
-    """400: the body cannot be read at all."""
+    """400: the request cannot be parsed."""
     return FarsightError(Kind.MALFORMED, message, param=param)
 
 
 def too_large(
     what: str, size: int | float, limit: int | float, unit: str, *, param: str | None = None
 ) -> FarsightError:
-    """413: `what` is `size` and can never be over `limit`."""
+    """413: `what` has `size` and can never be accepted over `limit`."""
     return FarsightError(Kind.TOO_LARGE, f"{what}: {size} {unit} is over the limit of {limit} {unit}", param=param)

@@ -27,7 +27,7 @@ def test_nobody_writes_to_it() -> None:
         ({"http_port": 9000}, "ports must differ"),
         ({"max_json_bytes": 2**31}, "is over max_request_bytes"),
         ({"models": [{"name": "m", "path": "a"}, {"name": "m", "path": "b"}]}, "names must differ"),
-        ({"models": [{"name": "attention", "path": "a"}]}, "is taken"),
+        ({"models": [{"name": "attention", "path": "a"}]}, "is reserved"),
         ({"models": [{"name": "m"}]}, "exactly one of path and package"),
         ({"models": [{"name": "../m", "path": "a"}]}, "pattern"),
         ({"max_eror": 0.1}, "max_eror"),

@@ -1,4 +1,4 @@
-"""The one error table: total, spelled right for both transports, and equal to the OpenAPI text."""
+"""The error table: complete, spelled right for both transports, and equal to the OpenAPI text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The servers of `python -m benchmarks serving`; the apps here run in venvs of their own and import nothing of ours."""
+"""The servers of `python -m benchmarks serving`. The apps here run in their own venvs and import no code of ours."""

@@ -1,4 +1,4 @@
-"""sentence-transformers behind FastAPI. Runs in a venv of its own: python fastapi_app.py MODEL PORT MAX_BATCH"""
+"""sentence-transformers behind FastAPI. Runs in its own venv: python fastapi_app.py MODEL PORT MAX_BATCH"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Body(BaseModel):
 
 
 class Batcher:
-    """Runs what waits, `max_batch` texts at most, in a thread; meanwhile the next ones gather."""
+    """Runs at most `max_batch` waiting texts in a thread, while the next ones collect."""
 
     def __init__(self, directory: str, max_batch: int) -> None:
         self._model = SentenceTransformer(directory, device="cpu")
@@ -38,7 +38,7 @@ class Batcher:
                 batch.append(self._queue.get_nowait())
             vectors = await asyncio.to_thread(self._encode, [text for text, _ in batch])
             for (_, answer), vector in zip(batch, vectors, strict=True):
-                if not answer.done():  # its client left
+                if not answer.done():  # the client has disconnected
                     answer.set_result(vector.tolist())
 
     def _encode(self, texts: list[str]) -> Any:

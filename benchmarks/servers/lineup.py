@@ -1,4 +1,4 @@
-"""Who takes part in `python -m benchmarks serving`: what is installed, what is run, where it answers."""
+"""The servers of `python -m benchmarks serving`: requirements, commands and endpoints."""
 
 from __future__ import annotations
 
@@ -10,38 +10,43 @@ MODEL = "all-MiniLM-L6-v2"
 MAX_BATCH = 32
 APPS = Path(__file__).parent
 
-# Farsight's own, for all. It stands in every pip command: pip would else take another build, or another release.
+# Farsight's version, for all. It is part of every pip command, otherwise pip would choose another build or release.
 TORCH = "torch==2.13.0"
 SENTENCE_TRANSFORMERS = (TORCH, "sentence-transformers==6.2.0", "transformers==5.23.0")  # as in our constraints.txt
 
-REPLICA_PORTS = 100  # from Farsight's first port to those of its replicas
+REPLICA_PORTS = 100  # distance from Farsight's first port to those of its replicas
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a server is told when it starts."""
+    """Paths and port that a server is started with."""
 
     python: str  # of its venv
     model: Path
     port: int
-    scratch: Path  # removed afterwards
+    scratch: Path  # directory that is removed afterwards
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One server. Without requirements it runs in the environment of this process."""
+    """A server. Without requirements it runs in the environment of this process."""
 
     name: str
     command: Callable[[Place], list[str]]
     requirements: tuple[str, ...] = ()
     path: str = "/embeddings"
-    options: Mapping[str, str] = field(default_factory=dict)  # of the body, beside model and input
+    options: Mapping[str, str] = field(default_factory=dict)  # fields of the body in addition to model and input
     environment: Callable[[Place], Mapping[str, str]] = lambda place: {}
-    ready: str = ""  # printed when it is; and then it must answer, too
+    ready: str = ""  # printed when it is ready; it must answer as well
 
 
 def farsight(place: Place) -> list[str]:
     return [place.python, "-m", "service", "serve", "--demo"]
+
+
+def by_arrival(place: Place) -> list[str]:
+    """Farsight with a first-in, first-out queue."""
+    return [place.python, "-m", "benchmarks.servers.by_arrival"]
 
 
 def farsight_environment(place: Place) -> dict[str, str]:
@@ -64,19 +69,19 @@ def infinity(place: Place) -> list[str]:
         "--port": str(place.port),
         "--log-level": "warning",
     }
-    # no cache: every round sends the same texts. BetterTransformer excludes the compiler, and was the faster of the two
+    # no cache: every round sends the same texts. BetterTransformer excludes the compiler and was the faster of the two
     flags = ["--bettertransformer", "--no-compile", "--no-vector-disk-cache"]
     executable = str(Path(place.python).parent / "infinity_emb")
     return [executable, "v2", *(part for option in options.items() for part in option), *flags]
 
 
 def app(name: str) -> Callable[[Place], list[str]]:
-    """One of the small apps here, run by its path."""
+    """Command of one of the small apps in this folder."""
     return lambda place: [place.python, str(APPS / name), str(place.model), str(place.port), str(MAX_BATCH)]
 
 
 def apart(place: Place) -> dict[str, str]:
-    """No model is downloaded, nobody is told that it runs, and its packages are those of its venv."""
+    """Environment without model downloads or telemetry, with the packages of the venv only."""
     return {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": ""}
 
 
@@ -87,7 +92,7 @@ LINEUP = (
         path="/v1/embeddings",
         options={"truncate": "end"},
         environment=farsight_environment,
-        ready="Farsight is ready",  # before, HAProxy answers, but reloads once more and closes connections
+        ready="Farsight is ready",  # before that HAProxy answers, but it reloads once more and closes connections
     ),
     Contender(
         "infinity-emb",
@@ -95,8 +100,8 @@ LINEUP = (
         (
             TORCH,
             "infinity-emb[torch,server]==0.0.78",
-            "optimum==1.27.0",  # the last with BetterTransformer, which infinity uses by default where it finds it
-            "transformers==4.48.3",  # the last that BetterTransformer accepts
+            "optimum==1.27.0",  # the last release with BetterTransformer, which infinity uses if it is installed
+            "transformers==4.48.3",  # the last release that BetterTransformer accepts
         ),
         environment=apart,
     ),

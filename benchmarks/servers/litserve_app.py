@@ -1,6 +1,6 @@
-"""sentence-transformers behind LitServe. Runs in a venv of its own: python litserve_app.py MODEL PORT MAX_BATCH"""
+"""sentence-transformers behind LitServe. Runs in its own venv: python litserve_app.py MODEL PORT MAX_BATCH"""
 
-# no `from __future__ import annotations`: LitServe reads the type of a request from the signature, not from its text
+# no `from __future__ import annotations`: LitServe needs the evaluated type of a request in the signature
 import sys
 from typing import Any
 
@@ -11,7 +11,7 @@ BATCH_TIMEOUT_S = 0.01  # as long as a short text takes
 
 
 class Embeddings(litserve.LitAPI):  # type: ignore[misc]
-    """Batches of `MAX_BATCH` at most, or of what came within the timeout."""
+    """Batches of at most `MAX_BATCH` texts that arrive within the timeout."""
 
     def __init__(self, directory: str, max_batch: int) -> None:
         super().__init__(max_batch_size=max_batch, batch_timeout=BATCH_TIMEOUT_S, api_path="/embeddings")
@@ -38,5 +38,5 @@ def main() -> None:
     server.run(host="127.0.0.1", port=int(port), log_level="warning", generate_client_file=False)
 
 
-if __name__ == "__main__":  # its workers import this file again
+if __name__ == "__main__":  # worker processes import this file again
     main()

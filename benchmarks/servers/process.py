@@ -1,4 +1,4 @@
-"""A contender's venv and its process: installed once, started, awaited, and ended whatever happens."""
+"""The venv and the process of a server: install it once, start it, wait until it answers, and always stop it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,21 @@ import psutil
 import uvloop
 
 from benchmarks.client import exchanged
-from benchmarks.servers.lineup import (
-    LINEUP,
-    TORCH,
-    Contender,
-    Place,
-)
+from benchmarks.servers.lineup import LINEUP, TORCH, Contender, Place
 
 START_TIMEOUT_S = 180.0
-TRY_TIMEOUT_S = 60.0  # of the first answer
+TRY_TIMEOUT_S = 60.0  # for the first answer
 STOP_TIMEOUT_S = 30.0
-
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
 
 class Unavailable(Exception):
-    """A contender that cannot take part; the message says why."""
+    """A server that cannot be measured; the message says why."""
 
 
 def install(contender: Contender, cache: Path) -> str:
-    """The python of its venv, made on first use and again when the requirements have changed."""
+    """Path of the Python in the server's venv, created on first use and after a change of requirements. Unavailable."""
     if not contender.requirements:
         return sys.executable
     folder = cache / contender.name
@@ -60,11 +54,11 @@ def install(contender: Contender, cache: Path) -> str:
 
 
 def build(folder: Path, python: str, requirements: Sequence[str]) -> None:
-    """torch alone and first: what comes later finds it, and its build stays."""
+    """Create the venv. torch is installed first and alone, so that later packages keep its build. Unavailable."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pip = [python, "-m", "pip", "install"]
-    quiet = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}  # or its notice would be the last line
+    quiet = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}  # otherwise its notice would be the last line
     with (folder / "install.log").open("wb") as log:
         for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, TORCH], [*pip, *requirements]):
             ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=quiet, check=False)
@@ -73,21 +67,24 @@ def build(folder: Path, python: str, requirements: Sequence[str]) -> None:
 
 
 def versions(contender: Contender, python: str) -> dict[str, str]:
-    """Of the packages that it was made of, in the environment of `python`."""
+    """Versions of the packages that the server is made of, in the environment of `python`."""
     if contender.requirements:
         names = [re.split(r"[\[=]", requirement)[0] for requirement in contender.requirements]
         paths = [str(path) for path in Path(python).parent.parent.glob("lib/python3*/site-packages")]
     else:
         names, paths = ["farsight", "ray", "transformers", "torch"], sys.path
-    found = {one.name.replace("_", "-").lower(): one.version for one in distributions(path=paths)}
+    found = {package.name.replace("_", "-").lower(): package.version for package in distributions(path=paths)}
     return {name: found[name] for name in names if name in found}
 
 
 @contextmanager
 def running(contender: Contender, place: Place, request: bytes) -> Iterator[int]:
-    """Started, and ended with the block; the block is entered once `request` is answered with 200. Its process id."""
-    if is_taken(place.port):  # or somebody else's server would be measured
-        raise Unavailable(f"port {place.port} is taken")
+    """Run the server during the block, which begins when `request` is answered with 200; yields its process id.
+
+    Raises Unavailable if it does not start.
+    """
+    if is_taken(place.port):  # otherwise another server would be measured
+        raise Unavailable(f"port {place.port} is already in use")
     place.scratch.mkdir()
     log = place.scratch / "server.log"
     with log.open("wb") as output:
@@ -98,7 +95,7 @@ def running(contender: Contender, place: Place, request: bytes) -> Iterator[int]
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C reaches us alone; and its processes are known by it
+                start_new_session=True,  # so that Ctrl-C reaches only us, and its processes can be found
             )
         except OSError as error:
             raise Unavailable(f"not started: {error}") from error
@@ -110,9 +107,10 @@ def running(contender: Contender, place: Place, request: bytes) -> Iterator[int]
 
 
 @contextmanager
-def ours(model: Path, first_port: int, settings: Mapping[str, str], request: bytes) -> Iterator[tuple[Place, int]]:
-    """Farsight with FARSIGHT_* `settings` of its own: where, and its process id."""
-    farsight = LINEUP[0]
+def ours(
+    model: Path, first_port: int, settings: Mapping[str, str], request: bytes, farsight: Contender = LINEUP[0]
+) -> Iterator[tuple[Place, int]]:
+    """Run Farsight with additional FARSIGHT_* `settings` during the block; yields (place, process id)."""
     contender = replace(farsight, environment=lambda place: {**farsight.environment(place), **settings})
     with TemporaryDirectory(prefix="farsight-bench-") as folder:
         place = Place(sys.executable, model, first_port, Path(folder) / "server")
@@ -121,12 +119,12 @@ def ours(model: Path, first_port: int, settings: Mapping[str, str], request: byt
 
 
 def replicas(leader: int) -> list[psutil.Process]:
-    """Those of the Farsight that was started as `leader`."""
+    """Replica processes of the Farsight whose process id is `leader`."""
     found = []
-    for one in session(leader):
+    for process in session(leader):
         with suppress(psutil.NoSuchProcess):
-            if any("ServeReplica" in part for part in one.cmdline()):
-                found.append(one)
+            if any("ServeReplica" in part for part in process.cmdline()):
+                found.append(process)
     return found
 
 
@@ -140,7 +138,7 @@ def await_answer(process: subprocess.Popen[bytes], contender: Contender, port: i
                 uvloop.run(exchanged("127.0.0.1", port, [request], 1, TRY_TIMEOUT_S))
                 return
             missing = f"it did not print {contender.ready!r}"
-        except (OSError, RuntimeError, ValueError) as error:  # it does not listen yet, or answers that it is not ready
+        except (OSError, RuntimeError, ValueError) as error:  # not listening yet, or not ready
             missing = str(error)
         if time.monotonic() > deadline_s:
             raise Unavailable(f"not ready in {START_TIMEOUT_S:.0f} s: {missing}")
@@ -148,34 +146,35 @@ def await_answer(process: subprocess.Popen[bytes], contender: Contender, port: i
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C to what was started; what is then left of its session is killed."""
+    """Send SIGINT, then kill the processes that remain in its session."""
     with handling(signal.SIG_IGN):  # a second Ctrl-C would leave servers behind
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
-        while left := session(process.pid):  # until they are gone: their port is the next one's
-            for one in left:
+        while left := session(process.pid):  # until they are gone: the next server uses their port
+            for remaining in left:
                 with suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    remaining.kill()
             time.sleep(0.01)
         process.wait()
 
 
 def session(leader: int) -> list[psutil.Process]:
-    """What runs in the session that `leader` was started in, orphans too."""
+    """Processes in the session that `leader` leads, including orphans."""
     found = []
-    for one in psutil.process_iter():
+    for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-            if os.getsid(one.pid) == leader and one.status() != psutil.STATUS_ZOMBIE:
-                found.append(one)
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
     return found
 
 
 @contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal are handled by `handler` in the block. Python's own raises
-    KeyboardInterrupt; to set it undoes that a background job begins with SIGINT ignored, and hands that on."""
+    """Handle Ctrl-C, SIGTERM and a closed terminal with `handler` during the block. Python's own handler raises
+    KeyboardInterrupt; setting it explicitly matters in a background job, which starts with SIGINT ignored and passes
+    that on to its children."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, handler) for number in numbers]
     try:
@@ -191,6 +190,6 @@ def is_taken(port: int) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """What an error mostly ends with."""
+    """The last line of a log, which is usually the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it wrote nothing"
+    return lines[-1] if lines else "no output"

@@ -1,18 +1,18 @@
-"""One Answer, as headers (or gRPC parameters) and as a JSON document without its tensors."""
+"""Answers and estimates as headers (or gRPC parameters) and as JSON documents, without tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from service.core.answer import Answer, cost_usd
+from service.core.answer import Answer, cost_usd, error_fields, usage_fields
 from service.core.plan import Plan
-from service.engine.engine import Estimate
+from service.engine.pricing import Estimate
 
 
 def headers(answer: Answer) -> dict[str, str]:
-    """The `x-` headers of every answer; over gRPC the same names are response parameters."""
+    """The `x-` headers of an answer; over gRPC they are response parameters of the same names."""
     usage, error = answer.usage, answer.error
-    measured = {} if usage.joules is None else {"x-energy-joules": f"{usage.joules:.6f}"}
+    energy = {} if usage.joules is None else {"x-energy-joules": f"{usage.joules:.6f}"}
     return {
         "x-request-id": answer.id,
         "x-attention-plan": answer.plan.kind.value,
@@ -22,11 +22,31 @@ def headers(answer: Answer) -> dict[str, str]:
         "x-compute-tokens": str(usage.tokens),
         "x-compute-flops": str(usage.flops),
         "x-cost-usd": f"{usage.cost_usd:.3e}",
-        **measured,
+        **energy,
     }
 
 
-def plan_document(plan: Plan, density: float | None = None) -> dict[str, Any]:
+def document(answer: Answer) -> dict[str, Any]:
+    """`plan`, `error`, `usage`, `cost` and `timing` of the answer, as the wire contract names them."""
+    error = error_fields(answer.error)
+    if answer.layers:
+        error["layers"] = _layers_document(answer)
+    return {
+        "id": answer.id,
+        "plan": _plan_document(answer.plan, answer.density),
+        "error": error,
+        "usage": _usage_document(answer),
+        "cost": {"usd": answer.usage.cost_usd, "saved_usd": answer.usage.saved_usd},
+        "timing": {
+            "queue_s": answer.timing.queue_s,
+            "device_s": answer.timing.device_s,
+            "paused_s": answer.timing.paused_s,
+            "total_s": answer.timing.total_s,
+        },
+    }
+
+
+def _plan_document(plan: Plan, density: float | None) -> dict[str, Any]:
     document: dict[str, Any] = {"kind": plan.kind.value, "reason": plan.reason, "predicted_s": plan.predicted_s}
     if plan.kind == "sparse":
         document |= {
@@ -38,14 +58,14 @@ def plan_document(plan: Plan, density: float | None = None) -> dict[str, Any]:
     return document
 
 
-def layers_document(answer: Answer) -> dict[str, Any]:
-    """Attention calls of a forward pass with a sparse plan: how many were sparse, and their errors' limits."""
-    sparse = [layer.error.relative_l2_upper for layer in answer.layers if layer.density is not None]
-    told: dict[str, Any] = {"calls": len(answer.layers), "sparse": len(sparse)}
-    if sparse:
-        told |= {"max_relative_l2_upper": max(sparse), "mean_relative_l2_upper": sum(sparse) / len(sparse)}
-    if answer.tells_layers:
-        told["each"] = [
+def _layers_document(answer: Answer) -> dict[str, Any]:
+    """Attention calls of a forward pass with a sparse plan: how many were sparse, and the limits of their errors."""
+    upper = [layer.error.relative_l2_upper for layer in answer.layers if layer.density is not None]
+    document: dict[str, Any] = {"calls": len(answer.layers), "sparse": len(upper)}
+    if upper:
+        document |= {"max_relative_l2_upper": max(upper), "mean_relative_l2_upper": sum(upper) / len(upper)}
+    if answer.shows_layers:
+        document["each"] = [
             {
                 "plan": layer.kind.value,
                 "density": layer.density,
@@ -55,63 +75,22 @@ def layers_document(answer: Answer) -> dict[str, Any]:
             }
             for layer in answer.layers
         ]
-    return told
+    return document
 
 
-def document(answer: Answer) -> dict[str, Any]:
-    """`plan`, `error`, `usage`, `cost` and `timing` of the answer, as the wire contract names them."""
-    usage, error = answer.usage, answer.error
-    error_document: dict[str, Any] = {"kind": error.kind, "fallback": error.fallback}
-    if error.kind != "exact":
-        error_document |= {
-            "relative_l2": error.relative_l2,
-            "relative_l2_upper": error.relative_l2_upper,
-            "row_bound": error.row_bound,
-            "rows": error.rows,
-            "coverage": error.coverage,
-            "confidence": error.confidence,
-            "riskiest_row": error.riskiest_row,
-            "recall": error.recall,
-            "lse_error": error.lse_error,
-        }
-    for name in ("certified_unread", "rejected_relative_l2_upper"):
-        if (told := getattr(error, name)) is not None:
-            error_document[name] = told
-    if answer.layers:
-        error_document["layers"] = layers_document(answer)
-    usage_document: dict[str, Any] = {"chunks": usage.chunks} if usage.chunks else {}
-    for name in ("joules", "carbon_g"):
-        if (measured := getattr(usage, name)) is not None:
-            usage_document[name] = measured
-    return {
-        "id": answer.id,
-        "plan": plan_document(answer.plan, answer.density),
-        "error": error_document,
-        "usage": {
-            "tokens": usage.tokens,
-            "pairs_scored": usage.pairs_scored,
-            "pairs_dense": usage.pairs_dense,
-            "flops": usage.flops,
-            "flops_dense": usage.flops_dense,
-            "device_s": usage.device_s,
-            "peak_bytes": usage.peak_bytes,
-            "batch_requests": answer.batch_requests,
-            "truncated": usage.truncated,
-            "dropped_tokens": usage.dropped_tokens,
-            **usage_document,
-        },
-        "cost": {"usd": usage.cost_usd, "saved_usd": usage.saved_usd},
-        "timing": {
-            "queue_s": answer.timing.queue_s,
-            "device_s": answer.timing.device_s,
-            "paused_s": answer.timing.paused_s,
-            "total_s": answer.timing.total_s,
-        },
-    }
+def _usage_document(answer: Answer) -> dict[str, int | float]:
+    """Usage without its prices, which are under `cost`; `batch_requests` stands where clients know it."""
+    document: dict[str, int | float] = {}
+    for name, value in usage_fields(answer.usage).items():
+        if name not in ("cost_usd", "saved_usd"):
+            document[name] = value
+        if name == "peak_bytes":
+            document["batch_requests"] = answer.batch_requests
+    return document
 
 
 def estimate_document(estimate: Estimate, hour_usd: float) -> dict[str, Any]:
-    """Every plan with its price, which one is chosen, and whether it would be admitted now."""
+    """Every plan with its price, the chosen one, and whether it would be admitted now."""
     plans = {
         kind.value: {
             "flops": _within_json(candidate.cost.flops),
@@ -132,5 +111,5 @@ def estimate_document(estimate: Estimate, hour_usd: float) -> dict[str, Any]:
 
 
 def _within_json(count: int) -> int | float:
-    """JSON encoders stop at 64 bits; what is beyond is an estimate of the absurd, and a float will do."""
+    """A float beyond 63 bits, where orjson stops; only estimates of absurd sizes are that large."""
     return count if count < 2**63 else float(count)

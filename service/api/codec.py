@@ -1,4 +1,7 @@
-"""Tensors on the `/v1` wire: nested lists, base64 objects, safetensors. Sizes are checked before anything is made."""
+"""JSON of the `/v1` routes, with tensors as nested lists or base64 objects.
+
+Sizes are checked before anything is allocated.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,24 @@ MAX_RANK = 4
 FLOAT32_MAX = 3.4028234663852886e38
 ATTENTION_TENSORS = ("query", "key", "value", "attn_mask")
 
-
 Body = bytes | bytearray | memoryview
 
 
 def parse_json(body: Body) -> dict[str, Any]:
-    """A JSON object; NaN and Infinity are not JSON, yet common: they are named as what they are."""
+    """The JSON object of a body. Raises MALFORMED; INVALID for NaN and Infinity, which are common but not JSON."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         if _has_non_finite(body):
-            raise invalid("the body has NaN or Infinity; every number must be finite", code="non_finite") from None
-        raise malformed(f"the body is not JSON: {error.msg} at byte {error.pos}") from None
+            raise invalid("body: expected finite numbers, got NaN or Infinity", code="non_finite") from None
+        raise malformed(f"body: expected JSON, got {error.msg} at byte {error.pos}") from None
     if not isinstance(document, dict):
-        raise malformed("the body must be a JSON object")
+        raise malformed(f"body: expected a JSON object, got {type(document).__name__}")
     return document
 
 
 def _has_non_finite(body: Body) -> bool:
-    """Would it be JSON if NaN and Infinity were numbers? (Python's own encoder writes them.)"""
+    """Whether the body is JSON apart from NaN and Infinity, which Python's own encoder writes."""
     found = False
 
     def constant(_: str) -> float:
@@ -59,9 +61,10 @@ def _has_non_finite(body: Body) -> bool:
 
 
 def tensor_from_json(name: str, value: Any) -> torch.Tensor:
-    """{"dtype", "shape", "data"} -> what it says, nested lists -> float32 (a mask of booleans -> bool).
+    """{"dtype", "shape", "data"} -> that tensor; nested lists -> float32, or bool if they are all booleans.
 
-    Lists come out finite: a number beyond float32 is refused by name, and JSON has no others.
+    Tensors from lists are finite: numbers beyond float32 are refused, and JSON has no infinities. Raises INVALID,
+    or MALFORMED for data that is not base64.
     """
     if isinstance(value, dict):
         return _from_base64(name, value)
@@ -70,13 +73,13 @@ def tensor_from_json(name: str, value: Any) -> torch.Tensor:
     try:
         array = np.array(value)
     except ValueError:
-        raise invalid(f"{name}: the nested lists are ragged", param=name) from None
+        raise invalid(f"{name}: expected nested lists of one shape, got ragged ones", param=name) from None
     if array.dtype.kind not in "biuf":
         raise invalid(f"{name}: expected numbers in the nested lists", param=name)
     if array.dtype != bool:
         largest = max(array.max(initial=0), -array.min(initial=0))
         if largest > FLOAT32_MAX:
-            raise invalid(f"{name}: {largest:g} is beyond float32", param=name)
+            raise invalid(f"{name}: expected numbers within float32, got {largest:g}", param=name)
         array = array.astype(np.float32)
     return torch.from_numpy(array)
 
@@ -86,26 +89,26 @@ def _from_base64(name: str, value: Mapping[str, Any]) -> torch.Tensor:
     if set(value) != {"dtype", "shape", "data"} or not isinstance(data, str):
         raise invalid(f"{name}: expected exactly dtype, shape and data (base64 text)", param=name)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise invalid(f"{name}: dtype must be one of {', '.join(DTYPES)}", param=name)
+        raise invalid(f"{name}: dtype: expected one of {', '.join(DTYPES)}, got {str(dtype)[:32]!r}", param=name)
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
-        raise invalid(f"{name}: shape must be a list of sizes", param=name)
+        raise invalid(f"{name}: shape: expected a list of sizes", param=name)
     if len(shape) > MAX_RANK or 0 in shape:
-        raise invalid(f"{name}: expected at most {MAX_RANK} sizes and none of them 0, got {shape[:8]}", param=name)
+        raise invalid(f"{name}: shape: expected at most {MAX_RANK} sizes, none of them 0, got {shape[:8]}", param=name)
     expected = math.prod(shape) * DTYPES[dtype].itemsize
-    # the text says how many bytes it holds before it is decoded
+    # the length of the text bounds its bytes before they are decoded
     if expected > 3 * (len(data) // 4 + 1):
         raise invalid(f"{name}: {dtype} {shape} needs {expected} bytes, data has {3 * len(data) // 4}", param=name)
     try:
         raw = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise malformed(f"{name}: data is not valid base64", param=name) from None
+        raise malformed(f"{name}: data: expected valid base64", param=name) from None
     if len(raw) != expected:
         raise invalid(f"{name}: {dtype} {shape} needs {expected} bytes, data has {len(raw)}", param=name)
     return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
 
 
 def split_tensors(named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the four tensors, everything else); refuses an attention body without its tensors."""
+    """(tensors of an attention body, its other fields). Raises INVALID if query, key or value is missing."""
     tensors = {name: named[name] for name in ATTENTION_TENSORS if named.get(name) is not None}
     for name in ATTENTION_TENSORS[:3]:
         if name not in tensors:
@@ -114,11 +117,10 @@ def split_tensors(named: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def tensor_to_json(tensor: torch.Tensor, *, encoded: bool, squeeze: bool = False) -> Any:
-    """The form the caller used: an object with base64 data, or an array that orjson writes as nested lists.
+    """An object with base64 data if `encoded`, else an array that orjson writes as nested lists.
 
-    `squeeze` drops the first axis, of size 1.
-
-    JSON has no infinities: in nested lists -inf (the lse of a row without keys, the score of a hidden key) is null.
+    `squeeze` drops the first axis, of size 1. JSON has no infinities: in nested lists -inf (the lse of a row without
+    keys, the score of a masked key) is null.
     """
     if not encoded:
         half = tensor.dtype in (torch.float16, torch.bfloat16)
@@ -130,19 +132,25 @@ def tensor_to_json(tensor: torch.Tensor, *, encoded: bool, squeeze: bool = False
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's memory, row-major and little-endian, without a copy where it is contiguous."""
+    """The tensor's bytes, row-major and little-endian; not copied if the tensor is contiguous."""
     flat = tensor.contiguous().reshape(-1)
     array: Any = flat.numpy() if flat.dtype == torch.bool else flat.view(torch.uint8).numpy()
     return memoryview(array).cast("B")
 
 
 def dump_json(document: Mapping[str, Any] | list[Any]) -> bytes:
+    """JSON of `document`, in which arrays become nested lists."""
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def error_document(error: FarsightError) -> dict[str, Any]:
     """The body of a `/v1` error."""
-    told = {"message": error.message, "type": error.kind.value, "code": error.code, "param": error.param}
-    # exact, beside the header's whole seconds
-    after_s = error.retry_after_s
-    return {"error": told if after_s is None else {**told, "retry_after_s": after_s}}
+    fields: dict[str, str | float | None] = {
+        "message": error.message,
+        "type": error.kind.value,
+        "code": error.code,
+        "param": error.param,
+    }
+    if error.retry_after_s is not None:
+        fields["retry_after_s"] = error.retry_after_s  # exact; the Retry-After header has whole seconds
+    return {"error": fields}

@@ -1,8 +1,8 @@
-"""What bodies look like, for validation and for the OpenAPI text."""
+"""Models of the JSON bodies, for validation and for the OpenAPI text."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
@@ -11,28 +11,41 @@ from service.core.options import (
     ClassifyOptions,
     EmbedOptions,
     ExplainOptions,
+    ForwardOptions,
     ScoreOptions,
 )
 from service.errors import invalid
 
 Body = TypeVar("Body", bound=BaseModel)
-Images = Annotated[
-    list[StrictStr], Field(description="Encoded image files (PNG, JPEG, WebP, ...): base64, or data URLs of it.")
-]
-TextsOrIds = StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+Options = TypeVar("Options", bound=ForwardOptions)
 
 
-def validated(model: type[Body], values: dict[str, Any]) -> Body:
-    """`values` as `model`, or 422 naming the first field that is wrong."""
+def validated(model: type[Body], values: Any) -> Body:
+    """`values` as `model`. Raises INVALID, naming the first wrong field."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].replace("valid tuple", "list")  # JSON has no tuples
-        raise invalid(f"{field}: {message}", param=field) from None
+        field, message = first_error(error)
+        raise invalid(message, param=field or None) from None
 
 
+def first_error(error: ValidationError) -> tuple[str, str]:
+    """(path of the first wrong field, for example `window.0`; a message that names it), without the wrong value."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].replace("valid tuple", "list")  # JSON has no tuples
+    return field, f"{field or 'body'}: {message}"
+
+
+def options_of(body: Options, options: type[Options]) -> Options:
+    """The options that a validated body contains. They are not validated again."""
+    return cast(Options, options.model_construct(**{name: getattr(body, name) for name in options.model_fields}))
+
+
+Images = Annotated[
+    list[StrictStr], Field(description="Encoded image files (JPEG, PNG or WebP), as base64 or as base64 data URLs.")
+]
+TextsOrIds = StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
 Tensor = Annotated[
     Any,
     Field(
@@ -43,7 +56,7 @@ Tensor = Annotated[
 
 
 class AttentionBody(AttentionOptions):
-    """`POST /v1/attention` as JSON: three tensors, perhaps a mask, and the options."""
+    """`POST /v1/attention` as JSON: three tensors, an optional mask, and the options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="AttentionRequest")
 
@@ -54,7 +67,7 @@ class AttentionBody(AttentionOptions):
 
 
 class EmbeddingsBody(EmbedOptions):
-    """`POST /v1/embeddings`, OpenAI's fields and ours."""
+    """`POST /v1/embeddings`: OpenAI's fields and the options of embeddings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="EmbeddingsRequest")
 
@@ -62,11 +75,11 @@ class EmbeddingsBody(EmbedOptions):
     input: TextsOrIds | None = None
     images: Images | None = None
     encoding_format: Literal["float", "base64"] = "float"
-    user: str | None = Field(None, description="Taken and not used.")
+    user: str | None = Field(None, description="Accepted and ignored.")
 
 
 class ClassifyBody(ClassifyOptions):
-    """`POST /v1/classify`: texts or images to labels."""
+    """`POST /v1/classify`: labels of texts or images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="ClassifyRequest")
 
@@ -76,7 +89,7 @@ class ClassifyBody(ClassifyOptions):
 
 
 class Document(BaseModel):
-    """A document to rank, where it is not a plain string."""
+    """A document to rank; a plain string is accepted as well."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,14 +97,14 @@ class Document(BaseModel):
 
 
 class RerankBody(ClassifyOptions):
-    """`POST /v1/rerank`: documents by their relevance to a query."""
+    """`POST /v1/rerank`: documents ranked by their relevance to a query."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="RerankRequest")
 
     model: str
     query: StrictStr
     documents: list[StrictStr | Document] = Field(min_length=1)
-    top_n: int | None = Field(None, ge=1, description="Only the best; default all.")
+    top_n: int | None = Field(None, ge=1, description="How many of the best to return; default all.")
     return_documents: bool = False
 
 
@@ -101,9 +114,13 @@ class ScoreBody(ScoreOptions):
     model_config = ConfigDict(frozen=True, extra="forbid", title="ScoreRequest")
 
     model: str
-    input: TextsOrIds | None = Field(None, description="Decoders: what is scored.")
-    source: StrictStr | list[StrictStr] | None = Field(None, description="Encoder-decoder models: what is read,")
-    target: StrictStr | list[StrictStr] | None = Field(None, description="and what is scored given it.")
+    input: TextsOrIds | None = Field(None, description="Decoders: the text to score.")
+    source: StrictStr | list[StrictStr] | None = Field(
+        None, description="Encoder-decoder models: the text that the encoder reads."
+    )
+    target: StrictStr | list[StrictStr] | None = Field(
+        None, description="Encoder-decoder models: the text to score, given `source`."
+    )
 
 
 class ExplainBody(ExplainOptions):
@@ -114,12 +131,12 @@ class ExplainBody(ExplainOptions):
     model: str
     text: StrictStr
     query: StrictInt | Annotated[StrictStr, Field(max_length=256)] = Field(
-        description="The token that looks: its index (negative from the end), or a part of the text where it begins."
+        description="The query token: its index (negative from the end), or the part of the text where it begins."
     )
 
 
 class ShapeBody(BaseModel):
-    """The sizes of an attention request, for an estimate without tensors."""
+    """Sizes of an attention request, to estimate it without tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="AttentionSizes")
 
@@ -138,7 +155,7 @@ class ShapeBody(BaseModel):
 
 
 class EstimateBody(BaseModel):
-    """`POST /v1/estimate`: sizes under `attention`, or any real body under `request` with its `endpoint`."""
+    """`POST /v1/estimate`: sizes under `attention`, or a complete body under `request` with its `endpoint`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", title="EstimateRequest")
 

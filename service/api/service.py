@@ -1,32 +1,32 @@
-"""The one door that both transports use: what a handler may ask of the engine."""
+"""What transports see of the engine, and nothing else of it."""
 
 from __future__ import annotations
 
-import re
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack
 
 from service.billing.tenants import Tenants
+from service.config import Config
 from service.core.answer import Answer
 from service.core.model_info import ModelInfo
-from service.core.request import Request
-from service.engine.engine import Estimate
+from service.core.options import AttentionOptions
+from service.core.request import AttentionShape, Request
+from service.engine.pricing import Estimate
+from service.errors import Kind
+from service.models.registry import Entry
+from service.scheduling.admission import HeldBytes
+from service.telemetry.recorder import RequestRecorder
+from service.telemetry.request_record import RequestRecord
 
-INLINE_BYTES = 256 * 1024  # parsing or writing more than this leaves the event loop
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+Returned = TypeVar("Returned")
+Arguments = TypeVarTuple("Arguments")
 
 
 class InferenceService(Protocol):
     """Implemented by `engine.Engine`."""
 
-    async def submit(self, request: Request, received_s: float | None = None) -> Answer:
-        """The one answer of this request; raises FarsightError instead. `received_s`: perf_counter at its arrival."""
-        ...
-
-    async def priced(self, request: Request) -> Estimate:
-        """What it would cost; it does not run."""
-        ...
-
-    def model_infos(self) -> tuple[ModelInfo, ...]: ...
+    @property
+    def config(self) -> Config: ...
 
     @property
     def tenants(self) -> Tenants: ...
@@ -35,7 +35,74 @@ class InferenceService(Protocol):
     def hour_usd(self) -> float: ...
 
     @property
-    def alive(self) -> bool: ...
+    def recorder(self) -> RequestRecorder | None:
+        """Follows requests; None if neither log lines nor traces are wanted."""
+        ...
 
     @property
-    def ready(self) -> bool: ...
+    def clock(self) -> Callable[[], float]:
+        """Seconds, from any beginning; the only clock of a request."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """The device thread runs, and its device responds."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Alive, and the required models are loaded."""
+        ...
+
+    @property
+    def not_ready(self) -> str:
+        """What is missing."""
+        ...
+
+    async def submit(self, request: Request, record: RequestRecord | None = None) -> Answer:
+        """The one answer of this request; raises FarsightError instead, and counts both."""
+        ...
+
+    async def priced(self, request: Request) -> Estimate:
+        """What it would cost; it does not run. Raises FarsightError."""
+        ...
+
+    def estimate(self, shape: AttentionShape, options: AttentionOptions, tenant: str = "default") -> Estimate:
+        """The same for an attention request of these sizes."""
+        ...
+
+    async def off_loop(self, function: Callable[[Unpack[Arguments]], Returned], *arguments: *Arguments) -> Returned:
+        """Run parsing or encoding on a worker thread."""
+        ...
+
+    def check_open(self, tenant: str) -> None:
+        """Raises FarsightError (429) before a large body is read that the queue would not accept."""
+        ...
+
+    def held_bytes(self) -> HeldBytes:
+        """A context that counts body bytes as in flight while it is open."""
+        ...
+
+    def refused(self, endpoint: str, kind: Kind) -> None:
+        """Count a request that its transport refused."""
+        ...
+
+    def model_infos(self) -> tuple[ModelInfo, ...]:
+        """The models that answer."""
+        ...
+
+    def model_entries(self) -> Mapping[str, Entry]:
+        """Every model that is known, with its state."""
+        ...
+
+    async def load_model(self, name: str) -> None:
+        """Raises FarsightError."""
+        ...
+
+    async def unload_model(self, name: str) -> None:
+        """Raises FarsightError."""
+        ...
+
+    async def usage(self, from_s: float, to_s: float, group_by: tuple[str, ...], tenant: str | None) -> dict[str, Any]:
+        """What the ledger knows, of all tenants or one. Raises FarsightError."""
+        ...

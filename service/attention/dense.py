@@ -4,18 +4,17 @@ stay bounded."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch.nn.functional import pad
 
+from service.attention.geometry import TILE_BYTES, TILE_ROWS
 from service.attention.masks import Bounds, MaskSpec, as_bias, cut, offset_of, row_bounds
 from service.attention.merge import Partial, merge
-from service.attention.output import AttentionOutput, Checkpoint, slice_flops
-from service.attention.scores import block_scores, default_scale, exponentiate, grouped, lse_of, normalise
-
-TILE_ROWS = 1024  # fewer, and keys are read too often; more, and the kernel shares a triangle's work unevenly
-SCRATCH_BYTES = 64 * 2**20
+from service.attention.output import DEFAULT_SCORING, AttentionOutput, Checkpoint, Scoring, slice_flops
+from service.attention.scores import block_scores, exponentiate, grouped, lse_of, normalise
 
 Tile = tuple[slice, slice, slice, slice]  # sequences, key heads, query heads, rows
 
@@ -26,28 +25,30 @@ def attend(
     value: torch.Tensor,
     mask: MaskSpec,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
 ) -> AttentionOutput:
     """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv], lse [B, Hq, Lq]."""
-    scale = default_scale(scale, query.shape[3])
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     batch, heads, query_length, head_dim = query.shape
     key_length, value_dim = value.shape[2:]
     flops = 4.0 * batch * heads * query_length * key_length * max(head_dim, value_dim)
-    if softcap is None and mask.attn_mask is None and (checkpoint is None or flops <= slice_flops(query.device)):
+    if (
+        scoring.softcap is None
+        and mask.attn_mask is None
+        and (checkpoint is None or flops <= slice_flops(query.device))
+    ):
         causal = _simple(mask, query_length, key_length, query.device)
         if causal is not None:
-            return AttentionOutput(*_kernel(query, key, value, causal, None, scale))
+            return AttentionOutput(*_kernel(query, key, value, causal, None, scoring.scale_for(head_dim)))
 
     out = query.new_empty(batch, heads, query_length, value_dim)
     lse = out.new_empty(batch, heads, query_length, dtype=torch.promote_types(query.dtype, torch.float32))
-    for b, h, hq, rows in _tiles(query, key, value, by_time=checkpoint is not None):
+    for tile in _tiles(query, key, value, by_time=checkpoint is not None):
         if checkpoint is not None:
             checkpoint()
-        part = query[b, hq, rows], key[b, h], value[b, h]
-        out[b, hq, rows], lse[b, hq, rows] = _rows(*part, mask, (b, h, hq, rows), query_length, scale, softcap)
+        b, _, heads_of_tile, rows = tile
+        out[b, heads_of_tile, rows], lse[b, heads_of_tile, rows] = _attend_tile(query, key, value, mask, tile, scoring)
     return AttentionOutput(out, lse)
 
 
@@ -75,7 +76,7 @@ def _tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, by_time:
     group = heads // kv_heads
     flops = 4.0 * group * key_length * max(head_dim, value.shape[3])
     share = max(
-        flops / slice_flops(query.device) if by_time else 0.0, 4.0 * group * key_length / SCRATCH_BYTES
+        flops / slice_flops(query.device) if by_time else 0.0, 4.0 * group * key_length / TILE_BYTES
     )  # of a row
     rows = max(1, min(query_length, TILE_ROWS, int(1 / share)))
     units = max(1, int(1 / (rows * share)))
@@ -92,30 +93,23 @@ def _tiles(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, by_time:
                 )
 
 
-def _rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: MaskSpec,
-    tile: Tile,
-    query_length: int,
-    scale: float,
-    softcap: float | None,
+def _attend_tile(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: MaskSpec, tile: Tile, scoring: Scoring
 ) -> Partial:
     """The rows of one tile against the keys that any of them sees."""
-    b, _, heads, rows = tile
+    b, kv_heads, heads, rows = tile
+    query_length, scale = query.shape[2], scoring.scale_for(query.shape[3])
+    query, key, value = query[b, heads, rows], key[b, kv_heads], value[b, kv_heads]
     lengths = None if mask.kv_lengths is None else mask.kv_lengths[b]
-    own = MaskSpec(
-        mask.is_causal, mask.causal_alignment, mask.window, lengths, None, mask.cu_seqlens_q, mask.cu_seqlens_k
-    )
-    lo, hi = row_bounds(own, query.shape[0], query_length, key.shape[2], rows.start, rows.stop, query.device)
+    index_only = replace(mask, kv_lengths=lengths, attn_mask=None)
+    lo, hi = row_bounds(index_only, query.shape[0], query_length, key.shape[2], rows.start, rows.stop, query.device)
     keys = slice(int(lo.min()), int(hi.max()))
     bias = None if mask.attn_mask is None else as_bias(cut(mask.attn_mask, b, heads, rows, keys))
     key, value, bounds = key[:, :, keys], value[:, :, keys], (lo - keys.start, hi - keys.start)
     if keys.stop <= keys.start:
         return query.new_zeros(*query.shape[:3], value.shape[3]), _nothing(query)
-    if softcap is not None:
-        return _eager(query, key, value, bias, bounds, scale, softcap)
+    if scoring.softcap is not None:
+        return _eager(query, key, value, bias, bounds, scoring)
     if bias is None and rows.stop - rows.start > 1:
         return _by_parts(query, key, value, bounds, scale)
     return _kernel(query, key, value, False, _bias(bias, bounds, key.shape[2]), scale)
@@ -169,12 +163,11 @@ def _eager(
     value: torch.Tensor,
     bias: torch.Tensor | None,
     bounds: Bounds,
-    scale: float,
-    softcap: float,
+    scoring: Scoring,
 ) -> Partial:
     """No fused kernel caps scores."""
     lo, hi = bounds
-    scores = block_scores(query, key, scale, softcap, bias, (lo[:, None], hi[:, None]))
+    scores = block_scores(query, key, scoring, bias, (lo[:, None], hi[:, None]))
     weights, total, top = exponentiate(scores)
     out = normalise(grouped(weights, value.to(weights.dtype)), total)
     return out.to(query.dtype), lse_of(total, top)

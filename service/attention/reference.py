@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from service.attention.masks import MaskSpec, row_bounds
-from service.attention.output import AttentionOutput
+from service.attention.output import DEFAULT_SCORING, AttentionOutput, Scoring
 
 
 def visible(mask: MaskSpec, batch: int, query_length: int, key_length: int) -> torch.Tensor:
@@ -21,8 +21,7 @@ def attend(
     value: torch.Tensor,
     mask: MaskSpec,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
 ) -> AttentionOutput:
     """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]; in the inputs' own precision throughout.
 
@@ -33,9 +32,9 @@ def attend(
     key = key.repeat_interleave(heads // kv_heads, dim=1)
     value = value.repeat_interleave(heads // kv_heads, dim=1)
 
-    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = query @ key.transpose(-1, -2) * scoring.scale_for(head_dim)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     seen = visible(mask, batch, query_length, key_length)
     if mask.attn_mask is not None and mask.attn_mask.dtype == torch.bool:
         seen = seen & mask.attn_mask

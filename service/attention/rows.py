@@ -1,49 +1,51 @@
-"""Exact attention of chosen rows: what audits compare with and weights are read from."""
+"""Exact attention of chosen rows: what audits compare with and returned weights are computed from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from service.attention.masks import MaskSpec, bias_at, bounds_at
-from service.attention.merge import merge
-from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import block_scores, default_scale, exponentiate, grouped, lse_of, normalise
+from service.attention.geometry import ROWS_BYTES
+from service.attention.masks import Bounds, MaskSpec, bias_at, bounds_at
+from service.attention.merge import Partial, merge
+from service.attention.output import DEFAULT_SCORING, Checkpoint, Scoring, no_checkpoint
+from service.attention.scores import block_scores, exponentiate, grouped, lse_of, normalise
 
-SCRATCH_BYTES = 16 * 2**20  # of one block of scores
+
+@dataclass(frozen=True, slots=True)
+class RowSet:
+    """Rows of one sequence, chosen for each head."""
+
+    sequence: int
+    index: torch.Tensor  # [Hq, R] int64
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, Hq, L, x] -> [Hq, R, x]: the rows of a tensor."""
+        return tensor[self.sequence].gather(1, self.index[..., None].expand(-1, -1, tensor.shape[3]))
+
+    def bias(self, attn_mask: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """keys [n] -> [Hq, R, n] or broadcastable: the numbers of an attn_mask."""
+        head = torch.arange(len(self.index), device=self.index.device)[:, None, None]
+        return bias_at(attn_mask, self.sequence, head, self.index[..., None], keys)
+
+    def limits(self, mask: MaskSpec, query_length: int, key_length: int) -> Bounds:
+        """(lo, hi) [Hq, R]: the keys that the rows may see."""
+        lo, hi = bounds_at(mask, self.index[None], query_length, key_length)
+        sequence = self.sequence if lo.shape[0] > 1 else 0
+        return lo[sequence], hi[sequence]
 
 
 def score_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: MaskSpec,
-    b: int,
-    rows: torch.Tensor,
-    keys: slice,
-    scale: float | None,
-    softcap: float | None,
+    query: torch.Tensor, key: torch.Tensor, mask: MaskSpec, rows: RowSet, keys: slice, scoring: Scoring
 ) -> torch.Tensor:
-    """Scores [Hq, R, keys] float32 of rows [Hq, R] of sequence b; hidden ones are -inf."""
-    heads, query_length, head_dim = query.shape[1:]
-    chosen = query[b].gather(1, rows[..., None].expand(-1, -1, head_dim))
-    head = torch.arange(heads, device=rows.device)[:, None, None]
-    columns = torch.arange(keys.start, keys.stop, device=rows.device)
-    bias = None if mask.attn_mask is None else bias_at(mask.attn_mask, b, head, rows[..., None], columns)
-    scores = block_scores(
-        chosen[None], key[b : b + 1, :, keys], default_scale(scale, head_dim), softcap, bias,
-        row_limits(mask, b, rows, query_length, key.shape[2]), keys.start,
-    )  # fmt: skip
-    return scores[0]
-
-
-def row_limits(
-    mask: MaskSpec, b: int, rows: torch.Tensor, query_length: int, key_length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lo, hi) [Hq, R] of rows [Hq, R] of sequence b."""
-    lo, hi = bounds_at(mask, rows[None], query_length, key_length)
-    which = b if lo.shape[0] > 1 else 0
-    return lo[which], hi[which]
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> scores [Hq, R, keys] of rows, in bits, float32; hidden ones -inf."""
+    columns = torch.arange(keys.start, keys.stop, device=query.device)
+    bias = None if mask.attn_mask is None else rows.bias(mask.attn_mask, columns)
+    bounds = rows.limits(mask, query.shape[2], key.shape[2])
+    part = key[rows.sequence : rows.sequence + 1, :, keys]
+    return block_scores(rows.take(query)[None], part, scoring, bias, bounds, keys.start)[0]
 
 
 def attend_rows(
@@ -51,29 +53,31 @@ def attend_rows(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: MaskSpec,
-    b: int,
-    rows: torch.Tensor,
+    rows: RowSet,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [Hq, R, Dv], lse [Hq, R], float32, of rows [Hq, R] of sequence b, exactly."""
-    heads, count = rows.shape
+) -> Partial:
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [Hq, R, Dv], lse [Hq, R] of rows.
+
+    Exact, float32 (float64 kept).
+    """
+    heads, count = rows.index.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.zeros(heads, count, value.shape[3], dtype=dtype, device=query.device)
     lse = torch.full((heads, count), -torch.inf, dtype=dtype, device=query.device)
-    lo, hi = row_limits(mask, b, rows, query.shape[2], key.shape[2])
-    for keys in key_chunks(heads * count, int(lo.min()), int(hi.max())):
+    lo, hi = rows.limits(mask, query.shape[2], key.shape[2])
+    for keys in _key_chunks(heads * count, int(lo.min()), int(hi.max())):
         (checkpoint or no_checkpoint)()
-        weights, total, top = exponentiate(score_rows(query, key, mask, b, rows, keys, scale, softcap))
-        part = normalise(grouped(weights[None], value[b : b + 1, :, keys].to(dtype))[0], total)
+        weights, total, top = exponentiate(score_rows(query, key, mask, rows, keys, scoring))
+        values = value[rows.sequence : rows.sequence + 1, :, keys].to(dtype)
+        part = normalise(grouped(weights[None], values)[0], total)
         out, lse = merge(out, lse, part, lse_of(total, top))
     return out, lse
 
 
-def key_chunks(rows: int, first: int, last: int) -> Iterator[slice]:
-    """Ranges of keys whose scores with so many rows fit the scratch."""
-    step = max(1, SCRATCH_BYTES // (4 * rows))
+def _key_chunks(rows: int, first: int, last: int) -> Iterator[slice]:
+    """Ranges of keys whose scores with so many rows fit the scratch memory."""
+    step = max(1, ROWS_BYTES // (4 * rows))
     for start in range(first, last, step):
         yield slice(start, min(start + step, last))

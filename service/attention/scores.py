@@ -11,13 +11,9 @@ from math import prod
 import torch
 
 from service.attention.masks import Bounds
+from service.attention.output import Scoring
 
 LOG2_E = 1.4426950408889634
-
-
-def default_scale(scale: float | None, head_dim: int) -> float:
-    """1/sqrt(D) unless the caller chose."""
-    return head_dim**-0.5 if scale is None else scale
 
 
 def grouped(heads_first: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -45,8 +41,7 @@ def weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def block_scores(
     query: torch.Tensor,
     key: torch.Tensor,
-    scale: float,
-    softcap: float | None,
+    scoring: Scoring,
     bias: torch.Tensor | None = None,
     bounds: Bounds | None = None,
     k_start: int = 0,
@@ -57,12 +52,13 @@ def block_scores(
 
     `bounds` (lo, hi), broadcastable to [B, Hq, n], are absolute; the first key stands at `k_start`.
     """
+    scale = scoring.scale_for(query.shape[3])
     if use_units and has_units(query):  # rounded to bfloat16 once, like the scores of naive attention
         scores = grouped(query, key.transpose(-1, -2)).float().mul_(scale * LOG2_E)
     else:
         dtype = torch.promote_types(query.dtype, torch.float32)
         scores = grouped(query.to(dtype) * (scale * LOG2_E), key.to(dtype).transpose(-1, -2))
-    cap(scores, softcap)
+    cap(scores, scoring.softcap)
     if bias is not None:
         scores.add_(bias, alpha=LOG2_E)
     if bounds is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from service.attention.inputs import Tensors
 from service.attention.masks import MaskSpec, cut
 from service.attention.output import AttentionOutput
 
@@ -23,6 +24,14 @@ class Segment:
     key: torch.Tensor
     value: torch.Tensor
     mask: MaskSpec
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.query, self.key, self.value
+
+    @property
+    def has_keys(self) -> bool:
+        return self.key.shape[2] > 0
 
     @property
     def visible_pairs(self) -> int:
@@ -62,7 +71,7 @@ def join(
 ) -> AttentionOutput:
     """Run each segment by itself into one preallocated output."""
     batch, heads, query_length, _ = query.shape
-    if len(segments) == 1 and segments[0].key.shape[2] > 0 and segments[0].query.shape[:3] == query.shape[:3]:
+    if len(segments) == 1 and segments[0].has_keys and segments[0].query.shape[:3] == query.shape[:3]:
         return run(segments[0])
     out = query.new_zeros(batch, heads, query_length, value.shape[3])
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -72,7 +81,7 @@ def join(
     visible = 0
     risky: list[torch.Tensor] = []
     for segment in segments:
-        if segment.key.shape[2] == 0:
+        if not segment.has_keys:
             continue
         part = run(segment)
         out[segment.batch, :, segment.rows] = part.out

@@ -1,43 +1,67 @@
-"""Attention weights of chosen rows, whole or only the largest of them, or the scores at an earlier stage."""
+"""Attention weights of chosen rows, all of them or the largest, or the scores at an earlier stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
-from service.attention.masks import MaskSpec, bias_at
-from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.rows import SCRATCH_BYTES, row_limits, score_rows
-from service.attention.scores import default_scale, exponentiate, grouped, normalise
+from service.attention.geometry import ROWS_BYTES
+from service.attention.masks import MaskSpec
+from service.attention.output import DEFAULT_SCORING, Checkpoint, Scoring, no_checkpoint
+from service.attention.rows import RowSet, score_rows
+from service.attention.scores import exponentiate, grouped, normalise
+from service.core.options import ScoreStage
 from service.errors import invalid
 
-if TYPE_CHECKING:
-    from service.core.options import ScoreStage
+Block = tuple[int, slice, torch.Tensor]  # sequence, positions among the chosen rows, values [Hq, R', its keys]
 
-Block = tuple[int, slice, torch.Tensor]  # sequence, positions in `rows`, values [Hq, R', its keys]
+
+@dataclass(frozen=True, slots=True)
+class WeightsView:
+    """Which rows are returned, and up to which stage their scores are computed."""
+
+    rows: tuple[int, ...] | None = None  # None: all
+    stage: ScoreStage = "softmax"
+
+    @property
+    def hidden(self) -> float:
+        """The value of a key that the stage hides."""
+        return 0.0 if self.stage == "softmax" else -torch.inf
+
+    def count(self, query_length: int) -> int:
+        return query_length if self.rows is None else len(self.rows)
+
+    def index(self, query: torch.Tensor) -> torch.Tensor:
+        """query [B, Hq, Lq, D] -> [R] int64."""
+        if self.rows is None:
+            return torch.arange(query.shape[2], device=query.device)
+        return torch.tensor(self.rows, dtype=torch.int64).to(query.device)
+
+
+ALL_ROWS = WeightsView()
 
 
 def attention_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     mask: MaskSpec,
-    rows: tuple[int, ...] | None = None,
+    view: WeightsView = ALL_ROWS,
     *,
-    stage: ScoreStage = "softmax",
-    scale: float | None = None,
-    softcap: float | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
 ) -> torch.Tensor:
-    """[B, Hq, R, Lk] float32: softmax weights of `rows` (None: all), or their scores at another `stage`.
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> [B, Hq, R, Lk] float32: softmax weights, or scores of a stage.
 
     Rows without keys are zeros; scores of keys that the stage hides are -inf, see `stage_scores`.
+
+    Raises:
+        FarsightError: a score that is shown overflows (422).
     """
-    batch, heads = query.shape[:2]
-    count = query.shape[2] if rows is None else len(rows)
-    out = torch.full((batch, heads, count, key.shape[2]), _hidden(stage), device=query.device)
-    for b, part, values in _blocks(query, key, mask, rows, stage, scale, softcap, checkpoint or no_checkpoint):
+    batch, heads, query_length, _ = query.shape
+    out = torch.full((batch, heads, view.count(query_length), key.shape[2]), view.hidden, device=query.device)
+    for b, part, values in _blocks(query, key, mask, view, scoring, checkpoint or no_checkpoint):
         out[b, :, part, : values.shape[-1]] = values
     return out
 
@@ -46,102 +70,91 @@ def top_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     mask: MaskSpec,
-    rows: tuple[int, ...] | None = None,
+    view: WeightsView = ALL_ROWS,
     top_k: int = 10,
     *,
-    stage: ScoreStage = "softmax",
-    scale: float | None = None,
-    softcap: float | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """values [B, Hq, R, k] float32, largest first, and key indices int64, ranked by the values of `stage`.
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> values [B, Hq, R, k] float32 and key indices int64.
 
-    Where the stage shows fewer keys the index is -1 and the value 0.0, or -inf for scores.
+    Largest first, ranked by the values of the stage. If the stage shows fewer than `top_k` keys the index is -1 and
+    the value 0.0, or -inf for scores.
+
+    Raises:
+        FarsightError: a score that is shown overflows (422).
     """
-    batch, heads = query.shape[:2]
-    count = query.shape[2] if rows is None else len(rows)
-    hidden = _hidden(stage)
-    top = torch.full((batch, heads, count, top_k), hidden, device=query.device)
-    indices = torch.full((batch, heads, count, top_k), -1, device=query.device)
-    for b, part, values in _blocks(query, key, mask, rows, stage, scale, softcap, checkpoint or no_checkpoint):
+    batch, heads, query_length, _ = query.shape
+    shape = batch, heads, view.count(query_length), top_k
+    top = torch.full(shape, view.hidden, device=query.device)
+    indices = torch.full(shape, -1, device=query.device)
+    for b, part, values in _blocks(query, key, mask, view, scoring, checkpoint or no_checkpoint):
         kept = min(top_k, values.shape[-1])
-        best, where = values.topk(kept, dim=-1)
+        best, columns = values.topk(kept, dim=-1)
         top[b, :, part, :kept] = best
-        indices[b, :, part, :kept] = where.masked_fill(best == hidden, -1)
+        indices[b, :, part, :kept] = columns.masked_fill(best == view.hidden, -1)
     return top, indices
-
-
-def _hidden(stage: ScoreStage) -> float:
-    return 0.0 if stage == "softmax" else -torch.inf
-
-
-def stage_scores(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: MaskSpec,
-    b: int,
-    rows: torch.Tensor,
-    stage: ScoreStage,
-    scale: float | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Scores [Hq, R, n] float32 in nats of rows [Hq, R] of sequence b and its n valid keys, up to `stage`.
-
-    raw: scale * q k^T. capped: c * tanh(raw / c). masked: capped + bias, -inf where the mask hides the key; the other
-    two hide none. Raises FarsightError (422) where a score that is shown overflows.
-    """
-    # not `score_rows`: its bits overflow where a bias is float32's lowest number, and nats do not
-    heads, query_length, head_dim = query.shape[1:]
-    valid = key.shape[2] if mask.kv_lengths is None else int(mask.kv_lengths.expand(query.shape[0])[b])
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    chosen = query[b].gather(1, rows[..., None].expand(-1, -1, head_dim)).to(dtype) * default_scale(scale, head_dim)
-    keys = key[b : b + 1, :, :valid].to(dtype)  # cut, not masked: what lies behind is never read
-    scores = grouped(chosen[None], keys.transpose(-1, -2))[0]
-    if stage != "raw" and softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    if stage == "masked":
-        columns = torch.arange(valid, device=rows.device)
-        if mask.attn_mask is not None:
-            head = torch.arange(heads, device=rows.device)[:, None, None]
-            scores.add_(bias_at(mask.attn_mask, b, head, rows[..., None], columns))
-        lo, hi = row_limits(mask, b, rows, query_length, key.shape[2])
-        scores.masked_fill_((columns < lo[..., None]) | (columns >= hi[..., None]), -torch.inf)
-    _check_finite(scores, stage)
-    return scores
-
-
-def _check_finite(scores: torch.Tensor, stage: ScoreStage) -> None:
-    """-inf means hidden, so where nothing is hidden it is an overflow like any other."""
-    if not scores.numel():
-        return
-    low, high = (float(bound) for bound in torch.aminmax(scores))
-    if high != high or high == torch.inf or (low == -torch.inf and stage != "masked"):
-        raise invalid(f"the {stage} scores overflow their type (query, key, scale, softcap)", code="non_finite")
 
 
 def _blocks(
     query: torch.Tensor,
     key: torch.Tensor,
     mask: MaskSpec,
-    rows: tuple[int, ...] | None,
-    stage: ScoreStage,
-    scale: float | None,
-    softcap: float | None,
+    view: WeightsView,
+    scoring: Scoring,
     checkpoint: Checkpoint,
 ) -> Iterator[Block]:
-    batch, heads, query_length, _ = query.shape
+    """The values of a few rows at a time, so that one block fits the scratch memory."""
+    batch, heads = query.shape[:2]
     key_length = key.shape[2]
-    wanted = torch.arange(query_length) if rows is None else torch.tensor(rows, dtype=torch.int64)
-    wanted = wanted.to(query.device)
-    step = max(1, SCRATCH_BYTES // (4 * heads * key_length))
+    index = view.index(query)
+    step = max(1, ROWS_BYTES // (4 * heads * key_length))
     for b in range(batch):
-        for start in range(0, len(wanted), step):
+        for start in range(0, len(index), step):
             checkpoint()
-            part = slice(start, min(start + step, len(wanted)))
-            chosen = wanted[part].expand(heads, -1)
-            if stage != "softmax":
-                yield b, part, stage_scores(query, key, mask, b, chosen, stage, scale, softcap)
+            part = slice(start, min(start + step, len(index)))
+            rows = RowSet(b, index[part].expand(heads, -1))
+            if view.stage != "softmax":
+                yield b, part, stage_scores(query, key, mask, rows, view.stage, scoring)
                 continue
-            scores = score_rows(query, key, mask, b, chosen, slice(0, key_length), scale, softcap)
+            scores = score_rows(query, key, mask, rows, slice(0, key_length), scoring)
             weights, total, _ = exponentiate(scores)
             yield b, part, normalise(weights, total)
+
+
+def stage_scores(
+    query: torch.Tensor, key: torch.Tensor, mask: MaskSpec, rows: RowSet, stage: ScoreStage, scoring: Scoring
+) -> torch.Tensor:
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> scores [Hq, R, n] float32 of rows, in nats; n: valid keys.
+
+    raw: scale * q k^T. capped: c * tanh(raw / c). masked: capped + bias, -inf for keys that the mask hides; the other
+    two hide none.
+
+    Raises:
+        FarsightError: a score that is shown overflows (422).
+    """
+    # not `score_rows`: its bits overflow if a bias is float32's lowest number, and nats do not
+    valid = key.shape[2] if mask.kv_lengths is None else int(mask.kv_lengths.expand(query.shape[0])[rows.sequence])
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    chosen = rows.take(query).to(dtype) * scoring.scale_for(query.shape[3])
+    keys = key[rows.sequence : rows.sequence + 1, :, :valid].to(dtype)  # cut, not masked: the rest is never read
+    scores = grouped(chosen[None], keys.transpose(-1, -2))[0]
+    if stage != "raw" and scoring.softcap is not None:
+        scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    if stage == "masked":
+        columns = torch.arange(valid, device=query.device)
+        if mask.attn_mask is not None:
+            scores.add_(rows.bias(mask.attn_mask, columns))
+        lo, hi = rows.limits(mask, query.shape[2], key.shape[2])
+        scores.masked_fill_((columns < lo[..., None]) | (columns >= hi[..., None]), -torch.inf)
+    _check_finite(scores, stage)
+    return scores
+
+
+def _check_finite(scores: torch.Tensor, stage: ScoreStage) -> None:
+    """-inf means hidden; at a stage that hides nothing it is an overflow like any other."""
+    if not scores.numel():
+        return
+    low, high = (float(bound) for bound in torch.aminmax(scores))
+    if high != high or high == torch.inf or (low == -torch.inf and stage != "masked"):
+        raise invalid(f"the {stage} scores overflow their type (query, key, scale, softcap)", code="non_finite")

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from service.billing.budget_leases import BudgetLease, BudgetLeases, Reserved
 from service.billing.ledger import Ledger, LedgerError
+from service.billing.row import OUTCOME_OK, CapacityRow, LedgerRow
 from service.billing.tenants import Tenants
-from service.billing.write_ahead_log import LOST, WriteAheadLog, adopt
+from service.billing.write_ahead_log import WriteAheadLog, adopt
 from service.config import Config, TenantConfig
 from service.core.answer import Capacity, cost_usd
 from service.core.plan import Plan
@@ -34,7 +35,7 @@ class Accepted:
     """A request that the ledger will hear of."""
 
     number: int
-    row: dict[str, Any]
+    row: LedgerRow
     reserved: Reserved
 
 
@@ -84,27 +85,15 @@ class UsageMeter:
             self._failed("the bank does not answer", error)
             message = f"the budget of tenant {tenant.name!r} cannot be asked for now"
             raise FarsightError(Kind.UNAVAILABLE, message, retry_after_s=2.0) from error
-        row: dict[str, Any] = {
-            "at_s": self._clock(),
-            "request_id": request_id,
-            "tenant": tenant.name,
-            "endpoint": endpoint,
-            "model": model,
-            "plan": plan.kind.value,
-            "outcome": LOST,
-            "tokens": 0,
-            "flops": 0.0,
-            "flops_dense": 0.0,
-            "device_s": 0.0,
-            "joules": None,
-            "cost_usd": 0.0,
-            "charged_usd": 0.0,
-            "saved_usd": 0.0,
-            "predicted_s": plan.predicted_s,
-            "queue_s": 0.0,
-            "total_s": 0.0,
-            "error_upper": None,
-        }
+        row = LedgerRow(
+            at_s=self._clock(),
+            request_id=request_id,
+            tenant=tenant.name,
+            endpoint=endpoint,
+            model=model,
+            plan=plan.kind.value,
+            predicted_s=plan.predicted_s,
+        )
         try:
             return Accepted(self._journal.accepted(row), row, reserved)
         except OSError as error:
@@ -120,14 +109,15 @@ class UsageMeter:
         """By unit of a budget."""
         return {"usd": cost_usd(plan.predicted_s, self._hour_usd), "device_s": plan.predicted_s}
 
-    def settle(self, accepted: Accepted, failure: Kind | None, **used: Any) -> None:
-        """Pay for `used` (columns of the ledger; left out: nothing), but for no failure of ours."""
-        row = {**accepted.row, **used, "outcome": "ok" if failure is None else failure.value}
-        paid = {"usd": 0.0, "device_s": 0.0}
-        if failure not in OURS:
-            paid = {"usd": row["cost_usd"], "device_s": row["device_s"]}
-        row["charged_usd"] = paid["usd"]
-        self._purse.settle(accepted.reserved, paid)
+    def settle(self, accepted: Accepted, failure: Kind | None, row: LedgerRow) -> None:
+        """Charge the budget and log the settled request.
+
+        `row` is `accepted.row` with what the request used; its outcome and charge are set here, and failures of the
+        service are not charged.
+        """
+        charged = {"usd": 0.0, "device_s": 0.0} if failure in OURS else {"usd": row.cost_usd, "device_s": row.device_s}
+        row = replace(row, outcome=failure.value if failure else OUTCOME_OK, charged_usd=charged["usd"])
+        self._purse.settle(accepted.reserved, charged)
         try:
             self._journal.settled(accepted.number, row)
         except OSError as error:  # it is done and will be answered; this line is all that is left of it
@@ -196,14 +186,14 @@ class UsageMeter:
         for holding in self._purse.holdings():
             self._metrics.budget_used(holding.tenant, holding.budget.name, 1 - holding.level)
         self._metrics.ledger_pending.set(self._journal.pending)
-        self._metrics.tell_memory()
+        self._metrics.report_memory()
 
     def _tell_capacity(self) -> None:
         with self._shipping:
             now = self._capacity()
             used_s, idle_s = now.used_s - self._told.used_s, now.idle_s - self._told.idle_s
             usd = cost_usd(used_s + idle_s, self._hour_usd)
-            self._journal.capacity({"at_s": self._clock(), "used_s": used_s, "idle_s": idle_s, "usd": usd})
+            self._journal.capacity(CapacityRow(at_s=self._clock(), used_s=used_s, idle_s=idle_s, usd=usd))
             self._told = now
 
     def _journal_to_bank(self) -> None:

@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.billing.query import HOUR_S, KEYS, WIDTHS_S
+from service.billing.row import CapacityRow, LedgerRow
 
 tables = sa.MetaData()
 
-# one row for each accepted request; a replica numbers its own, so a row that comes twice is known
-requests = sa.Table(
-    "requests",
-    tables,
-    sa.Column("journal", sa.String(64), primary_key=True),
-    sa.Column("number", sa.BigInteger, primary_key=True),
-    sa.Column("at_s", sa.Float(53), nullable=False, index=True),  # seconds since 1970, when it was accepted
-    sa.Column("request_id", sa.String(128), nullable=False),
-    sa.Column("tenant", sa.String(64), nullable=False),
-    sa.Column("endpoint", sa.String(32), nullable=False),
-    sa.Column("model", sa.String(96), nullable=False),
-    sa.Column("plan", sa.String(16), nullable=False),
-    sa.Column("outcome", sa.String(24), nullable=False),  # ok, a kind of error, or lost with its replica
-    sa.Column("tokens", sa.BigInteger, nullable=False),
-    sa.Column("flops", sa.Float(53), nullable=False),
-    sa.Column("flops_dense", sa.Float(53), nullable=False),
-    sa.Column("device_s", sa.Float(53), nullable=False),
-    sa.Column("joules", sa.Float(53)),
-    sa.Column("cost_usd", sa.Float(53), nullable=False),  # of the device time that it used
-    sa.Column("charged_usd", sa.Float(53), nullable=False),  # to the budget: nothing for a failure of ours
-    sa.Column("saved_usd", sa.Float(53), nullable=False),
-    sa.Column("predicted_s", sa.Float(53), nullable=False),
-    sa.Column("queue_s", sa.Float(53), nullable=False),
-    sa.Column("total_s", sa.Float(53), nullable=False),
-    sa.Column("error_upper", sa.Float(53)),
-)
+# of the text columns; a wider value is an error in PostgreSQL
+TEXT_LENGTHS = {
+    "request_id": 128,
+    "tenant": 64,
+    "endpoint": 32,
+    "model": 96,
+    "plan": 16,
+    "outcome": 24,
+}
+
+
+def _columns(row: type[LedgerRow] | type[CapacityRow]) -> Iterator[sa.Column[Any]]:
+    """Primary key (write-ahead log, line number), which makes inserts idempotent, then the fields of the row."""
+    yield sa.Column("journal", sa.String(64), primary_key=True)
+    yield sa.Column("number", sa.BigInteger, primary_key=True)
+    for name, kind in get_type_hints(row).items():
+        is_nullable = kind == float | None
+        column_type = sa.String(TEXT_LENGTHS[name]) if kind is str else sa.BigInteger() if kind is int else sa.Float(53)
+        yield sa.Column(name, column_type, nullable=is_nullable, index=name == "at_s")
+
+
+requests = sa.Table("requests", tables, *_columns(LedgerRow))
 
 SUMS = ("tokens", "flops", "flops_dense", "device_s", "joules", "cost_usd", "charged_usd", "saved_usd")
 
@@ -52,17 +49,7 @@ hours = sa.Table(
     *(sa.Column(name, sa.Float(53), nullable=name == "joules") for name in SUMS),
 )
 
-# what the devices were there for: used and idle add up to the time that was paid for
-capacity = sa.Table(
-    "capacity",
-    tables,
-    sa.Column("journal", sa.String(64), primary_key=True),
-    sa.Column("number", sa.BigInteger, primary_key=True),
-    sa.Column("at_s", sa.Float(53), nullable=False, index=True),  # the end of the stretch that it tells of
-    sa.Column("used_s", sa.Float(53), nullable=False),
-    sa.Column("idle_s", sa.Float(53), nullable=False),
-    sa.Column("usd", sa.Float(53), nullable=False),
-)
+capacity = sa.Table("capacity", tables, *_columns(CapacityRow))
 
 # what is left of a tenant's budget at one time
 budgets = sa.Table(

@@ -51,6 +51,10 @@ class Tenants:
     def __contains__(self, name: object) -> bool:
         return name in self.by_name
 
+    def label(self, name: str) -> str:
+        """A tenant's name as a metric label; "unknown" unless configured, so that callers cannot create series."""
+        return name if name == EVERYBODY.name or name in self.by_name else "unknown"
+
     def of(self, key: str | None) -> TenantConfig:
         """Whose key this is; 401 where it is nobody's."""
         if self.is_open:

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +23,13 @@ from typing import Any
 import orjson
 
 from service.billing.ledger import Ledger, RowsRefused
+from service.billing.row import CapacityRow, LedgerRow
 
 logger = logging.getLogger("farsight")
 
 SEGMENT_BYTES = 1 << 20
 BLOCK_ROWS = 2000  # of one call to the bank
 ACCEPTED, SETTLED, CAPACITY = "a", "s", "c"
-LOST = "lost"  # the outcome of a request whose replica died
 
 
 @dataclass(slots=True)
@@ -59,17 +59,17 @@ class WriteAheadLog:
         self._closed: list[Path] = []  # to be shipped
         self._unsettled: dict[int, Path] = {}  # accepted in a shipped file that stays until they are settled
 
-    def accepted(self, row: Mapping[str, Any]) -> int:
+    def accepted(self, row: LedgerRow) -> int:
         """The number of a request that will be settled; OSError where it cannot be written down."""
         number = self._next_number()
         self._write(ACCEPTED, number, row)
         return number
 
-    def settled(self, number: int, row: Mapping[str, Any]) -> None:
+    def settled(self, number: int, row: LedgerRow) -> None:
         """What became of it."""
         self._write(SETTLED, number, row)
 
-    def capacity(self, row: Mapping[str, Any]) -> None:
+    def capacity(self, row: CapacityRow) -> None:
         """What the device did in a stretch of time."""
         self._write(CAPACITY, self._next_number(), row)
 
@@ -106,7 +106,7 @@ class WriteAheadLog:
             self._number += 1
             return self._number
 
-    def _write(self, kind: str, number: int, row: Mapping[str, Any]) -> None:
+    def _write(self, kind: str, number: int, row: LedgerRow | CapacityRow) -> None:
         line = orjson.dumps([kind, number, row]) + b"\n"
         with self._guard:
             end = self._used + len(line)

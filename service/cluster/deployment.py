@@ -1,11 +1,10 @@
 """Farsight as a Ray Serve application: one deployment, one replica per device, HTTP and gRPC on one class.
 
-No postponed annotations here: Serve reads the type of `build`'s argument from its signature without evaluating it.
+No postponed annotations here: Serve reads the type of `build`'s argument from its signature, without evaluating it.
 """
 
 import gc
 import os
-from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -15,8 +14,9 @@ from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS, RAY_SERVE_
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from service.api.grpc.methods import GrpcMethods
+from service.api.handler import Handler
 from service.config import Config
-from service.errors import Kind
+from service.scheduling.scheduler import Order
 
 GRPC_SERVICERS = [
     "service.api.proto.open_inference_grpc_pb2_grpc.add_GRPCInferenceServiceServicer_to_server",
@@ -24,22 +24,22 @@ GRPC_SERVICERS = [
 ]
 POLICY = "service.cluster.autoscaling:policy"
 
-# A replica's gRPC server takes whole messages without being asked for more of them. HAProxy 2.8 reads a connection's
-# frames strictly in order, the permission to send more among them: where large messages went both ways, requests
-# waited for the permission that waited behind answers, which waited behind requests, for ever.
-# Serve has no setting for it; this list is what it makes servers with, later in the same process.
+# A replica's gRPC server must accept whole messages without sending window updates. HAProxy 2.8 reads the frames of a
+# connection strictly in order, window updates included. With large messages in both directions, requests waited for
+# window updates that were queued behind answers, and these answers waited behind requests: a deadlock.
+# Serve has no setting for it; it passes this list to the servers that it creates later in the same process.
 DEFAULT_GRPC_SERVER_OPTIONS += [
-    # all streams' together
+    # the window of all streams together
     ("grpc.http2.lookahead_bytes", min(max(RAY_SERVE_GRPC_MAX_MESSAGE_SIZE, 2**28), 2**31 - 1)),
-    ("grpc.http2.bdp_probe", 0),  # it would choose a smaller window
+    ("grpc.http2.bdp_probe", 0),  # would choose a smaller window
 ]
 
 
 class Farsight(GrpcMethods):
-    """One replica: its engine, its routes, and its place in line for the node's metrics port."""
+    """One replica: its engine, its routes, and its exporter, one of which has the metrics port of the node."""
 
-    def __init__(self, config: Config) -> None:
-        # imported here: the driver and the controller also import this class, and need no models
+    def __init__(self, config: Config, order: Order = "fair") -> None:
+        # imported here: the driver and the controller import this class too, but need no models
         from service.cluster.ledger_actor import RemoteLedger
         from service.engine.engine import Engine
         from service.telemetry import logging
@@ -50,20 +50,12 @@ class Farsight(GrpcMethods):
 
         logging.configure(config.log_level)
         share_files(config.metrics_dir)
-        self.engine = Engine.start(config, Metrics(), RemoteLedger(config))
-        # a request leaves hundreds of short-lived objects: collect the young ones every few dozen requests, not at each
+        self.engine = Engine.start(config, Metrics(), RemoteLedger(config), order)
+        # a request leaves hundreds of short-lived objects: collect them every few dozen requests, not at each one
         gc.set_threshold(20_000, 50, 50)
         self.trimmer = Trimmer()
-        self.door = self.engine
-        self.max_request_bytes = config.max_request_bytes
-        self.trails = self.engine.trails
+        self.handler = Handler(self.engine)
         self.exporter = Exporter(config.metrics_host, config.metrics_port, config.metrics_dir)
-
-    def on_refused(self, endpoint: str, kind: Kind) -> None:
-        self.engine.metrics.refused(endpoint, kind)
-
-    def hold(self, size: int, held: ExitStack) -> None:
-        self.engine.hold(size, held)
 
     def __serve_build_asgi_app__(self) -> Any:
         from service.api.http.app import create_app
@@ -71,41 +63,41 @@ class Farsight(GrpcMethods):
         return create_app(self.engine, id_is_echoed=True)  # by Serve
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's user_config: {"models": [...]} replaces the configured models, without dropping requests."""
+        """Apply Serve's user_config: {"models": [...]} replaces the configured models without dropping requests."""
         from service.config import ModelConfig
 
-        await self.engine.set_models([ModelConfig(**one) for one in user_config["models"]])
+        await self.engine.set_models([ModelConfig(**model) for model in user_config["models"]])
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `autoscaling.policy` decides by."""
+        """The metrics that `autoscaling.policy` reads."""
         from service.cluster.autoscaling import AHEAD_S, BUSY
 
         return {AHEAD_S: self.engine.ahead_s(), BUSY: self.engine.busy_share()}
 
     def __del__(self) -> None:
-        """Called by Serve when a replica goes in peace: leases go back, the ledger has all, spans are sent."""
+        """Called by Serve when it stops a replica: return leases, flush the ledger, send spans."""
         if (engine := getattr(self, "engine", None)) is not None:  # absent: the start failed
             engine.close()
 
     async def check_health(self) -> None:
-        """Raises where the device thread has died, so that Serve replaces this replica."""
+        """Raise RuntimeError if the device thread has died; Serve then replaces this replica."""
         if not self.engine.alive:
             raise RuntimeError("the device thread is dead")
 
 
 def uses_cuda(config: Config) -> bool:
-    """Asked of Ray rather than torch: the driver may have no GPU where the workers have one."""
+    """Whether replicas run on GPUs. Asks Ray, not torch: the driver may have no GPU although the workers have one."""
     if config.device != "auto":
         return config.device == "cuda"
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources.get("GPU", 0) > 0
 
 
-def build(config: Config) -> Application:
-    """The Serve application; `deploy/serve.yaml` names this function and gives its arguments."""
+def application(config: Config, order: Order = "fair") -> Application:
+    """The Serve application. `deploy/serve.yaml` names this function and its arguments."""
     cuda = uses_cuda(config)
     if config.cpu_threads is None and not cuda:
-        # replicas of one node share its cores
+        # the replicas of a node share its cores
         threads = max(1, (os.cpu_count() or 1) // (config.max_replicas or config.replicas))
         config = config.model_copy(update={"cpu_threads": threads})
     actor: dict[str, Any] = {
@@ -129,7 +121,7 @@ def build(config: Config) -> Application:
     decorate = serve.deployment(
         name="Farsight",
         **size,
-        # the engine admits by predicted seconds; Serve's own limits are far backstops
+        # the engine admits by predicted seconds; Serve's limit is only a backstop
         max_ongoing_requests=4096,
         ray_actor_options=actor,
         health_check_period_s=5,
@@ -137,4 +129,9 @@ def build(config: Config) -> Application:
         graceful_shutdown_timeout_s=60,
         logging_config={"enable_access_log": False},
     )
-    return decorate(serve.ingress()(Farsight)).bind(config)
+    return decorate(serve.ingress()(Farsight)).bind(config, order)
+
+
+def build(config: Config) -> Application:
+    """The builder that `deploy/serve.yaml` names; Serve gives it the arguments from there as one value."""
+    return application(config)

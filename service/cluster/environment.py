@@ -1,4 +1,4 @@
-"""Ports, and the environment that Ray and HAProxy read."""
+"""Ports that the service listens on, and the environment variables that Ray and HAProxy read."""
 
 from __future__ import annotations
 
@@ -10,33 +10,29 @@ from pathlib import Path
 from service.cluster import haproxy
 from service.config import Config
 
-SCRIPTS = Path(sysconfig.get_path("scripts"))  # where pip puts commands; with --user, elsewhere: see PATH
-
-
+SCRIPTS = Path(sysconfig.get_path("scripts"))  # where pip puts commands; with --user they are elsewhere, see PATH
 HOSTS = ("127.0.0.1", "0.0.0.0")  # noqa: S104
-
-
-MAX_HAPROXY_DIR = 29  # a socket's path may have 97 characters, and Ray adds 68
+MAX_HAPROXY_DIR_LENGTH = 29  # the path of a Unix socket has at most 97 characters, and Ray adds 68
 
 
 def ports(config: Config) -> list[tuple[str, str, int]]:
-    """(field of Config, host, port) of everything that will listen on a port that is known before."""
+    """(field of Config, host, port) of every listener whose port is known before the start."""
     return [
         ("http_port", config.host, config.http_port),
         ("grpc_port", config.host, config.grpc_port),
         ("metrics_port", config.metrics_host, config.metrics_port),
-        *(("replica_port_base", config.host, config.replica_port_base + more) for more in (0, 1)),
-        *(("replica_port_base", "127.0.0.1", config.replica_port_base + more) for more in (100, 101)),
+        *(("replica_port_base", config.host, config.replica_port_base + offset) for offset in (0, 1)),
+        *(("replica_port_base", "127.0.0.1", config.replica_port_base + offset) for offset in (100, 101)),
         ("haproxy_metrics_port", config.metrics_host, config.haproxy_metrics_port),
         ("haproxy_stats_port", "127.0.0.1", config.haproxy_stats_port),
     ]
 
 
 def ray_environment(config: Config) -> dict[str, str]:
-    """What Ray reads when it is imported; the same names are in the image and the manifests."""
+    """Environment variables that Ray reads at import; the image and the manifests set the same names."""
     directory = config.haproxy_dir
     return {
-        "RAY_AUTH_MODE": "disabled",  # one machine, loopback; it may otherwise switch itself on
+        "RAY_AUTH_MODE": "disabled",  # one machine, loopback only; Ray may otherwise enable it by itself
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
@@ -51,14 +47,15 @@ def ray_environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_H2_BE_INITIAL_WINDOW_SIZE": str(16 * 1024 * 1024),
         "RAY_SERVE_HAPROXY_H2_MAX_FRAME_SIZE": str(64 * 1024),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
-        # more wait in the client, where nobody sees or refuses them
+        # further requests wait in the client, where the service can neither see nor refuse them
         "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "256",
-        # a replica that dies with a request unanswered: another one answers it, for to do it twice changes nothing
-        # (what was lost is not charged); HAProxy can repeat what fits its buffer. Once: a request may be what kills
+        # If a replica dies before it answers, another one answers: running a request twice changes nothing, and the
+        # lost run is not charged. HAProxy can only repeat what fits its buffer. Only once: the request may be what
+        # killed the replica.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
         haproxy.SETTING: os.environ.get(haproxy.SETTING) or str(SCRIPTS / "farsight-haproxy"),
-        # Ray sees that a node is silent, and starts replicas elsewhere, after 24 s at most; by default after 65 s
+        # Ray declares a silent node dead and starts replicas elsewhere after at most 24 s; by default after 65 s
         "RAY_health_check_timeout_ms": "5000",
         "RAY_health_check_failure_threshold": "3",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(config.replica_port_base),
@@ -68,21 +65,21 @@ def ray_environment(config: Config) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(config.replica_port_base + 101),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(config.replica_port_base + 199),
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_request_bytes + 1024 * 1024),
-        # a replica that leaves answers until HAProxy has its next configuration; here that is one reload, though of a
-        # machine that is busy with starting replicas
+        # a replica that is being removed answers until HAProxy has its next configuration: one reload here, on a
+        # machine that may be busy starting replicas
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
 
 
-def reached_at(host: str) -> str:
-    """Where this machine reaches what listens on `host`."""
+def connect_host(host: str) -> str:
+    """The address at which this machine connects to what listens on `host`."""
     return "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104
 
 
-def _is_taken(host: str, port: int) -> bool:
-    """Somebody listens. Asked by connecting: a bind also fails for a minute on what closed connections leave behind."""
+def is_port_taken(host: str, port: int) -> bool:
+    """Whether something accepts connections. Binding would also fail for a minute after connections were closed."""
     try:
-        socket.create_connection((reached_at(host), port), timeout=1).close()
+        socket.create_connection((connect_host(host), port), timeout=1).close()
     except OSError:
         return False
     return True

@@ -1,22 +1,23 @@
-"""Run first in each process of Ray that `farsight serve` starts: Serve's gRPC servers listen on the loopback interface.
+"""Makes Serve's gRPC servers listen on loopback only; runs first in every process of Ray that `farsight serve` starts.
 
-Only HAProxy asks them, on the same machine. Serve gives the host of `http_options` to its HTTP servers and HAProxy; its
-gRPC servers, one of which takes pickles from other replicas, listen on all interfaces, and it has no setting for them.
+Only HAProxy on the same machine connects to them. Serve passes the host of `http_options` to its HTTP servers and to
+HAProxy, but its gRPC servers (one of which accepts pickles from other replicas) listen on all interfaces, without a
+setting for it.
 """
 
 from __future__ import annotations
 
 from grpc.aio import _server
 
-EVERYWHERE, LOOPBACK = "[::]:", "127.0.0.1:"
+ALL_INTERFACES, LOOPBACK = "[::]:", "127.0.0.1:"
 
 
 def listen() -> None:
-    """Ray's `worker_process_setup_hook`."""
-    plain = _server.Server.add_insecure_port
+    """Ray's `worker_process_setup_hook`: replaces the method of grpc.aio with which servers choose their address."""
+    original = _server.Server.add_insecure_port
 
     def add_insecure_port(self: _server.Server, address: str) -> int:
-        port: int = plain(self, address.replace(EVERYWHERE, LOOPBACK))
+        port: int = original(self, address.replace(ALL_INTERFACES, LOOPBACK))
         return port
 
     _server.Server.add_insecure_port = add_insecure_port

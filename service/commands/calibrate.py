@@ -8,25 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from service.commands.terminal import (
-    console,
-    device,
-    settings,
-)
+from service.commands.terminal import console, device, settings
 
 if TYPE_CHECKING:
     from service.planning.device_profile import DeviceProfile
 
 
 def calibrate(
-    short: Annotated[bool, typer.Option(help="Only what the first start measures.")] = False,
+    short: Annotated[bool, typer.Option(help="Measure only what the first start of the service measures.")] = False,
 ) -> None:
-    """Measure how fast attention runs on this device; the planner's predictions follow. Under 3 minutes on 2 cores."""
+    """Measure how fast attention runs on this device, for the planner's predictions. Under 3 minutes on 2 cores."""
     import torch
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 
-    from service.planning.calibration import measure
-    from service.planning.profile_cache import exclusive, identity, store
+    from service.planning.calibration import identity, measure
+    from service.planning.profile_cache import exclusive, store
 
     config = settings()
     target = device(config)
@@ -40,12 +36,12 @@ def calibrate(
         profile = measure(target, thorough=not short, progress=lambda share: progress.update(task, completed=share))
         progress.update(task, completed=1.0)
     path = store(profile, target, directory)
-    console.print(prediction_table(profile, identity(target)["device"]))
-    console.print(f"kept in {path}", soft_wrap=True)
+    console.print(_prediction_table(profile, identity(target)["device"]))
+    console.print(f"saved to {path}", soft_wrap=True)
 
 
-def prediction_table(profile: DeviceProfile, device: str) -> Table:
-    """Predicted seconds of causal attention, 8 heads of 64."""
+def _prediction_table(profile: DeviceProfile, device: str) -> Table:
+    """Predicted seconds of causal attention with 8 heads of 64, by length, plan and dtype."""
     from service.core.options import AttentionOptions
     from service.core.plan import PlanKind
     from service.core.request import AttentionShape
@@ -58,7 +54,7 @@ def prediction_table(profile: DeviceProfile, device: str) -> Table:
         for dtype in ("float32", "bfloat16"):
             shape = AttentionShape(1, 8, 8, length, length, 64, 64, dtype)
             for kind in PlanKind:
-                effort = attention_features(kind, shape, options, block_size=128)
-                row.append(f"{profile.attention_s(kind, effort, dtype):.3g} s")
+                features = attention_features(kind, shape, options)
+                row.append(f"{profile.attention_s(kind, features, dtype):.3g} s")
         table.add_row(f"{length}", *row)
     return table

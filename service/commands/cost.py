@@ -55,8 +55,8 @@ def estimate(
     import torch
 
     from service.device import device_names
-    from service.planning import planner
     from service.planning.attention_cost import DTYPE_BYTES
+    from service.planning.attention_plan import attention_candidates
     from service.planning.profile_cache import load_or_measure
 
     config, kv_heads = settings(), kv_heads or heads
@@ -69,7 +69,7 @@ def estimate(
     shape = AttentionShape(batch, heads, kv_heads, query_length, key_length or query_length, head_dim, head_dim, dtype)
     options = AttentionOptions(is_causal=causal, max_error=max_error)
     table = Table("plan", "FLOPs", "peak memory", "seconds", "USD", "", title=device_names(target)[0])
-    for kind, one in planner.candidates(shape, options, profile, config).items():
+    for kind, one in attention_candidates(shape, options, profile, config).items():
         usd = cost_usd(one.predicted_s, hour_usd)
         told = f"{one.cost.flops:.3g}", f"{one.cost.peak_bytes / 2**20:.0f} MiB", f"{one.predicted_s:.3g}", f"{usd:.3g}"
         table.add_row(kind.value, *told, one.reason)

@@ -1,4 +1,4 @@
-"""What is known of a loaded model: sizes, layers, limits."""
+"""Sizes, layers and limits of a loaded model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Literal
 
 from service.core.options import ModelTask
 
-LOGITS_BYTES = 64 * 1024**2  # of one block of next-token logits
-
+LOGITS_BYTES = 64 * 1024**2  # one block of next-token logits
 
 Side = Literal["source", "target"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Attention layers of one kind: how many there are, and who sees whom in them."""
+    """Attention layers of one kind: their number, and which keys a query sees in them."""
 
     count: int
     is_causal: bool
@@ -26,25 +25,24 @@ class LayerKind:
 
 @dataclass(frozen=True, slots=True)
 class MatrixSizes:
-    """How many numbers of its matrices a model multiplies with each token of the source and of the target (encoder-
-    decoder models), with each sequence, and once in every pass."""
+    """How many numbers of its matrices a model multiplies: each counts two FLOPs."""
 
-    source: int
-    target: int = 0
-    sequence: int = 0
-    once: int = 0
+    source: int  # with each source token
+    target: int = 0  # with each target token of encoder-decoder models
+    sequence: int = 0  # with each sequence
+    once: int = 0  # in each pass
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a caller may know about a loaded model."""
+    """The description of a loaded model that callers may read."""
 
     name: str
     task: ModelTask
     architecture: str
     dtype: str
     max_length: int  # tokens per input
-    dimensions: int  # of one embedding or hidden state
+    dimensions: int  # numbers of one embedding or hidden state
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -53,12 +51,12 @@ class ModelInfo:
     parameters: int
     hidden_size: int
     intermediate_size: int
-    weights: MatrixSizes  # of hidden states
-    task_weights: MatrixSizes  # of what the model is for: hidden states and its head
+    weights: MatrixSizes  # for hidden states
+    task_weights: MatrixSizes  # for the model's own task: hidden states and its head
     attention: tuple[LayerKind, ...]
-    packed: bool  # concurrent requests share one forward pass without padding; else only inputs of equal length do
+    packed: bool  # inputs of any lengths share a pass without padding; if not, only inputs of equal shape do
     inputs: Literal["text", "source and target", "image"] = "text"
     labels: tuple[str, ...] = ()
-    task_attention: tuple[LayerKind, ...] | None = None  # of what the model is for; None: `attention`
-    position_bias: bool = False  # a number for every pair of positions: its memory is quadratic (T5)
-    smallest_pass_s: float = 0.0  # a few tokens through all layers, measured at load
+    task_attention: tuple[LayerKind, ...] | None = None  # for the model's own task; None: `attention`
+    position_bias: bool = False  # adds a bias for every pair of positions, with quadratic memory (T5)
+    smallest_pass_s: float = 0.0  # fixed seconds of a pass: a few tokens through all layers, measured at load

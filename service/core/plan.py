@@ -1,4 +1,4 @@
-"""How a request will be computed, what that costs, and why."""
+"""A plan: how a request will be computed, its predicted cost, and the reason for the choice."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ class PlanKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a computation costs in closed form, before any device is named."""
+    """The cost of a computation in closed form, the same on every device."""
 
-    pairs: int  # query-key pairs scored, causal counted as causal, summed over heads
-    flops: int
-    bytes: int  # read and written once each
-    peak_bytes: int  # inputs + output + scratch alive together
+    pairs: int = 0  # query-key pairs scored, causal counted as causal, summed over heads
+    flops: int = 0
+    bytes: int = 0  # read and written once each
+    peak_bytes: int = 0  # inputs + output + scratch alive together
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Decided before the queue: how a request will be computed, what that costs, and why."""
+    """How a request will be computed. Made before it is queued."""
 
     kind: PlanKind
-    cost: Cost
+    cost: Cost  # of this plan; sparse pairs are assumed until selection has run
     predicted_s: float
     reason: str
     block_size: int = 128  # tokens per key block
-    selection: str | None = None  # how sparse blocks are chosen
-    epsilon: float | None = None  # risk that a row may leave in a block that is not read
+    selection: str | None = None  # how a sparse plan chooses its blocks
+    epsilon: float | None = None  # risk per row that selection may leave in unread blocks
     shared_s: float = 0.0  # the part of predicted_s that a batch pays once
-    path: tuple[Hashable, ...] = ()  # the kind of work, from the general to the special
-    pace: float = 1.0  # learned of that kind, and contained in both seconds
+    path: tuple[Hashable, ...] = ()  # the kind of work, from the general to the specific
+    correction: float = 1.0  # learned factor for that kind of work, contained in predicted_s and shared_s
+    dense_cost: Cost = Cost()  # of dense attention for the same request; savings are relative to it
+    dense_s: float = 0.0  # its predicted seconds, with the correction learned for it when this plan was made

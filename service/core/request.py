@@ -1,4 +1,4 @@
-"""What is asked: attention over tensors, or one task of one model."""
+"""Requests: attention over tensors, or one task of one model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AttentionRequest:
-    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv], validated and finite, on the CPU."""
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv], on the CPU, validated and finite."""
 
     id: str
     query: torch.Tensor
@@ -21,12 +21,17 @@ class AttentionRequest:
     value: torch.Tensor
     options: AttentionOptions
     attn_mask: torch.Tensor | None = None
-    rank: int = 4  # 3: the caller left the batch axis out, and gets its answer without it
+    rank: int = 4  # 3: the caller's tensors have no batch axis, and neither has the answer
     tenant: str = "default"
+    endpoint: str = "attention"  # the route that it came by, as metrics and ledger name it
+
+    @property
+    def model(self) -> str:
+        return "attention"
 
     @property
     def shape(self) -> AttentionShape:
-        """Made anew at each call; callers keep it."""
+        """Computed at each access."""
         batch, heads, query_length, head_dim = self.query.shape
         return AttentionShape(
             batch=batch,
@@ -42,7 +47,7 @@ class AttentionRequest:
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """The sizes that decide what attention costs."""
+    """Sizes that determine the cost of attention. Lengths are in tokens."""
 
     batch: int
     heads: int
@@ -56,8 +61,11 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class ForwardRequest:
-    """Inputs for one task of one model: texts, token ids, pairs of texts (query and document, or source and target),
-    or encoded images."""
+    """Inputs of one kind for one task of one model.
+
+    Exactly one of `texts`, `token_ids`, `pairs` (query and document, or source and target), `images` (encoded files)
+    and `pixel_values` is given.
+    """
 
     id: str
     model: str
@@ -67,9 +75,10 @@ class ForwardRequest:
     token_ids: tuple[tuple[int, ...], ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     images: tuple[bytes, ...] = ()
-    pixel_values: torch.Tensor | None = None  # [n, C, H, W] float32: images as the model takes them
-    query: int | str | None = None  # explain: the token that looks, by index or as a part of the text
+    pixel_values: torch.Tensor | None = None  # [n, C, H, W] float32, preprocessed for the model
+    query: int | str | None = None  # explain: the query token, by index or as a part of the text
     tenant: str = "default"
+    endpoint: str = "embeddings"  # the route that it came by, as metrics and ledger name it
 
 
 Request = AttentionRequest | ForwardRequest

@@ -1,4 +1,4 @@
-"""What sparse attention did to the answers: some sparse forward passes are run again exactly, when nobody waits.
+"""What sparse attention did to the answers: some sparse forward passes are run again exactly, on an idle device.
 
 The audits inside a pass measure each attention call; only this measures what the errors became at the model's output.
 """
@@ -6,50 +6,38 @@ The audits inside a pass measure each attention call; only this measures what th
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from service.core.plan import PlanKind
-from service.engine.runner import Job, Outcome
+from service.engine.job import Job
+from service.engine.workloads.base import Outcome
 
 MAX_WAITING = 4  # sparse answers held for their audit: each keeps its output
 MAX_BYTES = 64 * 1024**2  # of one output that is held
 
 
-@dataclass(slots=True, eq=False)
-class Audit:
-    """An exact run of `job` to compare with what was answered."""
-
-    job: Job
-    answered: Mapping[str, torch.Tensor]
-
-
 class OutputAudits:
-    """Which answers are audited, and those that wait for an idle device."""
+    """Draws the answers that are audited."""
 
     def __init__(self, share: float, seed: int = 0) -> None:
         self._share = share
         self._draw = random.Random(seed)  # noqa: S311 (a sample, not a secret)
-        self._waiting: deque[Audit] = deque()
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def consider(self, job: Job, outcome: Outcome) -> None:
-        """Keep a share of the sparse forward answers; more than a few at a time are let go."""
+    def audit_of(self, job: Job, outcome: Outcome, waiting: int) -> Job | None:
+        """The exact run that audits this answer, or None: only a share of the sparse forward passes is audited, and at
+        most a few wait at a time."""
         if outcome.plan.kind is not PlanKind.SPARSE or not outcome.layers or self._draw.random() >= self._share:
-            return
+            return None
         size = sum(tensor.nbytes for tensor in outcome.tensors.values())
-        if outcome.tensors and size <= MAX_BYTES and len(self._waiting) < MAX_WAITING:
-            exact = replace(job.plan, kind=job.exact_kind, selection=None, epsilon=None, reason="audit of the output")
-            again = replace(job, plan=exact, cancelled=False, deadline_s=float("inf"))
-            self._waiting.append(Audit(again, outcome.tensors))
-
-    def next(self) -> Audit | None:
-        return self._waiting.popleft() if self._waiting else None
+        if not outcome.tensors or size > MAX_BYTES or waiting >= MAX_WAITING:
+            return None
+        work = job.work
+        plan = replace(work.plan, kind=work.exact_kind, selection=None, epsilon=None, reason="audit of the output")
+        planned = replace(job.planned, work=replace(work, plan=plan), deadline_s=float("inf"))
+        return Job(planned, job.sink, answered=outcome.tensors)
 
 
 def output_error(answered: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> tuple[str, float]:

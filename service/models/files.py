@@ -1,4 +1,4 @@
-"""Where a model's files are and what they say it is for; no torch, so that a wrong path is told before all else."""
+"""Where a model's files are, and which task they are for. Without torch: a wrong path is reported before startup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.config import ModelConfig
 from service.core.options import ModelTask
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-# the end of a class name in config.json's `architectures`, and what such a model is for
+# last part of a class name in config.json's `architectures`: the task of such a model
 HEADS: dict[str, ModelTask] = {
     "ForSequenceClassification": "classify",
     "ForImageClassification": "classify",
@@ -22,7 +22,10 @@ HEADS: dict[str, ModelTask] = {
 
 
 def directory_of(config: ModelConfig) -> Path:
-    """The model's folder: its path, or the folder `model/` of an installed package (which is not imported)."""
+    """The model's directory: its path, or the folder `model/` of an installed package (which is not imported).
+
+    Raises FileNotFoundError that names the missing package or file.
+    """
     if config.path is not None:
         directory = Path(config.path)
     else:
@@ -35,7 +38,7 @@ def directory_of(config: ModelConfig) -> Path:
         raise FileNotFoundError(f"model {config.name!r}: {directory / 'config.json'} is missing")
     if not any((directory / file).is_file() for file in WEIGHTS):
         raise FileNotFoundError(
-            f"model {config.name!r}: {directory / WEIGHTS[0]} is missing (only safetensors are read)"
+            f"model {config.name!r}: {directory / WEIGHTS[0]} is missing (weights are read from safetensors only)"
         )
     if not takes_images(read_json(directory / "config.json")) and not (directory / "tokenizer.json").is_file():
         raise FileNotFoundError(f"model {config.name!r}: {directory / 'tokenizer.json'} is missing")
@@ -43,27 +46,31 @@ def directory_of(config: ModelConfig) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """{} where there is no such file."""
+    """The JSON object in `file`; {} if the file is missing. Raises ValueError if it is not a JSON object."""
     if not file.is_file():
         return {}
     values = json.loads(file.read_text())
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object")
+        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values
 
 
 def takes_images(config: dict[str, Any]) -> bool:
+    """Whether a model with this config.json takes images instead of text."""
     return "image_size" in config and "patch_size" in config and "vocab_size" not in config
 
 
 def task_of(directory: Path) -> ModelTask:
-    """What the files say: sentence-transformers' modules are for embeddings, else the head's class decides."""
+    """The task that the files declare: `embed` if sentence-transformers wrote them, else by the class of the head.
+
+    Raises ValueError if config.json is not a JSON object.
+    """
     config = read_json(directory / "config.json")
     if (directory / "modules.json").is_file():
         return "embed"
     name = next(iter(config.get("architectures") or []), "")
-    for end, task in HEADS.items():
-        if name.endswith(end):
-            one_label = len(config.get("id2label") or {}) == 1 or config.get("num_labels") == 1
-            return "rerank" if task == "classify" and one_label else task
+    for suffix, task in HEADS.items():
+        if name.endswith(suffix):
+            has_one_label = len(config.get("id2label") or {}) == 1 or config.get("num_labels") == 1
+            return "rerank" if task == "classify" and has_one_label else task
     return "embed"

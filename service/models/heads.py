@@ -1,7 +1,7 @@
-"""What stands on the last hidden states, applied to packed rows: the module's own head would see one row only.
+"""Classification and language model heads on packed hidden states; a model's own head would see one sequence only.
 
-Each rule is proven at load against the model's own forward pass (`loading`); a model without a rule, or whose rule is
-wrong, runs its own forward pass on batches of equal length instead.
+Each rule is checked at load against the model's own forward pass (`loading/verify.py`). A model without a rule, or
+whose rule fails the check, runs its own forward pass on batches of equal length.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 Classifier = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # states [T, H], bounds [S + 1] -> logits [S, labels]
 
 
-def classifier_of(module: Any) -> Classifier | None:
-    """The classification head of this model for packed rows, None where there is no rule for its kind."""
+def packed_classifier(module: Any) -> Classifier | None:
+    """The classification head of `module` for packed sequences, or None if no rule covers this kind of head."""
     config = module.config
     if isinstance(getattr(module, "score", None), nn.Linear):  # decoders: the last token
         return lambda states, bounds: module.score(last_of(states, bounds))
@@ -37,17 +37,17 @@ def classifier_of(module: Any) -> Classifier | None:
 
 
 def first_of(states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """states [T, H] -> [S, H]: the first token of each sequence."""
+    """states [T, H], bounds [S + 1] -> [S, H]: the first token of each sequence."""
     return states[bounds[:-1]]
 
 
 def last_of(states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """states [T, H] -> [S, H]: the last token of each sequence."""
+    """states [T, H], bounds [S + 1] -> [S, H]: the last token of each sequence."""
     return states[bounds[1:] - 1]
 
 
 def mean_of(states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """states [T, H] -> [S, H]: the mean over each sequence."""
+    """states [T, H], bounds [S + 1] -> [S, H]: the mean over each sequence."""
     lengths = bounds.diff()
     segments = torch.repeat_interleave(torch.arange(len(lengths), device=states.device), lengths)
     sums = states.new_zeros(len(lengths), states.shape[1])
@@ -55,7 +55,7 @@ def mean_of(states: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
 
 
 def next_token_logits(module: Any, states: torch.Tensor) -> torch.Tensor:
-    """states [T, H] -> float32 logits [T, vocabulary]."""
+    """states [T, H] -> logits [T, vocabulary] float32, capped as the model's configuration says."""
     logits: torch.Tensor = module.get_output_embeddings()(states).float()
     softcap = getattr(module.config, "final_logit_softcapping", None)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

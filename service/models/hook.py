@@ -6,7 +6,7 @@ A model's own code decides who sees whom by a function of two positions. `mask` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from service.attention import attend
+from service.attention.dispatch import attend
+from service.attention.inputs import AttentionInputs
 from service.attention.masks import MaskSpec
-from service.attention.output import Checkpoint
+from service.attention.output import Checkpoint, Scoring
 from service.attention.segments import split
-from service.attention.sparse.bounded_error import attend_with_error_bound
+from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
 from service.core.answer import ErrorReport, LayerReport
-from service.core.plan import Plan, PlanKind
+from service.core.plan import PlanKind
 
 NAME = "farsight"
 MAX_WAIT = 64  # passes
@@ -51,8 +52,7 @@ class AttentionCall:
     query: torch.Tensor  # [B, Hq, L, D]
     key: torch.Tensor
     mask: MaskSpec
-    scale: float | None
-    softcap: float | None
+    scoring: Scoring
 
 
 @dataclass(slots=True)
@@ -77,15 +77,18 @@ class SparseHistory:
 class ForwardContext:
     """What every attention call of one forward pass must know."""
 
-    plan: Plan
+    kind: PlanKind
+    bound: ErrorBound | None = None  # of every call; given if the kind is sparse
     cu_seqlens: tuple[int, ...] | None = None  # None: each row of the batch is one sequence, without padding
     checkpoint: Checkpoint | None = None  # called at every layer and block; raises to stop the pass
-    checked: Mapping[str, Any] = field(default_factory=dict)  # of `attend_with_error_bound`, where the plan is sparse
-    history: SparseHistory | None = None  # None: every call of a sparse plan is tried sparse
+    history: SparseHistory | None = None  # None: every call of a sparse pass is tried sparse
     observe: Callable[[AttentionCall], None] | None = None
     layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
     patterns: list[tuple[Pattern, int, int]] = field(default_factory=list)  # with the numbers of queries and of keys
     positions: list[int] = field(default_factory=list)  # computed by each pass of the model, padding included
+
+    def __post_init__(self) -> None:
+        assert self.bound is not None or self.kind is not PlanKind.SPARSE, "bug: a sparse pass without its error bound"
 
 
 _running: ContextVar[ForwardContext | None] = ContextVar("farsight_forward", default=None)
@@ -114,17 +117,14 @@ def attention(
     value: torch.Tensor,
     attention_mask: Pattern | None,
     scaling: float | None = None,
-    softcap: float | None = None,
-    position_bias: torch.Tensor | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [B, Hq, L, D], key and value [B, Hkv, Lk, D] -> ([B, L, Hq, D], no weights)."""
     context = _context()
     if not isinstance(attention_mask, Pattern):
         # a model that brings a mask of its own is refused, the mask never ignored
         raise NotImplementedError(f"{type(module).__name__} brings an attention mask of its own")
-    if s_aux is not None:
+    if kwargs.get("s_aux") is not None:
         raise NotImplementedError(f"{type(module).__name__} has attention sinks (s_aux)")
     if context.checkpoint is not None:
         context.checkpoint()
@@ -132,26 +132,33 @@ def attention(
         is_causal=attention_mask.is_causal,
         causal_alignment="top_left",
         window=attention_mask.window,
-        attn_mask=position_bias,
+        attn_mask=kwargs.get("position_bias"),
         cu_seqlens_q=context.cu_seqlens,
         cu_seqlens_k=context.cu_seqlens,
     )
+    scoring = Scoring(scaling, kwargs.get("softcap"))
     if context.observe is not None:
-        context.observe(AttentionCall(query, key, mask, scaling, softcap))
+        context.observe(AttentionCall(query, key, mask, scoring))
     context.patterns.append((attention_mask, query.shape[2], key.shape[2]))
-    arguments: dict[str, Any] = {"scale": scaling, "softcap": softcap, "checkpoint": context.checkpoint}
-    if context.plan.kind is not PlanKind.SPARSE:
-        out = attend(query, key, value, context.plan, mask, **arguments).out
-    elif (kind := _exact_anyway(context, id(module), attention_mask)) is not None:
-        out = attend(query, key, value, kind, mask, **arguments).out
-        context.layers.append(LayerReport(kind, ErrorReport(), None, _pairs(query, key, mask)))
-    else:
-        checked = attend_with_error_bound(query, key, value, context.plan, mask, **arguments, **context.checked)
-        out = checked.out
-        if context.history is not None:
-            context.history.learn(id(module), was_sparse=checked.kind is PlanKind.SPARSE)
-        context.layers.append(LayerReport(checked.kind, checked.error, checked.density, checked.pairs_scored))
+    out = _attend(context, id(module), attention_mask, AttentionInputs(query, key, value, mask, scoring))
     return out.transpose(1, 2), None
+
+
+def _attend(context: ForwardContext, module: int, pattern: Pattern, inputs: AttentionInputs) -> torch.Tensor:
+    """[B, Hq, L, D]; a call of a sparse pass is reported to the context."""
+    tensors, mask, scoring, checkpoint = inputs.tensors, inputs.mask, inputs.scoring, context.checkpoint
+    if context.bound is None or context.kind is not PlanKind.SPARSE:
+        return attend(*tensors, context.kind, mask, scoring=scoring, checkpoint=checkpoint).out
+    kind = _exact_anyway(context.bound, context.history, module, pattern)
+    if kind is not None:
+        pairs = sum(segment.visible_pairs for segment in split(*tensors, mask))
+        context.layers.append(LayerReport(kind, ErrorReport(), None, pairs))
+        return attend(*tensors, kind, mask, scoring=scoring, checkpoint=checkpoint).out
+    found = attend_with_error_bound(*tensors, mask, context.bound, scoring=scoring, checkpoint=checkpoint)
+    if context.history is not None:
+        context.history.learn(module, was_sparse=found.kind is PlanKind.SPARSE)
+    context.layers.append(LayerReport(found.kind, found.error, found.density, found.pairs_scored))
+    return found.out
 
 
 def mask(
@@ -159,16 +166,14 @@ def mask(
     q_length: int,
     kv_length: int,
     mask_function: Callable[..., torch.Tensor],
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    device: torch.device | str = "cpu",
-    **_: Any,
+    **kwargs: Any,
 ) -> Pattern:
     """The pattern that the model's mask function draws, proven on the positions where patterns differ."""
+    attention_mask: torch.Tensor | None = kwargs.get("attention_mask")
+    local_size: int | None = kwargs.get("local_size")
+    device: torch.device | str = kwargs.get("device", "cpu")
     pads = attention_mask is not None and not bool(attention_mask.all())  # BART's decoder makes one of ones
-    if pads or q_offset or kv_offset:
+    if pads or kwargs.get("q_offset") or kwargs.get("kv_offset"):
         raise NotImplementedError("a padding mask or a cache: Farsight's passes have neither")
     context = _context()
     start, length = 0, q_length
@@ -216,14 +221,10 @@ def _probes(queries: int, keys: int, local_size: int | None) -> tuple[torch.Tens
     return rows[:, None].expand_as(key).flatten(), key.flatten()
 
 
-def _exact_anyway(context: ForwardContext, module: int, pattern: Pattern) -> PlanKind | None:
-    """How a call of a sparse pass is computed exactly: narrow windows, and where sparse was of no use lately."""
+def _exact_anyway(bound: ErrorBound, history: SparseHistory | None, module: int, pattern: Pattern) -> PlanKind | None:
+    """How a call of a sparse pass is computed exactly: narrow windows, and modules that sparse did not suit lately."""
     if pattern.window is not None and sum(pattern.window) < NARROW:
         return PlanKind.CHUNKED
-    if context.history is not None and context.history.skips(module):
-        return PlanKind(context.checked["exact_kind"])
+    if history is not None and history.skips(module):
+        return bound.exact_kind
     return None
-
-
-def _pairs(query: torch.Tensor, key: torch.Tensor, mask: MaskSpec) -> int:
-    return sum(segment.visible_pairs for segment in split(query, key, key, mask))

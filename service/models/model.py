@@ -1,4 +1,4 @@
-"""One loaded model: rows in, what its task makes of them out. Runs on the device thread only."""
+"""One loaded model: runs its tasks on the rows of requests. On the device thread only, except `tokenize`."""
 
 from __future__ import annotations
 
@@ -18,27 +18,36 @@ from service.core.options import (
     HiddenOptions,
     ScoreOptions,
 )
+from service.core.passes import split_by_shape, split_by_tokens
 from service.core.request import ForwardRequest
 from service.errors import invalid
 from service.models import heads, hook
-from service.models.inputs.processor import Inputs
+from service.models.inputs.processor import InputProcessor
 from service.models.inputs.rows import EncodedInput, Tokenized
-from service.models.packing import pack, split_by_shape, split_by_tokens
+from service.models.packing import pack
 from service.models.tasks import embed, explain, score
 
-Jobs = Sequence[tuple[ForwardRequest, Tokenized]]
-States = tuple[Sequence[int], torch.Tensor, torch.Tensor]  # rows' indices, states [T, H], bounds [S + 1]
-
-
-def by_row(passes: Iterable[States]) -> Iterator[tuple[int, torch.Tensor]]:
-    """(a row's index, its own [L, H]) of every pass."""
-    for indices, states, bounds in passes:
-        yield from zip(indices, torch.split(states, bounds.diff().tolist()), strict=True)
+TokenizedRequests = Sequence[tuple[ForwardRequest, Tokenized]]
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """Of the inputs of one request: tensors by name, first axis the inputs, and what is told beside them as JSON."""
+class PassStates:
+    """States of one pass, sequence after sequence."""
+
+    indices: Sequence[int]  # of the rows in this pass
+    states: torch.Tensor  # [T, H]
+    bounds: torch.Tensor  # [S + 1] int64: sequence i is states[bounds[i]:bounds[i + 1]]
+
+
+def states_by_row(passes: Iterable[PassStates]) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index, states [L, H]) of each row."""
+    for part in passes:
+        yield from zip(part.indices, torch.split(part.states, part.bounds.diff().tolist()), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOutput:
+    """Results of one request: tensors by name, their first axis the inputs, and results that are JSON."""
 
     tensors: dict[str, torch.Tensor]
     details: Any = None
@@ -46,190 +55,232 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`module` is the model with its head, `base` the part that makes hidden states."""
+    """A Transformers model on a device, with what its tasks need."""
 
     info: ModelInfo
-    inputs: Inputs
-    module: Any  # Transformers' modules have what their configuration says, which no type knows
-    base: Any
+    inputs: InputProcessor
+    module: Any  # the model with its head; Any, because its attributes depend on the architecture
+    base: Any  # the part of `module` that computes hidden states
     device: torch.device
     pooling: embed.Pooling
-    classifier: heads.Classifier | None = None  # None: the model's own forward pass classifies
+    classifier: heads.Classifier | None = None  # None: classified by the model's own forward pass
     first_position: int = 0
     max_batch_tokens: int = 16384
     history: hook.SparseHistory = field(default_factory=hook.SparseHistory)
-    resets: tuple[Callable[[], None], ...] = field(default=())  # before each pass: state that would carry over
+    resets: tuple[Callable[[], None], ...] = ()  # called before each pass: state that must not carry over
 
     def tokenize(self, request: ForwardRequest) -> Tokenized:
-        """The rows of one request; on any thread."""
-        return self.inputs.rows(request)
+        """The rows of one request, on any thread. Raises FarsightError like `InputProcessor.encode`."""
+        return self.inputs.encode(request)
 
     @torch.inference_mode()
-    def run(self, jobs: Jobs, context: hook.ForwardContext) -> list[Computed]:
-        """What each request asked for. All have the same task and, but for explanations and scores, equal options."""
-        first = jobs[0][0]
-        rows = [row for _, tokenized in jobs for row in tokenized.rows]
+    def run(self, requests: TokenizedRequests, context: hook.ForwardContext) -> list[TaskOutput]:
+        """The results of each request. All have the same task and, except for `explain` and `score`, equal options.
+
+        Raises FarsightError (422) if the model itself refuses an input.
+        """
+        first = requests[0][0]
+        rows = [row for _, tokenized in requests for row in tokenized.rows]
         match first.task:
             case "embed":
-                assert isinstance(first.options, EmbedOptions), "bug: not options of embeddings"
-                return self._split(jobs, "embedding", self.embed(rows, context, first.options.dimensions))
+                assert isinstance(first.options, EmbedOptions), "bug: expected options of embed"
+                return self._by_request(requests, "embedding", self.embed(rows, context, first.options.dimensions))
             case "classify" | "rerank":
-                assert isinstance(first.options, ClassifyOptions), "bug: not options of classification"
-                scores = self.classify(rows, context)
-                told = scores if first.options.raw_scores else self._probabilities(scores)
-                return [replace(one, details=self.info.labels) for one in self._split(jobs, "scores", told)]
+                assert isinstance(first.options, ClassifyOptions), "bug: expected options of classify"
+                logits = self.classify(rows, context)
+                scores = logits if first.options.raw_scores else self._probabilities(logits)
+                outputs = self._by_request(requests, "scores", scores)
+                return [replace(output, details=self.info.labels) for output in outputs]
             case "score":
-                return self._score(jobs, rows, context)
+                return self._score(requests, rows, context)
             case "hidden":
-                assert isinstance(first.options, HiddenOptions), "bug: not options of hidden states"
-                return [self._hidden(tokenized, context, first.options.layer) for _, tokenized in jobs]
+                assert isinstance(first.options, HiddenOptions), "bug: expected options of hidden"
+                return [self._hidden(tokenized, context, first.options.layer) for _, tokenized in requests]
             case "explain":
-                return [self._explain(request, tokenized, context) for request, tokenized in jobs]
+                return [self._explain(request, tokenized, context) for request, tokenized in requests]
 
     # -- tasks --------------------------------------------------------------------------------------------------
 
     def embed(
         self, rows: Sequence[EncodedInput], context: hook.ForwardContext, dimensions: int | None = None
     ) -> torch.Tensor:
-        """[rows, dimensions] float32 on the CPU."""
+        """Embeddings of n rows: [n, dimensions] float32 on the CPU."""
         out = torch.empty(len(rows), dimensions or self.info.dimensions)
-        for indices, states, bounds in self.states(rows, context):
-            out[list(indices)] = embed.pool(states, bounds, self.pooling, dimensions).cpu()
+        for part in self.hidden_states(rows, context):
+            out[list(part.indices)] = embed.pool(part.states, part.bounds, self.pooling, dimensions).cpu()
         return out
 
     def classify(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> torch.Tensor:
-        """[rows, labels] float32 logits on the CPU."""
+        """Logits of n rows: [n, labels] float32 on the CPU. Raises FarsightError (422) if the head refuses a row."""
         out = torch.empty(len(rows), len(self.info.labels))
         if self.classifier is None:
-            # heads of encoder-decoder models look for one end token in every row, and count them over the batch
+            # heads of encoder-decoder models require one end token in every row, equally many in all rows of a batch
             alone = self.module.config.is_encoder_decoder
-            for batch in [[at] for at in range(len(rows))] if alone else self._alike(rows):
+            for batch in [[index] for index in range(len(rows))] if alone else self._same_shape(rows):
                 try:
-                    output = self._pass(self.module, context, None, **self._batch([rows[at] for at in batch]))
+                    logits = self.head_logits([rows[index] for index in batch], context)
                 except ValueError as error:
                     raise invalid(f"input {batch[0]}: {error}" if alone else str(error), param="input") from error
-                out[batch] = output.logits.float().cpu()
+                out[batch] = logits.float().cpu()
             return out
-        for indices, states, bounds in self.states(rows, context):
-            out[list(indices)] = self.classifier(states, bounds).float().cpu()
+        for part in self.hidden_states(rows, context):
+            out[list(part.indices)] = self.classifier(part.states, part.bounds).float().cpu()
         return out
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """States of `scored_states` -> [n, vocabulary] float32. Those of models with a target are logits already."""
+        return states.float() if self.inputs.spec.has_target else heads.next_token_logits(self.module, states)
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         problem = getattr(self.module.config, "problem_type", None)
         if problem == "regression":
             return logits
-        return (
-            logits.sigmoid() if problem == "multi_label_classification" or logits.shape[1] == 1 else logits.softmax(1)
-        )
+        if problem == "multi_label_classification" or logits.shape[1] == 1:
+            return logits.sigmoid()
+        return logits.softmax(1)
 
-    def _score(self, jobs: Jobs, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> list[Computed]:
-        owners = [request for request, tokenized in jobs for _ in tokenized.rows]
-        found: list[score.Scored | None] = [None] * len(rows)
-        pause = context.checkpoint or no_checkpoint
-        for at, states in by_row(self.scored_states(rows, context)):
-            options = owners[at].options
-            assert isinstance(options, ScoreOptions), "bug: not options of scores"
-            arguments = states, rows[at].target or rows[at].ids, self.logits, options
-            found[at] = score.score(*arguments, is_shifted=self.inputs.has_target, pause=pause)
-        results, at = [], 0
-        for _, tokenized in jobs:
-            mine = [one for one in found[at : at + len(tokenized.rows)] if one is not None]
-            told = [
-                score.document(one, row, self.inputs.tokenizer) for one, row in zip(mine, tokenized.rows, strict=True)
-            ]
-            sums = torch.tensor([one.logprobs.sum().item() for one in mine])
-            counts = torch.tensor([len(one.logprobs) for one in mine])
-            results.append(Computed({"logprob_sum": sums, "scored_tokens": counts}, told))
-            at += len(tokenized.rows)
-        return results
+    def _score(
+        self, requests: TokenizedRequests, rows: Sequence[EncodedInput], context: hook.ForwardContext
+    ) -> list[TaskOutput]:
+        options_by_row = [request.options for request, tokenized in requests for _ in tokenized.rows]
+        scores: dict[int, score.TokenScores] = {}
+        for index, states in states_by_row(self.scored_states(rows, context)):
+            options = options_by_row[index]
+            assert isinstance(options, ScoreOptions), "bug: expected options of score"
+            scores[index] = score.score(
+                states,
+                rows[index].target or rows[index].ids,
+                self.logits,
+                options,
+                is_shifted=self.inputs.spec.has_target,
+                checkpoint=context.checkpoint or no_checkpoint,
+            )
+        ordered = iter(scores[index] for index in range(len(rows)))
+        return [self._scored([(row, next(ordered)) for row in tokenized.rows]) for _, tokenized in requests]
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """[n, vocabulary] float32; of models with a target `states` are logits already."""
-        return states.float() if self.inputs.has_target else heads.next_token_logits(self.module, states)
+    def _scored(self, scores: Sequence[tuple[EncodedInput, score.TokenScores]]) -> TaskOutput:
+        details = [score.document(found, row, self.inputs.spec.tokenizer) for row, found in scores]
+        sums = torch.tensor([found.logprobs.sum().item() for _, found in scores])
+        counts = torch.tensor([len(found.logprobs) for _, found in scores])
+        return TaskOutput({"logprob_sum": sums, "scored_tokens": counts}, details)
 
-    def _hidden(self, tokenized: Tokenized, context: hook.ForwardContext, layer: int) -> Computed:
-        rows = tokenized.rows
-        parts: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        for at, states in by_row(self.states(rows, context, layer)):
-            parts[at] = states.cpu()
-        return Computed({"hidden_states": torch.cat(parts), "lengths": torch.tensor([len(part) for part in parts])})
+    def _hidden(self, tokenized: Tokenized, context: hook.ForwardContext, layer: int) -> TaskOutput:
+        parts: list[torch.Tensor] = [torch.empty(0)] * len(tokenized.rows)
+        for index, states in states_by_row(self.hidden_states(tokenized.rows, context, layer)):
+            parts[index] = states.cpu()
+        lengths = torch.tensor([len(part) for part in parts])
+        return TaskOutput({"hidden_states": torch.cat(parts), "lengths": lengths})
 
-    def _explain(self, request: ForwardRequest, tokenized: Tokenized, context: hook.ForwardContext) -> Computed:
-        options, row = request.options, tokenized.rows[0]
-        assert isinstance(options, ExplainOptions), "bug: not options of explanations"
-        assert self.inputs.tokenizer is not None, "bug: images are not explained"
-        tokens = explain.tokens_of(row, request.texts[0] if request.texts else None, self.inputs.tokenizer)
-        assert tokenized.query is not None, "bug: tokenised for something else"
-        looked = explain.AttentionProbe(tokenized.query, keeps_all=options.rollout)
-        for _ in self.states([row], replace(context, observe=looked.see)):
-            pass  # the observer has seen it all
-        return Computed({}, explain.document(looked, tokens, options, context.checkpoint or no_checkpoint))
+    def _explain(self, request: ForwardRequest, tokenized: Tokenized, context: hook.ForwardContext) -> TaskOutput:
+        options, row, tokenizer = request.options, tokenized.rows[0], self.inputs.spec.tokenizer
+        assert isinstance(options, ExplainOptions), "bug: expected options of explain"
+        assert tokenizer is not None, "bug: images cannot be explained"
+        assert tokenized.query is not None, "bug: tokenized for another task"
+        tokens = explain.tokens_of(row, request.texts[0] if request.texts else None, tokenizer)
+        probe = explain.AttentionProbe(tokenized.query, keeps_calls=options.rollout)
+        for _ in self.hidden_states([row], replace(context, observe=probe.observe)):
+            pass  # only the probe needs this pass
+        return TaskOutput({}, explain.document(probe, tokens, options, context.checkpoint or no_checkpoint))
+
+    def _by_request(self, requests: TokenizedRequests, name: str, values: torch.Tensor) -> list[TaskOutput]:
+        """values [rows, D] split by request; the chunks of one input are merged into one."""
+        outputs = []
+        parts = torch.split(values, [len(tokenized.rows) for _, tokenized in requests])
+        for (_, tokenized), part in zip(requests, parts, strict=True):
+            if tokenized.chunks:
+                lengths = [len(row) for row in tokenized.rows]
+                part = embed.merge_chunks(part, lengths, tokenized.rows_per_input, self.pooling)
+            outputs.append(TaskOutput({name: part}))
+        return outputs
 
     # -- passes -------------------------------------------------------------------------------------------------
 
-    def states(self, rows: Sequence[EncodedInput], context: hook.ForwardContext, layer: int = -1) -> Iterator[States]:
-        """Hidden states after `layer`, pass by pass: packed where the model can, else in batches of equal shape."""
-        if self.info.packed:
-            for run in split_by_tokens([len(row) for row in rows], self.max_batch_tokens):
-                packed = pack([rows[at] for at in run], self.device, self.first_position)
-                arguments = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-                if packed.type_ids is not None:
-                    arguments["token_type_ids"] = packed.type_ids
-                states = self._states(context, packed.cu_seqlens, layer, arguments)[0]
-                yield run, states, torch.tensor(packed.cu_seqlens, device=self.device)
+    def hidden_states(
+        self, rows: Sequence[EncodedInput], context: hook.ForwardContext, layer: int = -1
+    ) -> Iterator[PassStates]:
+        """Hidden states after `layer`, pass by pass: packed if the model allows it, else in batches of equal shape."""
+        if not self.info.packed:
+            for batch in self._same_shape(rows):
+                yield self._flat(batch, self.unpacked_states([rows[index] for index in batch], context, layer))
             return
-        for batch in self._alike(rows):
-            arguments = self._batch([rows[at] for at in batch])
-            arguments.pop("decoder_input_ids", None)  # `base` is the encoder
-            yield batch, *self._flat(self._states(context, None, layer, arguments))
+        for indices in split_by_tokens([len(row) for row in rows], self.max_batch_tokens):
+            packed = pack([rows[index] for index in indices], self.device, self.first_position)
+            arguments = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+            if packed.type_ids is not None:
+                arguments["token_type_ids"] = packed.type_ids
+            states = self._base_states(arguments, context, layer, packed.cu_seqlens)[0]
+            yield PassStates(indices, states, torch.tensor(packed.cu_seqlens, device=self.device))
 
-    def scored_states(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> Iterator[States]:
-        """What `logits` turns into logits of the tokens that are scored."""
-        return self._target_logits(rows, context) if self.inputs.has_target else self.states(rows, context)
+    def scored_states(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> Iterator[PassStates]:
+        """What `logits` turns into logits, pass by pass: hidden states, or the targets' logits if there are targets."""
+        if not self.inputs.spec.has_target:
+            yield from self.hidden_states(rows, context)
+            return
+        for batch in self._same_shape(rows):
+            yield self._flat(batch, self.head_logits([rows[index] for index in batch], context))
 
-    def _target_logits(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> Iterator[States]:
-        """Logits of the targets, as the model's own forward pass makes them."""
-        for batch in self._alike(rows):
-            output = self._pass(self.module, context, None, **self._batch([rows[at] for at in batch]))
-            yield batch, *self._flat(output.logits)
-
-    def _flat(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[S, L, H] -> [S * L, H] and the bounds of each sequence."""
-        bounds = accumulate([states.shape[1]] * len(states), initial=0)
-        return states.flatten(0, 1), torch.tensor(tuple(bounds), device=self.device)
-
-    def _states(
-        self, context: hook.ForwardContext, cu_seqlens: tuple[int, ...] | None, layer: int, arguments: dict[str, Any]
+    def unpacked_states(
+        self, rows: Sequence[EncodedInput], context: hook.ForwardContext, layer: int = -1
     ) -> torch.Tensor:
-        if layer == -1:
-            states: torch.Tensor = self._pass(self.base, context, cu_seqlens, **arguments).last_hidden_state
-            return states
-        output = self._pass(self.base, context, cu_seqlens, output_hidden_states=True, **arguments)
-        chosen: torch.Tensor = output.hidden_states[layer]
-        return chosen
+        """Hidden states of S rows of equal shape in one pass, without packing: [S, L, H]."""
+        arguments = self._arguments(rows)
+        arguments.pop("decoder_input_ids", None)  # `base` is the encoder
+        return self._base_states(arguments, context, layer)
 
-    def _pass(
-        self, module: Any, context: hook.ForwardContext, cu_seqlens: tuple[int, ...] | None, **arguments: Any
+    def head_logits(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> torch.Tensor:
+        """Logits of S rows of equal shape by the model's own forward pass: [S, labels], or [S, L, vocabulary].
+
+        Raises ValueError if the model's head refuses the rows.
+        """
+        logits: torch.Tensor = self._run(self.module, self._arguments(rows), context).logits
+        return logits
+
+    def _base_states(
+        self,
+        arguments: dict[str, Any],
+        context: hook.ForwardContext,
+        layer: int,
+        cu_seqlens: tuple[int, ...] | None = None,
+    ) -> torch.Tensor:
+        states: torch.Tensor
+        if layer == -1:
+            states = self._run(self.base, arguments, context, cu_seqlens).last_hidden_state
+        else:
+            arguments = {**arguments, "output_hidden_states": True}
+            states = self._run(self.base, arguments, context, cu_seqlens).hidden_states[layer]
+        return states
+
+    def _run(
+        self,
+        module: Any,
+        arguments: dict[str, Any],
+        context: hook.ForwardContext,
+        cu_seqlens: tuple[int, ...] | None = None,
     ) -> Any:
         for reset in self.resets:
             reset()
         if self.info.task == "score" or hasattr(module.config, "use_cache"):
-            arguments["use_cache"] = False
+            arguments = {**arguments, "use_cache": False}
         context.positions.append(self._positions(arguments))
         with hook.running(replace(context, cu_seqlens=cu_seqlens)):
             return module(**arguments)
 
     def _positions(self, arguments: dict[str, Any]) -> int:
         if "pixel_values" in arguments:
-            return len(arguments["pixel_values"]) * self.inputs.patches
+            return len(arguments["pixel_values"]) * self.inputs.spec.patches
         return sum(arguments[name].numel() for name in ("input_ids", "decoder_input_ids") if name in arguments)
 
-    def _alike(self, rows: Sequence[EncodedInput]) -> list[list[int]]:
+    def _same_shape(self, rows: Sequence[EncodedInput]) -> list[list[int]]:
         shapes = [(len(row.ids), len(row.target or ()), row.patches) for row in rows]
         return split_by_shape(shapes, self.max_batch_tokens)
 
-    def _batch(self, rows: Sequence[EncodedInput]) -> dict[str, Any]:
-        """Arguments of one pass over rows of equal shape."""
+    def _flat(self, indices: Sequence[int], states: torch.Tensor) -> PassStates:
+        """states [S, L, H] as [S * L, H]."""
+        bounds = tuple(accumulate([states.shape[1]] * len(states), initial=0))
+        return PassStates(indices, states.flatten(0, 1), torch.tensor(bounds, device=self.device))
+
+    def _arguments(self, rows: Sequence[EncodedInput]) -> dict[str, Any]:
+        """Arguments of one unpacked pass over rows of equal shape."""
         if rows[0].pixels is not None:
             pixels = torch.stack([row.pixels for row in rows if row.pixels is not None])
             return {"pixel_values": pixels.to(self.device, next(self.module.parameters()).dtype)}
@@ -242,17 +293,3 @@ class Model:
             shifted = [(start, *(row.target or ())[:-1]) for row in rows]
             arguments["decoder_input_ids"] = torch.tensor(shifted, device=self.device)
         return arguments
-
-    # -- small rules --------------------------------------------------------------------------------------------
-
-    def _split(self, jobs: Jobs, name: str, whole: torch.Tensor) -> list[Computed]:
-        """Rows of each request; the chunks of one input become one."""
-        found, at = [], 0
-        for _, tokenized in jobs:
-            part = whole[at : at + len(tokenized.rows)]
-            at += len(tokenized.rows)
-            if tokenized.chunks:
-                lengths = [len(row) for row in tokenized.rows]
-                part = embed.merge_chunks(part, lengths, tokenized.rows_per_input, self.pooling)
-            found.append(Computed({name: part}))
-        return found

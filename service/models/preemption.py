@@ -1,6 +1,6 @@
-"""Long passes in slices: layers that treat each token alone stop between its rows, as attention between its blocks.
+"""Checkpoints inside long forward passes: layers that treat each token alone run a block of rows at a time.
 
-A model's linear layers and activations are wrapped once, when it is loaded.
+Attention has checkpoints between its own blocks. Linear layers and activations are wrapped here, once at load.
 """
 
 from __future__ import annotations
@@ -20,47 +20,48 @@ from service.models import hook
 # of an activation: a few passes over new memory, at the ~2 GB/s of pages that are touched for the first time
 SLICE_ELEMENTS = 8_000_000
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
-ACTIVATIONS: Any = tuple({one[0] if isinstance(one, tuple) else one for one in ACT2CLS.values()})
+ACTIVATIONS: Any = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
+
+_Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def install(module: nn.Module) -> None:
-    """Make the passes of `module` call the checkpoint of their context; answers stay what they are."""
-    for one in module.modules():
-        sliced: Forward | None = None
-        if isinstance(one, nn.Linear):
-            sliced = partial(_linear, one.forward, one.weight.shape[0], one.weight.numel())
-        elif isinstance(one, Conv1D):  # GPT-2's, with its weight the other way round
-            sliced = partial(_linear, one.forward, one.weight.shape[1], one.weight.numel())
-        elif isinstance(one, ACTIVATIONS):
-            sliced = partial(_activation, one.forward)
+def install_checkpoints(module: nn.Module) -> None:
+    """Make the layers of `module` call the checkpoint of the pass they run in. Their results stay the same."""
+    for layer in module.modules():
+        sliced: _Forward | None = None
+        if isinstance(layer, nn.Linear):
+            sliced = partial(_linear, layer.forward, layer.weight.shape[0], layer.weight.numel())
+        elif isinstance(layer, Conv1D):  # GPT-2's linear layer, its weight transposed
+            sliced = partial(_linear, layer.forward, layer.weight.shape[1], layer.weight.numel())
+        elif isinstance(layer, ACTIVATIONS):
+            sliced = partial(_activation, layer.forward)
         if sliced is not None:
-            one.forward = sliced
+            layer.forward = sliced
 
 
-def _linear(forward: Forward, width: int, weights: int, input: torch.Tensor) -> torch.Tensor:
+def _linear(forward: _Forward, width: int, weights: int, input: torch.Tensor) -> torch.Tensor:
     return _by_rows(forward, input, width, max(1, int(slice_flops(input.device) / (2 * weights))))
 
 
-def _activation(forward: Forward, input: torch.Tensor) -> torch.Tensor:
+def _activation(forward: _Forward, input: torch.Tensor) -> torch.Tensor:
     return _by_rows(forward, input, input.shape[-1], max(1, SLICE_ELEMENTS // input.shape[-1]))
 
 
-def _by_rows(forward: Forward, input: torch.Tensor, width: int, most: int) -> torch.Tensor:
-    """input [..., in] -> [..., width], at most `most` rows at a time."""
+def _by_rows(forward: _Forward, input: torch.Tensor, width: int, max_rows: int) -> torch.Tensor:
+    """input [..., in] -> [..., width], at most `max_rows` rows at a time."""
     checkpoint = hook.checkpoint()
     if checkpoint is None:
         return forward(input)
     checkpoint()
     rows = input.reshape(-1, input.shape[-1])
-    if len(rows) <= most:
+    if len(rows) <= max_rows:
         return forward(input)
     out: torch.Tensor | None = None
-    for start in range(0, len(rows), most):
-        part = forward(rows[start : start + most])
+    for start in range(0, len(rows), max_rows):
+        part = forward(rows[start : start + max_rows])
         if out is None:
             out = part.new_empty(len(rows), width)
-        out[start : start + most] = part
+        out[start : start + max_rows] = part
         checkpoint()
     assert out is not None, "bug: no rows"
     return out.reshape(*input.shape[:-1], width)

@@ -1,4 +1,7 @@
-"""What a forward pass costs, in closed form: linear layers and the attention of every layer."""
+"""What a forward pass costs on any device, in closed form: its linear layers and the attention of every layer.
+
+Not counted, next to what `attention_cost.py` leaves out: rotary frequencies and position biases.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,60 @@ from collections.abc import Sequence
 from service.attention.pairs import visible_pairs
 from service.core.model_info import LOGITS_BYTES, LayerKind, ModelInfo
 from service.core.options import AttentionOptions, ExplainOptions, HiddenOptions
+from service.core.passes import split_by_shape, split_by_tokens
 from service.core.plan import Cost, PlanKind
 from service.core.request import AttentionShape, ForwardRequest
 from service.planning.attention_cost import (
     BASE_SCRATCH_BYTES,
+    DEFAULT_SPARSE,
     DTYPE_BYTES,
-    READ_EPSILON,
     CostFeatures,
+    SparseSettings,
     attention_cost,
     attention_features,
     pair_flops,
 )
 
 STATES_ONLY = ("hidden", "explain")  # tasks without the model's head, and of encoder-decoder models the encoder alone
+KEPT_BYTES = 44 << 20  # the most freed activations that the C library's allocator keeps
+
+Size = tuple[int, int]  # tokens of one input: (source, target); target is 0 unless the model is an encoder-decoder
 
 
-Size = tuple[int, int]  # tokens of one input: source, and target where the model has one
+def forward_cost(
+    model: ModelInfo,
+    sizes: Sequence[Size],
+    request: ForwardRequest,
+    *,
+    max_batch_tokens: int,
+    kind: PlanKind = PlanKind.DENSE,
+    sparse: SparseSettings = DEFAULT_SPARSE,
+) -> Cost:
+    """Cost of the passes over all inputs of a request: every matrix, and the attention of every layer.
 
+    Args:
+        model: sizes and layers of the model.
+        sizes: tokens of each input.
+        request: its task and options.
+        max_batch_tokens: most tokens of one pass.
+        kind: how attention is computed in all layers.
+        sparse: settings of the sparse plan; exact plans ignore them.
 
-KEPT_BYTES = 44 << 20  # of freed activations that the C library's allocator holds, at most
+    Returns:
+        Pairs, FLOPs, bytes and peak bytes. Sparse pairs are assumed; the answer reports the pairs that were scored.
+    """
+    passes = pass_tokens(model, sizes, max_batch_tokens)
+    pairs, flops = _attention_cost(kind, model, sizes, request, sparse)
+    if request.task == "explain":
+        explained_pairs, explained_flops = _explanation_cost(model, sizes, request)
+        pairs, flops = pairs + explained_pairs, flops + explained_flops
+    layer_bytes = DTYPE_BYTES[model.dtype] * sum(passes) * _numbers_per_token(model) * model.num_layers
+    return Cost(
+        pairs=pairs,
+        flops=flops + linear_flops(model, sizes, request, len(passes)),
+        bytes=DTYPE_BYTES[model.dtype] * model.parameters * len(passes) + layer_bytes,
+        peak_bytes=_peak_bytes(model, sizes, request, max(passes, default=0)),
+    )
 
 
 def forward_features(
@@ -34,25 +72,30 @@ def forward_features(
     model: ModelInfo,
     sizes: Sequence[Size],
     request: ForwardRequest,
-    *,
-    block_size: int,
-    epsilon: float = READ_EPSILON,
+    sparse: SparseSettings = DEFAULT_SPARSE,
 ) -> CostFeatures:
-    """Of the attention inside all sequences of a pass; what a pass costs by itself is `ModelInfo.smallest_pass_s`.
+    """Cost features of the attention of all layers; the rest of a pass is priced by `DeviceProfile.forward_s`.
 
-    Layers with a window are exact under every plan.
+    Args:
+        kind: how attention is computed; layers with a window are exact under every plan.
+        model: sizes and layers of the model.
+        sizes: tokens of each input.
+        request: its task.
+        sparse: settings of the sparse plan; exact plans ignore them.
+
+    Returns:
+        The counts that `DeviceProfile.attention_s` turns into seconds. Exact layers count no calls or launches: those
+        are in the measured seconds of the model's smallest pass.
     """
     width, heads = 2 * model.head_dim, model.num_heads + model.num_kv_heads
     total = CostFeatures(0, 0, sum(map(sum, sizes)) * heads * width * model.num_layers, 0, 0)
-    for layers in _attention(model, request):
+    for layers in _attention_layers(model, request):
         if kind is PlanKind.SPARSE and layers.window is None:
             options = AttentionOptions(is_causal=layers.is_causal)
             for (length, _), count in Counter(sizes).items():
-                shape = AttentionShape(
-                    1, model.num_heads, model.num_kv_heads, length, length, model.head_dim, model.head_dim, model.dtype
-                )
-                own = attention_features(kind, shape, options, block_size=block_size, epsilon=epsilon)
-                total = CostFeatures(*(a + layers.count * count * b for a, b in zip(total, own, strict=True)))
+                features = attention_features(kind, _shape(model, length), options, sparse)
+                times = layers.count * count
+                total = CostFeatures(*(a + times * b for a, b in zip(total, features, strict=True)))
         else:
             pairs = layers.count * model.num_heads * layer_pairs(layers, sizes)
             total = total._replace(pairs=total.pairs + pairs, flops=total.flops + 2 * pairs * width)
@@ -60,7 +103,7 @@ def forward_features(
 
 
 def layer_pairs(layers: LayerKind, sizes: Sequence[Size]) -> int:
-    """Visible pairs of one head of one such layer."""
+    """Visible query-key pairs of one head of one layer of this kind, over all inputs."""
     return sum(
         count
         * visible_pairs(
@@ -74,111 +117,90 @@ def layer_pairs(layers: LayerKind, sizes: Sequence[Size]) -> int:
     )
 
 
-def _attention(model: ModelInfo, request: ForwardRequest) -> Sequence[LayerKind]:
-    if request.task in STATES_ONLY or model.task_attention is None:
-        return model.attention
-    return model.task_attention
-
-
 def pass_tokens(model: ModelInfo, sizes: Sequence[Size], max_batch_tokens: int) -> list[int]:
-    """Tokens of each pass that inputs of these sizes take; the rules of `models/packing.py`."""
-    if not model.packed:
-        found = []
-        for size, count in Counter(sizes).items():
-            step = max(1, max_batch_tokens // max(1, sum(size)))
-            found += [sum(size) * step] * (count // step) + [sum(size) * (count % step)] * (count % step > 0)
-        return found
-    passes = [0]
-    for size in sizes:
-        if passes[-1] and passes[-1] + sum(size) > max_batch_tokens:
-            passes.append(0)
-        passes[-1] += sum(size)
-    return passes
+    """Tokens of each pass over inputs of these sizes, by the rules that models batch with (`core/passes.py`)."""
+    tokens = [sum(size) for size in sizes]
+    passes: Sequence[Sequence[int]]
+    passes = split_by_tokens(tokens, max_batch_tokens) if model.packed else split_by_shape(sizes, max_batch_tokens)
+    return [sum(tokens[index] for index in indices) for indices in passes]
 
 
 def linear_flops(model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, passes: int) -> int:
-    """Two for each number of a matrix and each row that it is multiplied with. Embedding look-ups multiply nothing."""
+    """FLOPs of all linear layers: two for each number of a matrix and each row that it multiplies. Embedding look-ups
+    multiply nothing."""
     weights = model.weights if request.task in STATES_ONLY else model.task_weights
     source, target = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
     numbers = weights.source * source + weights.target * target + weights.sequence * len(sizes) + weights.once * passes
     return 2 * numbers
 
 
-def forward_cost(
-    model: ModelInfo,
-    sizes: Sequence[Size],
-    request: ForwardRequest,
-    *,
-    max_batch_tokens: int,
-    kind: PlanKind = PlanKind.DENSE,
-    block_size: int = 128,
-    epsilon: float = READ_EPSILON,
-) -> Cost:
-    """Passes over all sequences, each of (source, target) tokens: every matrix with every row that it is given, and the
-    attention of every layer; under a sparse plan the pairs that it is assumed to read.
+def _attention_layers(model: ModelInfo, request: ForwardRequest) -> Sequence[LayerKind]:
+    if request.task in STATES_ONLY or model.task_attention is None:
+        return model.attention
+    return model.task_attention
 
-    Left out beside what this file leaves out: rotary frequencies and position biases.
-    """
-    passes = pass_tokens(model, sizes, max_batch_tokens)
-    linear = linear_flops(model, sizes, request, len(passes))
-    layers, longest = _attention(model, request), max(map(sum, sizes), default=0)
-    pairs = sum(one.count * layer_pairs(one, sizes) for one in layers) * model.num_heads
-    attention = pair_flops(pairs, model.head_dim, model.head_dim)
-    if kind is PlanKind.SPARSE:
-        whole = forward_sparse(model, layers, sizes, block_size, epsilon)
-        pairs, attention = whole.pairs, whole.flops
-    if request.task == "explain":
-        rollout = isinstance(request.options, ExplainOptions) and request.options.rollout
-        looked = model.num_layers * longest * (1 + (longest if rollout else 0))
-        pairs += looked * model.num_heads
-        attention += pair_flops(looked * model.num_heads, model.head_dim, 0) + (2 * looked if rollout else 0)
-    size = DTYPE_BYTES[model.dtype]
-    alive = max(passes, default=0)
-    numbers = 15 * model.hidden_size // 2 + 2 * model.intermediate_size  # of a token in a layer
-    activations = size * alive * numbers
-    scratch = min(KEPT_BYTES, activations) + BASE_SCRATCH_BYTES + 4 * len(sizes) * model.dimensions
+
+def _attention_cost(
+    kind: PlanKind, model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, sparse: SparseSettings
+) -> tuple[int, int]:
+    """(pairs, FLOPs) of the attention of all layers; layers with a window are exact under every plan."""
+    pairs = flops = 0
+    for layers in _attention_layers(model, request):
+        if kind is PlanKind.SPARSE and layers.window is None:
+            options = AttentionOptions(is_causal=layers.is_causal)
+            for (length, _), count in Counter(sizes).items():
+                cost = attention_cost(kind, _shape(model, length), options, sparse)
+                pairs, flops = pairs + layers.count * count * cost.pairs, flops + layers.count * count * cost.flops
+        else:
+            exact = layers.count * model.num_heads * layer_pairs(layers, sizes)
+            pairs, flops = pairs + exact, flops + pair_flops(exact, model.head_dim, model.head_dim)
+    return pairs, flops
+
+
+def _shape(model: ModelInfo, length: int) -> AttentionShape:
+    """Self-attention of one layer over one input."""
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
+    return AttentionShape(1, heads, kv_heads, length, length, head_dim, head_dim, model.dtype)
+
+
+def _explanation_cost(model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest) -> tuple[int, int]:
+    """(pairs, FLOPs) of the weights of one query row in every layer, and of all rows for a rollout."""
+    longest = max(map(sum, sizes), default=0)
+    weights = model.num_layers * longest * (1 + (longest if _has_rollout(request) else 0))
+    pairs = weights * model.num_heads
+    return pairs, pair_flops(pairs, model.head_dim, 0) + (2 * weights if _has_rollout(request) else 0)
+
+
+def _has_rollout(request: ForwardRequest) -> bool:
+    return isinstance(request.options, ExplainOptions) and request.options.rollout
+
+
+def _numbers_per_token(model: ModelInfo) -> int:
+    """Activations of one token in one layer."""
+    return 15 * model.hidden_size // 2 + 2 * model.intermediate_size
+
+
+def _peak_bytes(model: ModelInfo, sizes: Sequence[Size], request: ForwardRequest, largest_pass: int) -> int:
+    """Bytes alive together in the largest pass (in tokens) and kept for the answer; parameters are not counted."""
+    size, longest = DTYPE_BYTES[model.dtype], max(map(sum, sizes), default=0)
+    activations = size * largest_pass * _numbers_per_token(model)
+    peak = activations + min(KEPT_BYTES, activations) + BASE_SCRATCH_BYTES + 4 * len(sizes) * model.dimensions
     if model.position_bias:
-        scratch += 4 * 3 * model.num_heads * longest**2
+        peak += 4 * 3 * model.num_heads * longest**2
     match request.task:
         case "score":
-            scratch += 3 * LOGITS_BYTES
-            if model.inputs == "source and target":  # its own head makes the logits of a whole batch
-                scratch += 4 * 2 * alive * model.vocab_size
+            peak += 3 * LOGITS_BYTES
+            if model.inputs == "source and target":  # its own head computes the logits of the whole batch
+                peak += 4 * 2 * largest_pass * model.vocab_size
         case "hidden":
-            tokens = sum(map(sum, sizes))
-            scratch += 4 * tokens * model.hidden_size
+            peak += 4 * sum(map(sum, sizes)) * model.hidden_size
             if isinstance(request.options, HiddenOptions) and request.options.layer != -1:  # all layers' are kept
-                scratch += size * alive * model.hidden_size * (model.num_layers + 1)
+                peak += size * largest_pass * model.hidden_size * (model.num_layers + 1)
         case "explain":
-            scratch += model.num_layers * longest * 4 * model.num_heads
-            if isinstance(request.options, ExplainOptions) and request.options.rollout:
+            peak += model.num_layers * longest * 4 * model.num_heads
+            if _has_rollout(request):
                 heads = model.num_heads + model.num_kv_heads
-                scratch += model.num_layers * longest * size * heads * model.head_dim
+                peak += model.num_layers * longest * size * heads * model.head_dim
         case _:
             pass
-    return Cost(
-        pairs=pairs,
-        flops=linear + attention,
-        bytes=size * (model.parameters * len(passes) + sum(passes) * numbers * model.num_layers),
-        peak_bytes=activations + scratch,
-    )
-
-
-def forward_sparse(
-    model: ModelInfo, layers: Sequence[LayerKind], sizes: Sequence[Size], block_size: int, epsilon: float
-) -> Cost:
-    """Of the attention in a sparse pass: layers with a window stay exact."""
-    pairs = flops = 0
-    for one in layers:
-        if one.window is not None:
-            own = layer_pairs(one, sizes) * one.count * model.num_heads
-            pairs, flops = pairs + own, flops + pair_flops(own, model.head_dim, model.head_dim)
-            continue
-        for (length, _), count in Counter(sizes).items():
-            shape = AttentionShape(
-                1, model.num_heads, model.num_kv_heads, length, length, model.head_dim, model.head_dim, model.dtype
-            )
-            options = AttentionOptions(is_causal=one.is_causal)
-            work = attention_cost(PlanKind.SPARSE, shape, options, block_size=block_size, epsilon=epsilon)
-            pairs, flops = pairs + one.count * count * work.pairs, flops + one.count * count * work.flops
-    return Cost(pairs, flops, 0, 0)
+    return peak

@@ -1,158 +1,131 @@
-"""Dense, chunked or sparse: the fastest plan that fits memory and the caller's error, with its reason."""
+"""The choice between dense, chunked and sparse: the fastest plan within the limits of memory and error.
+
+`attention_plan.py` and `forward_plan.py` price the candidates; the rules that both share are here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from service.attention import ERROR_EXPONENT
 from service.config import Config
 from service.core.options import AttentionOptions, ForwardOptions
 from service.core.plan import Cost, Plan, PlanKind
-from service.core.request import AttentionShape
-from service.errors import FarsightError, Kind, invalid
-from service.planning.attention_cost import attention_cost, attention_features
-from service.planning.correction import Path, PredictionCorrector, octave
+from service.planning.attention_cost import SparseSettings
+from service.planning.correction import PredictionCorrector, WorkPath
 from service.planning.device_profile import DeviceProfile
 
 EPSILON_MAX_ERROR = 0.02
-SWITCH = 0.8  # of the usual plan's seconds: below, what was learned changes the choice
-EXACT_ONLY = "max_error 0 asks for an exact answer"
+SWITCH = 0.8  # share of the usual plan's seconds that a plan must stay below to replace it
+EXACT_ONLY = "max_error 0 requires an exact answer"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to compute a request: what it costs, and whether it may be used."""
+    """One way to compute a request: its cost, and whether it may be chosen."""
 
     kind: PlanKind
-    cost: Cost
+    cost: Cost  # of this plan
     predicted_s: float
     fits: bool
-    reason: str
+    reason: str  # "fits", or why it may not be chosen
     shared_s: float = 0.0  # the part of predicted_s that a batch pays once
-    path: Path = ()  # the kind of work, as `pace.py` learns it
+    path: WorkPath = ()
+    correction: float = 1.0  # learned factor, contained in predicted_s and shared_s
 
 
 Candidates = Mapping[PlanKind, Candidate]
-Factors = Mapping[PlanKind, float]
 
 
-def corrected(priced: Candidates, pace: PredictionCorrector) -> Candidates:
-    """The same with what was learned of their predictions, for whoever asks what they would take."""
+def corrected(priced: Candidates, corrector: PredictionCorrector) -> Candidates:
+    """The candidates with their seconds multiplied by the factors learned for their kinds of work."""
     found = {}
-    for kind, one in priced.items():
-        factor = pace.factor(one.path)
-        found[kind] = replace(one, predicted_s=factor * one.predicted_s, shared_s=factor * one.shared_s)
+    for kind, candidate in priced.items():
+        factor = corrector.factor(candidate.path)
+        predicted_s, shared_s = factor * candidate.predicted_s, factor * candidate.shared_s
+        found[kind] = replace(candidate, predicted_s=predicted_s, shared_s=shared_s, correction=factor)
     return found
 
 
-def candidates(
-    shape: AttentionShape, options: AttentionOptions, profile: DeviceProfile, config: Config
-) -> Mapping[PlanKind, Candidate]:
-    """All three plans priced for one request."""
-    limit = max_peak_bytes(profile, config)
-    arguments: dict[str, Any] = {
-        "block_size": config.block_size,
-        "audit_rows": options.audit_rows or config.audit_rows,
-        "epsilon": epsilon_for(max_error(options, config), config),
-    }
-    form = tuple(octave(size) for size in (shape.heads, shape.query_length, shape.key_length, shape.head_dim))
-    found = {}
-    for kind in PlanKind:
-        work = attention_cost(kind, shape, options, **arguments)
-        predicted_s = profile.attention_s(kind, attention_features(kind, shape, options, **arguments), shape.dtype)
-        reason = "fits"
-        if work.peak_bytes > limit:
-            reason = over_limit(work, limit)
-        elif kind is PlanKind.SPARSE and max_error(options, config) == 0:
-            reason = EXACT_ONLY
-        elif kind is PlanKind.SPARSE and options.mode == "auto" and shape.key_length < config.sparse_min_tokens:
-            reason = f"{shape.key_length} keys are under sparse_min_tokens {config.sparse_min_tokens}"
-        masked = options.is_causal, options.window is not None, len(options.returns)
-        path = (kind.value, shape.dtype), octave(predicted_s), (*masked, *form)
-        shared_s = profile.call_s(kind, shape.dtype)
-        found[kind] = Candidate(kind, work, predicted_s, reason == "fits", reason, shared_s, path)
-    return found
+def choose(priced: Candidates, learned: Candidates, mode: str) -> Candidate:
+    """The candidate of a forced mode, or the fastest that fits.
+
+    A correction changes the choice only if it promises much (`SWITCH`): otherwise requests near the border would change
+    their plan, and with it the last digits of their answers, with every fluctuation.
+
+    Args:
+        priced: candidates without corrections.
+        learned: the same candidates, `corrected`.
+        mode: "auto", or the kind that the caller forces.
+
+    Returns:
+        A candidate of `learned`. It may not fit: if its mode is forced, or if no candidate fits.
+    """
+    if mode != "auto":
+        return learned[PlanKind(mode)]
+    fitting = [kind for kind, candidate in priced.items() if candidate.fits] or list(priced)
+    usual = learned[min(fitting, key=lambda kind: priced[kind].predicted_s)]
+    fastest = learned[min(fitting, key=lambda kind: learned[kind].predicted_s)]
+    return fastest if fastest.predicted_s < SWITCH * usual.predicted_s else usual
 
 
-def over_limit(cost: Cost, limit: int) -> str:
-    return f"needs {cost.peak_bytes} bytes, over the limit of {limit} bytes"
+def exact_kind(priced: Candidates, corrector: PredictionCorrector) -> PlanKind:
+    """The plan that replaces a sparse answer over its error: the faster exact one that fits, else chunked."""
+    exact = [priced[PlanKind.DENSE], priced[PlanKind.CHUNKED]]
+    fitting = [candidate for candidate in exact if candidate.fits] or exact[1:]
+    return min(fitting, key=lambda candidate: corrector.factor(candidate.path) * candidate.predicted_s).kind
 
 
-def epsilon_for(max_error: float, config: Config) -> float:
-    """The first epsilon to try: `config.epsilon` suits a max_error of 0.02."""
-    return float(min(1.0, max(1e-6, config.epsilon * (max_error / EPSILON_MAX_ERROR) ** (1 / ERROR_EXPONENT))))
+def predictions(learned: Candidates) -> str:
+    """The predicted seconds of every candidate, and why some may not be chosen: the reason of a plan."""
+    return ", ".join(
+        f"{candidate.kind} {candidate.predicted_s:.3g} s" + ("" if candidate.fits else f" ({candidate.reason})")
+        for candidate in learned.values()
+    )
+
+
+def make_plan(chosen: Candidate, dense: Candidate, reason: str, sparse: SparseSettings) -> Plan:
+    """The plan of a chosen candidate, next to the dense price of the same request."""
+    is_sparse = chosen.kind is PlanKind.SPARSE
+    return Plan(
+        kind=chosen.kind,
+        cost=chosen.cost,
+        predicted_s=chosen.predicted_s,
+        reason=reason,
+        block_size=sparse.block_size,
+        selection="moments" if is_sparse else None,
+        epsilon=sparse.epsilon if is_sparse else None,
+        shared_s=chosen.shared_s,
+        path=chosen.path,
+        correction=chosen.correction,
+        dense_cost=dense.cost,
+        dense_s=dense.predicted_s,
+    )
 
 
 def max_error(options: AttentionOptions | ForwardOptions, config: Config) -> float:
+    """The relative L2 error that a request allows; the configured one if it sets none."""
     return config.max_error if options.max_error is None else options.max_error
 
 
+def epsilon_for(max_error: float, config: Config) -> float:
+    """The epsilon that sparse attention tries first for a `max_error`; `config.epsilon` suits 0.02."""
+    return float(min(1.0, max(1e-6, config.epsilon * (max_error / EPSILON_MAX_ERROR) ** (1 / ERROR_EXPONENT))))
+
+
+def sparse_settings(options: AttentionOptions | ForwardOptions, config: Config) -> SparseSettings:
+    """How a sparse plan of this request would be computed."""
+    audit_rows = options.audit_rows if isinstance(options, AttentionOptions) else None
+    epsilon = epsilon_for(max_error(options, config), config)
+    return SparseSettings(config.block_size, audit_rows or config.audit_rows, epsilon)
+
+
 def max_peak_bytes(profile: DeviceProfile, config: Config) -> int:
-    """Largest predicted peak of one request; the rest is for its neighbours, the models and the allocator."""
+    """The largest predicted peak that one request may have; other requests, models and the allocator get the rest."""
     return config.max_peak_bytes or int(0.6 * profile.free_bytes)
 
 
-def plan_attention(shape: AttentionShape, options: AttentionOptions, profile: DeviceProfile, config: Config) -> Plan:
-    """The plan of one request. A forced mode that does not fit is refused (413), not replaced."""
-    return choose_attention(candidates(shape, options, profile, config), shape, options, config, PredictionCorrector())
-
-
-def choose_attention(
-    priced: Candidates, shape: AttentionShape, options: AttentionOptions, config: Config, pace: PredictionCorrector
-) -> Plan:
-    """Of `candidates`, with what was learned."""
-    factors = {kind: pace.factor(one.path) for kind, one in priced.items()}
-    chosen, reason = fastest(priced, factors, options.mode)
-    bound = max_error(options, config)
-    if chosen.kind is PlanKind.SPARSE and bound == 0:
-        raise invalid(f"mode sparse: {EXACT_ONLY}", param="mode")
-    if not chosen.fits:
-        raise FarsightError(Kind.TOO_LARGE, f"{chosen.kind} attention {chosen.reason}", code="memory_limit")
-    reason = reason or f"{shape.key_length} keys: {seconds_by_plan(priced, factors)}"
-    return plan_of(chosen, chosen.cost, reason, factors[chosen.kind], bound, config)
-
-
-def fastest(priced: Candidates, factors: Factors, mode: str) -> tuple[Candidate, str]:
-    """The candidate, and why where it was asked for.
-
-    What was learned replaces the choice only where it promises much: work near the border would else change its plan,
-    and by that its answer's last digits, with every fluctuation.
-    """
-    if mode != "auto":
-        return priced[PlanKind(mode)], f"mode {mode} was asked for"
-    fitting = [one for one in priced.values() if one.fits] or list(priced.values())
-    usual = min(fitting, key=lambda one: one.predicted_s)
-    best = min(fitting, key=lambda one: factors[one.kind] * one.predicted_s)
-    switches = factors[best.kind] * best.predicted_s < SWITCH * factors[usual.kind] * usual.predicted_s
-    return best if switches else usual, ""
-
-
-def seconds_by_plan(priced: Candidates, factors: Factors) -> str:
-    return ", ".join(
-        f"{one.kind} {factors[one.kind] * one.predicted_s:.3g} s" + ("" if one.fits else f" ({one.reason})")
-        for one in priced.values()
-    )
-
-
-def plan_of(chosen: Candidate, cost: Cost, reason: str, factor: float, bound: float, config: Config) -> Plan:
-    sparse = chosen.kind is PlanKind.SPARSE
-    return Plan(
-        kind=chosen.kind,
-        cost=cost,
-        predicted_s=factor * chosen.predicted_s,
-        reason=reason,
-        shared_s=factor * chosen.shared_s,
-        block_size=config.block_size,
-        selection="moments" if sparse else None,
-        epsilon=epsilon_for(bound, config) if sparse else None,
-        path=chosen.path,
-        pace=factor,
-    )
-
-
-def exact_kind(priced: Candidates, pace: PredictionCorrector) -> PlanKind:
-    """What replaces a sparse answer that erred too much: the faster exact plan that fits."""
-    exact = [priced[PlanKind.DENSE], priced[PlanKind.CHUNKED]]
-    return min([c for c in exact if c.fits] or exact[1:], key=lambda one: pace.factor(one.path) * one.predicted_s).kind
+def memory_reason(cost: Cost, limit: int) -> str:
+    """Why a plan with this peak may not be chosen; empty if its peak is within `limit` bytes."""
+    return f"needs {cost.peak_bytes} bytes, over the limit of {limit} bytes" if cost.peak_bytes > limit else ""

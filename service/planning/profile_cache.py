@@ -1,4 +1,4 @@
-"""Device profiles on disk: measured once for a device and its software, read by every later start and replica."""
+"""Device profiles on disk: measured once per device and software, then read by every later start and replica."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.core.plan import PlanKind
-from service.device import free_bytes
 from service.planning.attention_cost import CostFeatures
-from service.planning.calibration import DTYPES, VERSION, measure
+from service.planning.calibration import DTYPES, identity, measure
 from service.planning.device_profile import DeviceProfile
 
 if TYPE_CHECKING:
@@ -29,27 +27,29 @@ logger = logging.getLogger("farsight")
 
 
 def load_or_measure(device: torch.device, directory: Path) -> DeviceProfile:
-    """The stored profile of this device, or a short measurement that is stored. One process of a node measures, the
-    others wait for it: two at a time would measure each other."""
+    """The stored profile of this device; if there is none, a short measurement, which is then stored.
+
+    Only one process of a machine measures at a time, the others wait for its result: two at once would slow each other.
+    """
     try:
         directory = directory.expanduser()
         known = load(device, directory)
         if known is not None:
             return known
         with exclusive(directory):
-            known = load(device, directory)  # by who was here first
+            known = load(device, directory)  # stored while this process waited
             if known is None:
                 known = measure(device)
                 _try_to_store(known, device, directory)
             return known
-    except (OSError, RuntimeError) as error:  # no home, or one that cannot be written
-        logger.warning("calibration is not kept: %s", error)
+    except (OSError, RuntimeError) as error:  # no home directory, or it is not writable
+        logger.warning("calibration not stored: %s", error)
         return measure(device)
 
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Held by one process at a time; OSError where the directory cannot be written."""
+    """A lock that one process holds at a time. Raises OSError if the directory is not writable."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "calibration.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -57,56 +57,41 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 
 def load(device: torch.device, directory: Path) -> DeviceProfile | None:
-    """None where nothing was stored for this device and software, or what was stored cannot be used."""
+    """The stored profile with the memory that is free now; None if nothing valid is stored for this device and
+    software."""
+    from service.device import free_bytes
+
     path = path_of(device, directory)
     try:
         found = _from_document(json.loads(path.read_text())["profile"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("calibration in %s is measured again: %r", path, error)
+        logger.warning("calibration in %s not usable, measuring again: %r", path, error)
         return None
     return replace(found, free_bytes=free_bytes(device))
 
 
 def store(profile: DeviceProfile, device: torch.device, directory: Path) -> Path:
+    """Write the profile of this device and return its file. Raises OSError if the directory is not writable."""
     path = path_of(device, directory)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"identity": identity(device), "profile": _document(profile)}, indent=1) + "\n")
-    part.replace(path)  # a reader sees the old file or the new one
+    part.replace(path)  # atomic: a reader sees the old file or the new one
     return path
+
+
+def path_of(device: torch.device, directory: Path) -> Path:
+    """The file of this device and software, named by a hash of its identity."""
+    text = json.dumps(identity(device), sort_keys=True)
+    return directory / f"calibration-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
 def _try_to_store(profile: DeviceProfile, device: torch.device, directory: Path) -> None:
     try:
         store(profile, device, directory)
     except OSError as error:
-        logger.warning("calibration is not kept: %s", error)
-
-
-def path_of(device: torch.device, directory: Path) -> Path:
-    text = json.dumps(identity(device), sort_keys=True)
-    return directory / f"calibration-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
-
-
-def identity(device: torch.device) -> dict[str, Any]:
-    """What a measurement holds for."""
-    import torch
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "version": VERSION}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        logger.warning("calibration not stored: %s", error)
 
 
 def _document(profile: DeviceProfile) -> dict[str, Any]:
@@ -116,16 +101,18 @@ def _document(profile: DeviceProfile) -> dict[str, Any]:
 
 
 def _from_document(document: dict[str, Any]) -> DeviceProfile:
-    """ValueError where a figure is missing, not a number, or negative: every request would be priced with it."""
+    """Raises ValueError or KeyError if a figure is missing, not a number or negative: it would misprice every
+    request."""
     seconds = {}
     for name, values in document["attention_s_per"].items():
         kind, _, dtype = name.partition(" ")
         seconds[PlanKind(kind), dtype] = tuple(float(value) for value in values)
     linear = {dtype: float(rate) for dtype, rate in document["linear_flops_per_s"].items()}
+    count = len(CostFeatures._fields)
     for kind, dtype in product(PlanKind, DTYPES):
         found = seconds[kind, dtype]
-        if len(found) != len(CostFeatures._fields) or not all(isfinite(value) and value >= 0 for value in found):
-            raise ValueError(f"seconds of {kind} {dtype}: {found}")
+        if len(found) != count or not all(isfinite(value) and value >= 0 for value in found):
+            raise ValueError(f"seconds of {kind} {dtype}: expected {count} numbers, none negative, got {found}")
         if not (isfinite(linear[dtype]) and linear[dtype] > 0):
-            raise ValueError(f"FLOP/s of {dtype}: {linear[dtype]}")
+            raise ValueError(f"FLOP/s of {dtype}: expected a positive number, got {linear[dtype]}")
     return DeviceProfile(document["device"], seconds, linear, free_bytes=0)

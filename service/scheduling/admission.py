@@ -8,8 +8,8 @@ from service.config import Config
 from service.core.options import Priority
 from service.errors import FarsightError, Kind, too_large
 
-Queue = tuple[str, Priority, bool]  # whose, of which class, whether of long work
-DRAINED = 0.2  # of a full queue, before it takes requests again
+Queue = tuple[str, Priority, bool]  # tenant, class, whether of long work
+DRAINED = 0.2  # share of a full queue that drains before it accepts requests again
 
 
 class Admission:
@@ -18,16 +18,16 @@ class Admission:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._inflight_bytes = 0
-        self._closed: set[Queue] = set()  # it was full, and drains
+        self._closed: set[Queue] = set()  # were full, and drain
 
     @property
     def inflight_bytes(self) -> int:
         return self._inflight_bytes
 
     def take(self, size: int, ahead_s: Callable[[], float]) -> None:
-        """Reserve `size` body bytes, or refuse: 413 where it can never fit, 429 where it could later.
+        """Reserve `size` body bytes. Raises FarsightError: 413 if they can never fit, 429 if they could later.
 
-        Bytes are given back as requests finish, so `ahead_s()` of work is how long the caller should stay away.
+        Bytes are given back as requests finish, so the caller should retry after `ahead_s()` seconds of work.
         """
         if size > self._config.max_request_bytes:
             raise too_large("request body", size, self._config.max_request_bytes, "bytes")
@@ -49,16 +49,14 @@ class Admission:
         assert self._inflight_bytes >= 0, "bug: more bytes given back than taken"
 
     def check_open(self, ahead_s: float, tenant: str) -> None:
-        """Before a body is read: refuse what neither its tenant's queue of short work nor that of long would take.
-
-        Its class is not known yet: it is taken for interactive.
-        """
+        """Before a body is read: raise FarsightError (429) if neither its tenant's queue of short work nor that of long
+        work would accept it. Its class is not known yet and assumed to be interactive."""
         low_s = (1 - DRAINED) * self._config.max_queue_s
         are_closed = all((tenant, Priority.INTERACTIVE, is_long) in self._closed for is_long in (False, True))
         if are_closed and ahead_s > low_s:
             raise FarsightError(
                 Kind.OVERLOADED,
-                f"{ahead_s:.3g} predicted device seconds are queued, and a full queue first drains to {low_s:g} s",
+                f"{ahead_s:.3g} predicted device seconds are queued; queue full, accepting again below {low_s:g} s",
                 retry_after_s=ahead_s - low_s,
             )
 
@@ -70,21 +68,28 @@ class Admission:
         spent_s: float = 0.0,
         *,
         queue: Queue,
-        own_s: float | None = None,
+        tenant_s: float | None = None,
         asks_only: bool = False,
     ) -> None:
-        """Let a request of `predicted_s` queue behind `ahead_s` device seconds, or refuse it now.
+        """Let a request of `predicted_s` queue behind `ahead_s` device seconds, or raise FarsightError (429, 504).
 
-        `spent_s` of its timeout went by before: its body was sent and read. `own_s` of what is ahead are in the same
-        queue (default: all). A queue that is full is closed until what is ahead has drained by a fifth, so that it is
-        known when it takes the next one, and told. An empty one takes any request: of others, what is ahead may never
-        end. `asks_only`: nobody queues, an estimate wants to know.
+        A full queue stays closed until a fifth of what is ahead has drained, so `Retry-After` can be computed. An empty
+        queue accepts any request: what is ahead belongs to others, and may never end.
+
+        Args:
+            predicted_s: of the request, on this device.
+            ahead_s: predicted seconds before it could start.
+            timeout_s: the time from its first byte to its answer.
+            spent_s: of that time, what sending and reading the body took.
+            queue: the one that it would join.
+            tenant_s: seconds of `ahead_s` in that queue; default all.
+            asks_only: for an estimate; nothing is queued.
         """
-        is_empty = (ahead_s if own_s is None else own_s) <= 0
+        is_empty = (ahead_s if tenant_s is None else tenant_s) <= 0
         limit_s = self._config.max_queue_s
         low_s = (1 - DRAINED) * limit_s
         is_over = ahead_s + predicted_s > limit_s
-        # with more than that of its own a request waits for as much as there is
+        # a request longer than that waits until the queue is empty
         opens_at_s = max(0.0, low_s - predicted_s)
         if not is_empty and (is_over or (queue in self._closed and ahead_s > opens_at_s)):
             if not asks_only:
@@ -92,7 +97,7 @@ class Admission:
             raise FarsightError(
                 Kind.OVERLOADED,
                 f"{ahead_s:.3g} predicted device seconds are queued; {predicted_s:.3g} more are over the limit of "
-                f"{limit_s:g} s, and a full queue first drains to {low_s:g} s",
+                f"{limit_s:g} s; queue full, accepting again below {low_s:g} s",
                 # the queue drains one predicted second a second
                 retry_after_s=ahead_s - opens_at_s,
             )
@@ -105,3 +110,33 @@ class Admission:
                 f"queue {ahead_s:.3g} s, work {predicted_s:.3g} s), over the timeout of {timeout_s:.3g} s",
                 code="predicted_late",
             )
+
+
+class HeldBytes:
+    """Body bytes of one request that count as in flight until it is closed; a context manager."""
+
+    def __init__(self, admission: Admission, ahead_s: Callable[[], float]) -> None:
+        self._admission, self._ahead_s, self._size = admission, ahead_s, 0
+
+    def take(self, size: int) -> None:
+        """Count `size` more bytes, as they arrive. Raises FarsightError: 413 or 429."""
+        self._admission.take(size, self._ahead_s)
+        self._size += size
+
+    def add(self, size: int) -> None:
+        """Count an answer that waits to be sent; it is too late to refuse it."""
+        self._admission.add(size)
+        self._size += size
+
+    def move(self) -> HeldBytes:
+        """Everything held, in a new context; this one holds nothing any more."""
+        moved = HeldBytes(self._admission, self._ahead_s)
+        moved._size, self._size = self._size, 0
+        return moved
+
+    def __enter__(self) -> HeldBytes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        size, self._size = self._size, 0
+        self._admission.give_back(size)

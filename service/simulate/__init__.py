@@ -1,1 +1,1 @@
-"""Capacity planning: traces of requests through the real scheduler on devices that only count."""
+"""Capacity planning: request traces through the real scheduler, on devices that only count seconds."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from service.config import Config
 from service.core.options import Priority
 from service.errors import FarsightError, Kind
 from service.scheduling.admission import Admission
-from service.scheduling.scheduler import PREEMPTION_S, Batch, Scheduler
+from service.scheduling.backlog import PREEMPTION_S
+from service.scheduling.batch import Batch
+from service.scheduling.device_loop import DeviceLoop
+from service.scheduling.scheduler import Scheduler
 
 STEP_S = 0.8 * PREEMPTION_S  # between checkpoints of a run
 
@@ -41,62 +44,52 @@ class Arrival:
         return self.finished_s - self.arrived_s
 
 
-@dataclass(slots=True, eq=False)
 class Replica:
-    """One device: its queue, what runs on it, and how long it has worked."""
+    """One device: its loop, what is left of each run on it, and how long it has worked."""
 
-    config: Config
-    number: int = 0
-    max_bytes: float = math.inf
-    scheduler: Scheduler[Arrival] = field(init=False)
-    admission: Admission = field(init=False)
-    stack: list[Batch[Arrival]] = field(default_factory=list)
-    left_s: list[float] = field(default_factory=list)  # of each run of the stack
-    now_s: float = 0.0
-    busy_s: float = 0.0
-    unfinished: int = 0
-
-    def __post_init__(self) -> None:
-        self.scheduler = Scheduler(
-            self.config.batch_budget_s,
-            max_wait_s=self.config.max_queue_s,
-            max_bytes=self.max_bytes,
-            tenant_weights=self.config.tenant_weights,
-            order=self.config.order,
+    def __init__(self, config: Config, number: int = 0, max_bytes: float = math.inf) -> None:
+        self.config, self.number = config, number
+        scheduler: Scheduler[Arrival] = Scheduler(
+            config.batch_budget_s,
+            max_wait_s=config.max_queue_s,
+            max_bytes=max_bytes,
+            tenant_weights=config.tenant_weights,
         )
-        self.admission = Admission(self.config)
+        self.loop = DeviceLoop(scheduler, 0.0)
+        self.admission = Admission(config)
+        self.left_s: list[float] = []  # of each run on the device
+        self.now_s = self.busy_s = 0.0
+        self.unfinished = 0
 
-    def arrive(self, one: Arrival) -> None:
+    def arrive(self, request: Arrival) -> None:
         """Queue it or refuse it, at its own time; the device is there already."""
-        if self.stack:  # the clocks of the shares are where it enters, even if no time has passed since another came
+        if self.loop.running:  # the clocks of the shares are where it enters, even if no time has passed
             self._work(0.0)
-        if one.refused is not None:  # it can never fit
+        if request.refused is not None:  # it can never fit
             return
-        ahead_s, own_s = self.scheduler.ahead(one.predicted_s, one.priority, one.tenant, self.stack)
-        queue = one.tenant, one.priority, self.scheduler.is_long(one.predicted_s)
+        ahead_s, tenant_s = self.loop.ahead(request.predicted_s, request.priority, request.tenant)
+        queue = request.tenant, request.priority, self.loop.is_long(request.predicted_s)
+        timeout_s = self.config.default_timeout_s
         try:
-            self.admission.admit(one.predicted_s, ahead_s, self.config.default_timeout_s, queue=queue, own_s=own_s)
+            self.admission.admit(request.predicted_s, ahead_s, timeout_s, queue=queue, tenant_s=tenant_s)
         except FarsightError as error:
-            one.refused, one.retry_after_s = error.kind, error.retry_after_s
+            request.refused, request.retry_after_s = error.kind, error.retry_after_s
             return
         self.unfinished += 1
-        self.scheduler.add(one)
+        self.loop.add(request)
 
     def next_event_s(self) -> float:
         """When the device must next be looked at, if nothing arrives."""
-        if self.stack:
+        if self.loop.running:
             return self.now_s + self._step_s()
-        return self.now_s if len(self.scheduler) else math.inf
+        return self.now_s if self.loop.waiting else math.inf
 
     def advance(self, until_s: float) -> None:
         """Run the device until then."""
         while True:
-            if not self.stack:
-                batch = self.scheduler.next_batch(self.now_s)
-                if batch is None:
-                    self.now_s = max(self.now_s, until_s)
-                    return
-                self._push(batch)
+            if not self.loop.running and not self._enter(self.loop.start(self.now_s)):
+                self.now_s = max(self.now_s, until_s)
+                return
             step_s = self._step_s()
             if self.now_s + step_s > until_s:
                 if until_s > self.now_s:
@@ -104,35 +97,39 @@ class Replica:
                 return
             self._work(step_s)
             if self.left_s[-1] <= 1e-12:
-                self._pop()
-            if self.stack and (batch := self.scheduler.next_batch(self.now_s, self.stack)) is not None:
-                self._push(batch)
+                self._finish()
+            if self.loop.running:
+                used_s = self.loop.running[-1].used_s
+                self._enter(self.loop.checkpoint(used_s, self.now_s))
 
     def _step_s(self) -> float:
-        """Until the innermost run ends, or comes to a checkpoint where others wait."""
+        """Until the innermost run ends, or reaches a checkpoint where others wait."""
         left_s = self.left_s[-1]
-        return STEP_S if left_s > STEP_S and len(self.scheduler) else left_s
+        return STEP_S if left_s > STEP_S and self.loop.waiting else left_s
 
-    def _push(self, batch: Batch[Arrival]) -> None:
-        for one in batch.items:
-            one.started_s = self.now_s
-        self.stack.append(batch)
+    def _enter(self, batch: Batch[Arrival] | None) -> bool:
+        if batch is None:
+            return False
+        for request in batch.items:
+            request.started_s = self.now_s
         self.left_s.append(batch.predicted_s)
+        return True
 
-    def _pop(self) -> None:
+    def _finish(self) -> None:
         """The innermost run has ended."""
-        batch = self.stack.pop()
+        batch = self.loop.running[-1]
         self.left_s.pop()
-        self.scheduler.finished(batch, batch.used_s)
-        for one in batch.items:
-            one.finished_s = self.now_s
+        self.loop.finish(batch, batch.used_s)
+        for request in batch.items:
+            request.finished_s = self.now_s
         self.unfinished -= len(batch.items)
 
     def _work(self, seconds: float) -> None:
+        """The innermost run uses the device."""
         self.now_s += seconds
         self.busy_s += seconds
         self.left_s[-1] -= seconds
-        self.scheduler.served(self.stack[-1], self.stack[-1].used_s + seconds)
+        self.loop.served(self.loop.running[-1].used_s + seconds)
 
 
 def simulate(trace: Iterable[Arrival], replicas: int, config: Config, max_bytes: float = math.inf) -> list[Replica]:
@@ -166,12 +163,12 @@ def simulate(trace: Iterable[Arrival], replicas: int, config: Config, max_bytes:
         if at_s < math.inf:
             heapq.heappush(events, (at_s, replica.number))
 
-    for one in trace:
-        catch_up(one.arrived_s)
+    for request in trace:
+        catch_up(request.arrived_s)
         replica = cluster[next(iter(next(level for level in loads if level)))]
         before = replica.unfinished
-        replica.advance(one.arrived_s)
-        replica.arrive(one)
+        replica.advance(request.arrived_s)
+        replica.arrive(request)
         moved(replica, before)
         plan(replica)
     catch_up(math.inf)

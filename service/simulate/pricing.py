@@ -1,4 +1,4 @@
-"""Traces to arrivals with predicted seconds, by the planner and the measured speed of a device."""
+"""Turns the entries of a trace into arrivals, with the seconds that the planner predicts for a measured device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from service.core.options import AttentionOptions, EmbedOptions
 from service.core.plan import Plan
 from service.core.request import AttentionShape, ForwardRequest
 from service.errors import FarsightError
-from service.planning import forward_plan, planner
+from service.planning.attention_plan import plan_attention
 from service.planning.device_profile import DeviceProfile
+from service.planning.forward_plan import plan_forward
 from service.simulate.cluster import Arrival
 from service.simulate.traces import Entry
 
@@ -22,32 +23,33 @@ HEADS, HEAD_DIM = 8, 64
 def arrivals(
     trace: Iterable[Entry], profile: DeviceProfile, models: Mapping[str, ModelInfo], config: Config
 ) -> Iterator[Arrival]:
-    """Every entry as the engine would queue it. Raises ValueError for a model that is not there."""
+    """The arrival of each entry, as the engine would queue it: refused if no plan fits the device.
+
+    Raises ValueError if a model of the trace is not in `models`.
+    """
 
     @lru_cache(100_000)
     def plan(model: str, tokens: int) -> Plan:
         if not model:
             shape = AttentionShape(1, HEADS, HEADS, tokens, tokens, HEAD_DIM, HEAD_DIM)
-            return planner.plan_attention(shape, AttentionOptions(is_causal=True), profile, config)
+            return plan_attention(shape, AttentionOptions(is_causal=True), profile, config)
         if model not in models:
-            raise ValueError(
-                f"model {model!r} of the trace is not configured; there are: {', '.join(models) or 'none'}"
-            )
+            raise ValueError(f"model: expected a configured model ({', '.join(models) or 'none'}), got {model!r}")
         request = ForwardRequest("", model, models[model].task, EmbedOptions(), token_ids=())
-        return forward_plan.plan_forward(models[model], [(tokens, 0)], request, profile, config)
+        return plan_forward(models[model], [(tokens, 0)], request, profile, config)
 
-    for number, one in enumerate(trace):
+    for number, entry in enumerate(trace):
         try:
-            chosen = plan(one.model, one.tokens)
+            chosen = plan(entry.model, entry.tokens)
         except FarsightError as error:
-            yield Arrival(one.at_s, 0.0, priority=one.priority, tenant=one.tenant, refused=error.kind)
+            yield Arrival(entry.at_s, 0.0, priority=entry.priority, tenant=entry.tenant, refused=error.kind)
             continue
         yield Arrival(
-            one.at_s,
+            entry.at_s,
             chosen.predicted_s,
-            key=one.model or number,  # attention requests of different lengths share no batch
+            key=entry.model or number,  # attention requests of different lengths never share a batch
             shared_s=chosen.shared_s,
-            priority=one.priority,
-            tenant=one.tenant,
+            priority=entry.priority,
+            tenant=entry.tenant,
             peak_bytes=chosen.cost.peak_bytes,
         )

@@ -1,4 +1,4 @@
-"""One scrape per node: whichever replica holds the metrics port serves the merge of all, and another takes over."""
+"""Metrics of one node on one port: the replica that holds it serves the merge of all; another takes over if it ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class _Node(Collector):
-    """All replicas of this node, the dead ones' counters included and their gauges left out."""
+    """Metrics of all replicas of this node: counters of ended processes are included, their gauges are not."""
 
     def __init__(self, metrics_dir: Path) -> None:
         self._directory = metrics_dir
@@ -42,7 +42,7 @@ class _Node(Collector):
 
 
 def text(metrics_dir: Path) -> bytes:
-    """Prometheus text of this node; again where a file was made and not yet filled while it was read."""
+    """Prometheus text of this node. Reads again if a file was created but not yet filled."""
     for _ in range(RETRIES):
         try:
             return generate_latest(_Node(metrics_dir))
@@ -57,11 +57,11 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, *_: object) -> None:
-        """A scrape every few seconds is not worth a log line."""
+        """Log nothing: scrapes come every few seconds."""
 
 
 class Exporter:
-    """Tries for the port until it has it; a process that dies frees it for the next."""
+    """Serves `metrics_dir` on `host`:`port`. Retries until the port is free: a process that ends frees it."""
 
     def __init__(self, host: str, port: int, metrics_dir: Path) -> None:
         self._address, self._directory = (host, port), metrics_dir
@@ -71,6 +71,7 @@ class Exporter:
         self._thread.start()
 
     def stop(self) -> None:
+        """Free the port and join the thread."""
         self._stopped.set()
         if self._server is not None:
             self._server.shutdown()
@@ -81,7 +82,7 @@ class Exporter:
             try:
                 self._server = make_server(*self._address, self._app, server_class=_Server, handler_class=_Quiet)
             except OSError:
-                # another replica of this node has the port and answers for all of us
+                # another replica of this node has the port and serves the metrics of all
                 self._stopped.wait(TAKEOVER_INTERVAL_S)
                 continue
             logger.info("metrics of this node on %s:%d", *self._address)

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system: glibc keeps what was a whole queue of request bodies for the next ones."""
+"""Returns freed memory to the system; glibc would keep the size of a whole queue of request bodies."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ EVERY_S = 10.0
 
 
 def trim() -> None:
-    """All whole pages of this process that are free. Does nothing where the C library has no malloc_trim (musl)."""
+    """Return all free whole pages of this process. Does nothing if the C library has no malloc_trim (musl)."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
-        malloc_trim(0)  # without the interpreter's lock; of each heap it holds that heap's own
+        malloc_trim(0)  # runs without the interpreter's lock; takes each heap's own lock
 
 
 class Trimmer:
-    """Trims every ten seconds, on a thread of its own.
+    """Trims every `every_s` seconds on its own thread.
 
-    Not with a smaller threshold for mmap instead: every large body and every large tensor would then be new pages,
-    whose first touch costs more than what is seldom trimmed.
+    A smaller mmap threshold is no alternative: every large body and tensor would then be on new pages, whose first
+    touch costs more than trimming now and then.
     """
 
     def __init__(self, every_s: float = EVERY_S) -> None:
@@ -29,6 +29,7 @@ class Trimmer:
         self._thread.start()
 
     def stop(self) -> None:
+        """Stop trimming and join the thread."""
         self._stopped.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line: what happened and what it cost, never what the request contained."""
+"""Logs with one JSON object per line: what happened and what it cost, never the contents of a request."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import orjson
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, message, and whatever was put under `extra={"fields": {...}}`."""
+    """Writes time, level, message, and the fields in `extra={"fields": {...}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """`record` as JSON text."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -21,14 +22,14 @@ class JsonFormatter(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            # not formatException: it prints, and Serve replaces print
+            # not formatException: it calls print, which Serve replaces
             line["exception"] = "".join(traceback.format_exception(*record.exc_info))
         return orjson.dumps(line, default=str).decode()
 
 
 def configure(level: str) -> None:
-    """The `farsight` logger to stderr, as JSON."""
-    # the process's own stderr: Serve replaces sys.stderr by a logger that walks the stack at every line
+    """Write the `farsight` logger to stderr as JSON, from `level` on."""
+    # the process's own stderr: Serve replaces sys.stderr with a logger that walks the stack at every line
     handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(JsonFormatter())
     logger = logging.getLogger("farsight")
@@ -38,5 +39,5 @@ def configure(level: str) -> None:
 
 
 def about(request_id: str) -> dict[str, dict[str, str]]:
-    """For `extra`: the request that a line is about."""
+    """The argument `extra` of a log line about this request."""
     return {"fields": {"request_id": request_id}}

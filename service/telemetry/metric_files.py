@@ -1,8 +1,8 @@
-"""The metric files of one node: every process writes its own; those of the dead are folded into one archive.
+"""Metric files of one node: every process writes its own; files of ended processes are folded into an archive.
 
-A process holds a lock on `<id>.alive` while it lives. The kernel lets go of it however the process ends, and an id is
-used once, so neither SIGKILL nor a pid that is used again makes the dead look alive. All that reads or folds is under
-one lock of the folder: every count is seen exactly once. Only the increments themselves are without it.
+A process holds a lock on `<id>.alive` while it runs. The kernel releases it however the process ends, and an id is used
+only once, so an ended process never looks alive, even after SIGKILL or if its pid is reused. Reading and folding hold
+one lock of the directory: every count is seen exactly once. Only increments take no lock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from uuid import uuid4
 from prometheus_client import values
 from prometheus_client.mmap_dict import MmapedDict
 
-KEPT = ("counter", "histogram")  # what outlives its process
+KEPT = ("counter", "histogram")  # kept after their process ends
 
 
 def share_files(directory: Path) -> None:
@@ -25,23 +25,23 @@ def share_files(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
     process = uuid4().hex
-    with locked(directory):  # nobody looks at the new file before its lock is held
+    with locked(directory):  # no other process checks the new file before it is locked
         descriptor = os.open(directory / f"{process}.alive", os.O_CREAT | os.O_WRONLY)  # until this process ends
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    # a replica never forks: who it is need not be asked at every increment
+    # a replica never forks: its identity need not be looked up at every increment
     values.ValueClass = values.MultiProcessValue(process_identifier=lambda: process)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """One at a time, over all threads and processes of the node."""
+    """Hold the lock of `directory`, among all threads and processes of the node."""
     with (directory / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def folded(directory: Path) -> list[str]:
-    """What a scrape reads: the files of the living, and the archive with all others in it. Under `locked`."""
+    """Files that a scrape reads: those of running processes, and the archive of all others. Call under `locked`."""
     archives = directory / "archive"
     archives.mkdir(exist_ok=True)
     living = set()
@@ -72,10 +72,10 @@ def _process(file: Path) -> str:
 
 
 def _archive(directory: Path, kind: str, living: set[str]) -> Path | None:
-    """The archive of one kind after it has taken in the files of the dead, one by one.
+    """The archive of one kind, after the files of ended processes were folded into it one by one.
 
-    An archive's name tells which file it took in last, so that one rename both adds a file's values and says that they
-    are not to be read again. What a killed fold left behind is removed here.
+    An archive's name contains the process of the file that was folded last, so a single rename both adds the file's
+    values and marks them as added. Leftovers of a fold that was killed are removed here.
     """
     archives = sorted(directory.glob(f"archive/{kind}_*.db"))
     archive = archives[-1] if archives else None
@@ -85,11 +85,12 @@ def _archive(directory: Path, kind: str, living: set[str]) -> Path | None:
         (directory / f"{kind}_{archive.stem.rsplit('-', 1)[1]}.db").unlink(missing_ok=True)
     for file in sorted(directory.glob(f"{kind}_*.db")):
         if _process(file) not in living:
-            archive = _taken_in(archive, file, kind)
+            archive = _fold(archive, file, kind)
     return archive
 
 
-def _taken_in(archive: Path | None, file: Path, kind: str) -> Path:
+def _fold(archive: Path | None, file: Path, kind: str) -> Path:
+    """A new archive with the values of `archive` and `file`, which are deleted."""
     sequence = int(_process(archive).split("-")[0]) + 1 if archive else 0
     merged: dict[str, float] = {}  # by series
     for source in filter(None, (archive, file)):
@@ -98,7 +99,7 @@ def _taken_in(archive: Path | None, file: Path, kind: str) -> Path:
         for key, value, _, _ in MmapedDict.read_all_values_from_file(str(source)):  # type: ignore[no-untyped-call]
             merged[key] = merged.get(key, 0.0) + value
     new = file.parent / "archive" / "new"
-    new.unlink(missing_ok=True)  # of a fold that was killed
+    new.unlink(missing_ok=True)  # left by a fold that was killed
     target = MmapedDict(str(new))  # type: ignore[no-untyped-call]
     for key, value in merged.items():
         target.write_value(key, value, 0.0)  # type: ignore[no-untyped-call]

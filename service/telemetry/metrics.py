@@ -1,7 +1,7 @@
 """Every metric of the service, in base units, with closed label sets. Registry injected; prefix `farsight_`.
 
-A replica calls `files.share_files` first: each process then writes its own files, and `exporter` merges those of one
-node. Models are those that are loaded and tenants those that are configured; any other is "unknown".
+A replica calls `metric_files.share_files` first: each process then writes its own files, and `exporter` merges those of
+one node.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 import resource
 import time
 from bisect import bisect_left
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import psutil
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from service.core.answer import Answer
 from service.core.plan import PlanKind
+from service.core.run import RunStats
 from service.errors import CODES, Kind
-
-if TYPE_CHECKING:
-    from service.engine.runner import Result
 
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 SLICES = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
@@ -65,90 +63,121 @@ class Series:
     planned: Counter
 
 
+Mode = Literal["livesum", "livemax", "livemin", "livemostrecent"]
+
+
+class _Definitions:
+    """Makes metrics in one registry, with the service's prefix."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"farsight_{name}", text, labels, registry=self._registry)
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"farsight_{name}", text, labels, registry=self._registry, buckets=buckets)
+
+    def gauge(self, name: str, text: str, mode: Mode, *labels: str) -> Gauge:
+        return Gauge(f"farsight_{name}", text, labels, registry=self._registry, multiprocess_mode=mode)
+
+
 class Metrics:
     """Fed by the engine (answers, failures, batches) and by the transports (what they refuse before the engine).
 
-    `tenants`: the names that are labels, beside "default"; they may change.
+    Labels come from closed sets: callers give tenants as `Tenants.label` and models as `Workload.label` name them.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self.tenants: Container[str] = ()
+        define = self._define = _Definitions(registry)
+        self._define_requests(define)
+        self._define_money(define)
+        self._define_runs(define)
+        self._define_memory(define)
+        self.memory_limit.set(memory_limit_bytes())
+        self.report_memory()
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"farsight_{name}", text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(f"farsight_{name}", text, labels, registry=registry, buckets=buckets)
-
-        Mode = Literal["livesum", "livemax", "livemin", "livemostrecent"]
-
-        def gauge(name: str, text: str, mode: Mode, *labels: str) -> Gauge:
-            return Gauge(f"farsight_{name}", text, labels, registry=registry, multiprocess_mode=mode)
-
-        self._counter = counter
-        self.requests = counter("requests", "Requests by the one answer they got.", "endpoint", "model", "plan", "code")
-        self.duration = histogram(
+    def _define_requests(self, define: _Definitions) -> None:
+        self.requests = define.counter(
+            "requests", "Requests by the one answer they got.", "endpoint", "model", "plan", "code"
+        )
+        self.duration = define.histogram(
             "request_duration_seconds", "From arrival to answer.", SECONDS, "endpoint", "model", "length"
         )
-        self.queue_duration = histogram("queue_duration_seconds", "From arrival to the device.", SECONDS, "endpoint")
-        self.device_seconds = counter("device_seconds", "Device time, shared over a batch.", "model", "plan", "tenant")
-        self.flops = counter("flops", "Floating-point operations.", "plan", "kind")
-        self.pairs = counter("attention_pairs", "Query-key pairs.", "kind")
-        self.tokens = counter("tokens", "Tokens that were computed.", "tenant", "model", "plan")
-        self.cost = counter("cost_usd", "Used device time at the configured price.", "tenant", "model", "plan")
-        self.saved = counter("saved_usd", "Predicted dense cost less actual cost of sparse answers.", "tenant", "model")
-        self.allocated_cost = counter("allocated_cost_usd", "Wall time at the configured price, used or not.")
-        self.idle_seconds = counter("device_idle_seconds", "Time that the device had nothing to do.")
-        self.energy = counter("energy_joules", "Measured energy, shared over a batch.", "tenant", "model", "plan")
-        self.budget_used_ratio = gauge(
-            "budget_used_ratio", "Spent of a budget, as a share of it.", "livemostrecent", "tenant", "budget"
+        self.queue_duration = define.histogram(
+            "queue_duration_seconds", "From arrival to the device.", SECONDS, "endpoint"
         )
-        self.refused_by_budget = counter("budget_refused", "Requests refused because a budget was spent.", "tenant")
-        self.ledger_pending = gauge("ledger_pending_rows", "Rows of the ledger that are not written yet.", "livesum")
-        self.ledger_errors = counter("ledger_errors", "Writes of the ledger that failed.")
-        self.resident_memory = gauge("resident_memory_bytes", "What the replica processes hold now.", "livesum")
-        self.memory_limit = gauge("memory_limit_bytes", "What the processes of this node may hold together.", "livemin")
-        self.peak_memory = gauge("peak_memory_bytes", "Most memory that a replica process has held.", "livemax")
-        self.batch_requests = histogram("batch_requests", "Requests of one batch.", COUNTS)
-        self.slice = histogram("slice_seconds", "Longest time that a run kept the device from others.", SLICES)
-        self.paused = counter("paused_seconds", "Time that runs which had begun waited for shorter ones.")
-        self.batch_tokens = histogram("batch_tokens", "Tokens of one batch.", TOKENS)
-        self.density = histogram("sparse_density_ratio", "Share of pairs that sparse attention scored.", RATIOS)
-        self.error = histogram("sparse_error_ratio", "Upper limit of the measured relative L2 error.", ERRORS)
-        self.audit_output_error = histogram(
+        self.flops = define.counter("flops", "Floating-point operations.", "plan", "kind")
+        self.pairs = define.counter("attention_pairs", "Query-key pairs.", "kind")
+        self.tokens = define.counter("tokens", "Tokens that were computed.", "tenant", "model", "plan")
+        self.density = define.histogram("sparse_density_ratio", "Share of pairs that sparse attention scored.", RATIOS)
+        self.error = define.histogram("sparse_error_ratio", "Upper limit of the measured relative L2 error.", ERRORS)
+        self.audit_output_error = define.histogram(
             "audit_output_error",
             "What sparse attention changed in an answer, by an exact run of the same request.",
             OUTPUT_ERRORS,
             "model",
             "measure",
         )
-        self.fallbacks = counter("fallbacks", "Sparse answers replaced by exact ones.", "reason")
-        self.padding = gauge(
+        self.fallbacks = define.counter("fallbacks", "Sparse answers replaced by exact ones.", "reason")
+        self.plans = define.counter("plans", "Plans that produced answers.", "plan", "reason")
+        self.rejections = define.counter("rejections", "Requests refused.", "reason")
+
+    def _define_money(self, define: _Definitions) -> None:
+        self.device_seconds = define.counter(
+            "device_seconds", "Device time, shared over a batch.", "model", "plan", "tenant"
+        )
+        self.cost = define.counter("cost_usd", "Used device time at the configured price.", "tenant", "model", "plan")
+        self.saved = define.counter(
+            "saved_usd", "Predicted dense cost less actual cost of sparse answers.", "tenant", "model"
+        )
+        self.allocated_cost = define.counter("allocated_cost_usd", "Wall time at the configured price, used or not.")
+        self.idle_seconds = define.counter("device_idle_seconds", "Time that the device had nothing to do.")
+        self.energy = define.counter(
+            "energy_joules", "Measured energy, shared over a batch.", "tenant", "model", "plan"
+        )
+        self.budget_used_ratio = define.gauge(
+            "budget_used_ratio", "Spent of a budget, as a share of it.", "livemostrecent", "tenant", "budget"
+        )
+        self.refused_by_budget = define.counter(
+            "budget_refused", "Requests refused because a budget was spent.", "tenant"
+        )
+        self.ledger_pending = define.gauge(
+            "ledger_pending_rows", "Rows of the ledger that are not written yet.", "livesum"
+        )
+        self.ledger_errors = define.counter("ledger_errors", "Writes of the ledger that failed.")
+
+    def _define_runs(self, define: _Definitions) -> None:
+        self.batch_requests = define.histogram("batch_requests", "Requests of one batch.", COUNTS)
+        self.batch_tokens = define.histogram("batch_tokens", "Tokens of one batch.", TOKENS)
+        self.slice = define.histogram("slice_seconds", "Longest time that a run kept the device from others.", SLICES)
+        self.paused = define.counter("paused_seconds", "Time that runs which had begun waited for shorter ones.")
+        self.padding = define.gauge(
             "padding_ratio",
             "Positions that the last forward pass computed for nothing, as a share of its tokens.",
             "livemax",
         )
-        self.plans = counter("plans", "Plans that produced answers.", "plan", "reason")
-        self.rejections = counter("rejections", "Requests refused.", "reason")
-        self.queue_predicted_seconds = gauge(
+        self.queue_predicted_seconds = define.gauge(
             "queue_predicted_seconds", "Predicted device seconds that wait.", "livesum"
         )
-        self.prediction = histogram("prediction_ratio", "Predicted over actual seconds of a run.", AROUND_ONE, "plan")
-        self.memory_limit.set(memory_limit_bytes())
-        self.tell_memory()
+        self.prediction = define.histogram(
+            "prediction_ratio", "Predicted over actual seconds of a run.", AROUND_ONE, "plan"
+        )
+
+    def _define_memory(self, define: _Definitions) -> None:
+        self.resident_memory = define.gauge("resident_memory_bytes", "What the replica processes hold now.", "livesum")
+        self.memory_limit = define.gauge(
+            "memory_limit_bytes", "What the processes of this node may hold together.", "livemin"
+        )
+        self.peak_memory = define.gauge("peak_memory_bytes", "Most memory that a replica process has held.", "livemax")
 
     @cached_property
     def idle_energy(self) -> Counter:
-        """Made when it is first measured: a counter that is not there is no zero."""
-        return self._counter("idle_energy_joules", "Measured energy of the idle device.")
-
-    def tenant(self, name: str) -> str:
-        """The label of a tenant: callers cannot make new series."""
-        return name if name == "default" or name in self.tenants else "unknown"
+        """Made when it is first measured: a missing counter does not mean zero."""
+        return self._define.counter("idle_energy_joules", "Measured energy of the idle device.")
 
     def answered(self, endpoint: str, answer: Answer, tenant: str) -> None:
         plan, usage, error = answer.plan.kind.value, answer.usage, answer.error
-        tenant = self.tenant(tenant)
         length = LENGTH_LABELS[bisect_left(LENGTHS, usage.tokens)]
         series = self._series(endpoint, answer.model, plan, tenant, length)
         series.requests.inc()
@@ -190,7 +219,6 @@ class Metrics:
         self, model: str, plan: str, tenant: str, device_s: float, usd: float, joules: float | None = None
     ) -> None:
         """Of a request that ran, however it ended."""
-        tenant = self.tenant(tenant)
         device_seconds, cost = self._spending(model, plan, tenant)
         device_seconds.inc(device_s)
         cost.inc(usd)
@@ -217,17 +245,17 @@ class Metrics:
         """A request that a transport refused before the engine saw it."""
         self.failed(endpoint, "unknown", kind, None)
 
-    def batch(self, results: Sequence[Result], queued_s: float) -> None:
+    def batch(self, runs: Sequence[RunStats], queued_s: float) -> None:
         """One run of the device; members that were retried alone are batches of their own."""
         self.queue_predicted_seconds.set(queued_s)
-        alone = [result for result in results if result.batch_requests == 1]
-        for result in alone or results[:1]:
-            self.batch_requests.observe(result.batch_requests)
-            self.batch_tokens.observe(result.batch_tokens)
-            self.slice.observe(result.slice_s)
-            self.paused.inc(result.paused_s)
-        if time.monotonic() >= self._memory_told_s + 1:
-            self.tell_memory()
+        alone = [run for run in runs if run.batch_requests == 1]
+        for run in alone or runs[:1]:
+            self.batch_requests.observe(run.batch_requests)
+            self.batch_tokens.observe(run.batch_tokens)
+            self.slice.observe(run.slice_s)
+            self.paused.inc(run.paused_s)
+        if time.monotonic() >= self._memory_reported_s + 1:
+            self.report_memory()
 
     def idle(self, seconds: float, joules: float | None = None) -> None:
         """The device had nothing to do for `seconds`, and used `joules` where that is measured."""
@@ -241,13 +269,13 @@ class Metrics:
 
     def budget_used(self, tenant: str, budget: str, ratio: float) -> None:
         """`budget` is the name of a configured one."""
-        self.budget_used_ratio.labels(self.tenant(tenant), budget).set(ratio)
+        self.budget_used_ratio.labels(tenant, budget).set(ratio)
 
     def budget_refused(self, tenant: str) -> None:
-        self.refused_by_budget.labels(self.tenant(tenant)).inc()
+        self.refused_by_budget.labels(tenant).inc()
 
-    def tell_memory(self) -> None:
-        self._memory_told_s = time.monotonic()
+    def report_memory(self) -> None:
+        self._memory_reported_s = time.monotonic()
         # ru_maxrss is in KiB on Linux
         self.peak_memory.set(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         with open("/proc/self/statm", "rb", buffering=0) as statm:

@@ -1,4 +1,4 @@
-"""The gRPC methods with a hand-made door and context: same requests, one status for each failure, no internals."""
+"""The gRPC methods with a fake service and context: same requests, one status for each failure, no internals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import dataclasses
 import json
 import logging
 import threading
+import time
 from collections.abc import Coroutine
-from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import grpc
@@ -18,7 +18,8 @@ from grpc_health.v1 import health_pb2
 
 from service.api import answer as answers
 from service.api.grpc import health as grpc_health
-from service.api.grpc import methods
+from service.api.grpc import messages, methods
+from service.api.handler import Handler
 from service.api.open_inference import http_body as oip_http
 from service.api.open_inference import metadata
 from service.api.open_inference import protocol as oip
@@ -35,8 +36,10 @@ from service.core.answer import (
 from service.core.model_info import ModelInfo
 from service.core.plan import Cost, Plan, PlanKind
 from service.core.request import AttentionRequest, ForwardRequest, Request
-from service.engine.engine import Engine, Estimate
+from service.engine.engine import Engine
+from service.engine.pricing import Estimate
 from service.errors import CODES, FarsightError, Kind
+from service.telemetry.request_record import RequestRecord
 from tests.api.common import INFO
 
 T = TypeVar("T")
@@ -51,18 +54,25 @@ def answer(tensors: dict[str, torch.Tensor]) -> Answer:
     return Answer("req-1", tensors, plan, ErrorReport(), usage, Timing(0.125, 0.25, 0.5))
 
 
-class InferenceService:
-    """Answers value as output; `error` replaces the answer."""
+class Service:
+    """Answers value as output; `error` replaces the answer, and is counted by the engine if `counts`."""
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
+    def __init__(self, error: Exception | None = None, *, counts: bool = False) -> None:
+        self.error, self.counts = error, counts
         self.ready = self.alive = True
+        self.config, self.clock, self.recorder = Config(), time.perf_counter, None
         self.tenants, self.hour_usd = Tenants(Config()), 0.1
         self.requests: list[Request] = []
+        self.refusals: list[tuple[str, Kind]] = []
+        self.held = 0
+        self.log: list[object] = []
 
-    async def submit(self, request: Request, received_s: float | None = None) -> Answer:
+    async def submit(self, request: Request, record: RequestRecord | None = None) -> Answer:
         self.requests.append(request)
+        self.log.append(self.held)
         if self.error:
+            if self.counts and record is not None:
+                record.fail(Kind.OVERLOADED)
             raise self.error
         if isinstance(request, ForwardRequest):
             return answer({"embedding": torch.zeros(len(request.texts), 3)})
@@ -71,8 +81,34 @@ class InferenceService:
     async def priced(self, request: Request) -> Estimate:
         return Estimate({}, None, "not asked", 0.0, would_admit=False)
 
+    async def off_loop(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.to_thread(function, *arguments)
+
+    def held_bytes(self) -> Any:
+        return Held(self)
+
+    def refused(self, endpoint: str, kind: Kind) -> None:
+        self.refusals.append((endpoint, kind))
+
     def model_infos(self) -> tuple[ModelInfo, ...]:
         return (INFO,)
+
+
+class Held:
+    """Counts in its service what is in flight."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def __enter__(self) -> Held:
+        return self
+
+    def take(self, size: int) -> None:
+        self.service.held += size
+
+    def __exit__(self, *_: object) -> None:
+        self.service.log.append(len(self.service.requests))
+        self.service.held = 0
 
 
 class Context:
@@ -101,12 +137,8 @@ class Context:
 
 
 class Methods(methods.GrpcMethods):
-    def __init__(self, door: InferenceService) -> None:
-        self.door = door
-        self.refused: list[tuple[str, Kind]] = []
-
-    def on_refused(self, endpoint: str, kind: Kind) -> None:
-        self.refused.append((endpoint, kind))
+    def __init__(self, service: Any) -> None:
+        self.handler = Handler(service)
 
 
 def run(call: Coroutine[Any, Any, T]) -> T:
@@ -125,10 +157,10 @@ def attention(datatype: str = "FP32", sample: torch.Tensor = SAMPLE, **parameter
 
 
 def infer(
-    request: pb.ModelInferRequest, door: InferenceService | None = None, **metadata: str
-) -> tuple[Any, Context, Methods]:
-    context, service = Context(**metadata), Methods(door or InferenceService())
-    return run(service.ModelInfer(request, context)), context, service
+    request: pb.ModelInferRequest, service: Service | None = None, **metadata: str
+) -> tuple[Any, Context, Service]:
+    context, service = Context(**metadata), service or Service()
+    return run(Methods(service).ModelInfer(request, context)), context, service
 
 
 def fails(request: pb.ModelInferRequest, says: str, kind: Kind = Kind.INVALID) -> Context:
@@ -136,7 +168,7 @@ def fails(request: pb.ModelInferRequest, says: str, kind: Kind = Kind.INVALID) -
     assert says in context.details
     assert context.code.name == CODES[kind].grpc
     assert response == pb.ModelInferResponse()
-    assert service.refused == [("infer", kind)]
+    assert service.refusals == [("infer", kind)]
     return context
 
 
@@ -144,12 +176,12 @@ def fails(request: pb.ModelInferRequest, says: str, kind: Kind = Kind.INVALID) -
 
 
 def test_infer() -> None:
-    door = InferenceService()
+    service = Service()
     request = attention(is_causal=True, window="[-1, 0]", max_error=0, causal_alignment=0, scale=0.5)
     request.outputs.add(name="output").parameters["binary_data"].bool_param = True
     request.outputs.add(name="lse")
-    response, context, service = infer(request, door)
-    assert (context.code, service.refused) == (grpc.StatusCode.OK, [])
+    response, context, service = infer(request, service)
+    assert (context.code, service.refusals) == (grpc.StatusCode.OK, [])
     assert (response.model_name, response.model_version, response.id) == ("attention", "1", "caller-1")
     assert [(one.name, one.datatype, list(one.shape)) for one in response.outputs] == [
         ("output", "FP32", [1, 1, 2, 4]),
@@ -158,7 +190,7 @@ def test_infer() -> None:
     assert list(response.raw_output_contents) == [RAW, bytes(8)]
     got = {name: value.string_param for name, value in response.parameters.items()}
     assert got == answers.headers(answer({}))
-    (sent,) = door.requests
+    (sent,) = service.requests
     assert isinstance(sent, AttentionRequest)
     assert sent.options.window == (-1, 0)
     assert sent.options.returns == ("output", "lse")
@@ -181,9 +213,9 @@ def test_scores_of_a_stage_arrive_with_their_infinities(engine: Engine) -> None:
 
 
 def test_options_of_audit_and_stage_are_checked() -> None:
-    door = InferenceService()
-    infer(attention(audit_rows=459), door)
-    (sent,) = door.requests
+    service = Service()
+    infer(attention(audit_rows=459), service)
+    (sent,) = service.requests
     assert isinstance(sent, AttentionRequest)
     assert sent.options.audit_rows == 459
     fails(attention(audit_rows=60), "audit_rows: Input should be 59 or 459")
@@ -197,7 +229,7 @@ def test_both_transports_make_the_same_request() -> None:
     ]
     head = json.dumps({"inputs": entries}).encode()
     by_http = oip.parse_infer(oip_http.parse_http(head + RAW * 3, len(head), model="attention"), [INFO], request_id="x")
-    by_grpc = oip.parse_infer(methods.parse_message(attention()), [INFO], request_id="x")
+    by_grpc = oip.parse_infer(messages.parse_message(attention()), [INFO], request_id="x")
     assert isinstance(by_http, AttentionRequest)
     assert isinstance(by_grpc, AttentionRequest)
     for field in dataclasses.fields(AttentionRequest):
@@ -229,10 +261,10 @@ def test_typed_contents() -> None:
 def test_texts() -> None:
     request = pb.ModelInferRequest(model_name="mini")
     request.inputs.add(name="text", datatype="BYTES", shape=[2]).contents.bytes_contents.extend([b"a", "é".encode()])
-    door = InferenceService()
-    response, _, _ = infer(request, door)
-    assert isinstance(door.requests[0], ForwardRequest)
-    assert door.requests[0].texts == ("a", "é")
+    service = Service()
+    response, _, _ = infer(request, service)
+    assert isinstance(service.requests[0], ForwardRequest)
+    assert service.requests[0].texts == ("a", "é")
     assert list(response.outputs[0].shape) == [2, 3]
 
 
@@ -254,9 +286,9 @@ def test_large_tensors_leave_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_id_of_a_request() -> None:
     def id_of(request: pb.ModelInferRequest, **metadata: str) -> tuple[str, str]:
-        door = InferenceService()
-        _, context, _ = infer(request, door, **metadata)
-        return door.requests[0].id, dict(context.trailing)["x-request-id"]
+        service = Service()
+        _, context, _ = infer(request, service, **metadata)
+        return service.requests[0].id, dict(context.trailing)["x-request-id"]
 
     request = attention()
     assert id_of(request, x_request_id="mine") == ("mine", "mine")
@@ -266,12 +298,12 @@ def test_the_id_of_a_request() -> None:
 
 
 def test_the_timeout_of_a_request() -> None:
-    door = InferenceService()
-    infer(attention(timeout=5_000_000), door, x_request_timeout_seconds="1.5")
-    assert isinstance(door.requests[0], AttentionRequest)
-    assert door.requests[0].options.timeout_s == 1.5
+    service = Service()
+    infer(attention(timeout=5_000_000), service, x_request_timeout_seconds="1.5")
+    assert isinstance(service.requests[0], AttentionRequest)
+    assert service.requests[0].options.timeout_s == 1.5
     _, context, _ = infer(attention(), x_request_timeout_seconds="soon")
-    assert context.details == "x-request-timeout-seconds: 'soon' is not a positive number"
+    assert context.details == "x-request-timeout-seconds: expected a positive number, got 'soon'"
 
 
 # failures
@@ -280,10 +312,10 @@ def test_the_timeout_of_a_request() -> None:
 def test_wrong_requests() -> None:
     request = attention()
     request.model_name = "bert"
-    fails(request, "model 'bert' is not served; there are: attention, mini", Kind.NOT_FOUND)
+    fails(request, "model 'bert' is not served; expected one of attention, mini", Kind.NOT_FOUND)
     fails(attention("FP16"), "query: FP16 [1, 1, 2, 4] takes 16 bytes, got 32")
     fails(attention(mode="fast"), "mode: Input should be")
-    fails(attention(mod="fast"), "parameter 'mod' is unknown")
+    fails(attention(mod="fast"), "unknown parameter 'mod'")
     request = attention()
     request.parameters["mode"].SetInParent()
     fails(request, "parameter 'mode' has no value")
@@ -295,7 +327,7 @@ def test_wrong_requests() -> None:
     fails(request, "query: contents and raw_input_contents exclude each other")
     request = attention()
     request.inputs[0].parameters["shared_memory_region"].string_param = "x"
-    fails(request, "query: parameter 'shared_memory_region' is unknown")
+    fails(request, "query: unknown parameter 'shared_memory_region'")
     request = attention()
     request.outputs.add(name="output")
     request.outputs.add(name="output")
@@ -303,11 +335,11 @@ def test_wrong_requests() -> None:
     request = attention()
     del request.raw_input_contents[:]
     request.inputs[0].contents.fp64_contents.append(1)
-    fails(request, "query: FP32 belongs in fp32_contents, got fp64_contents")
+    fails(request, "query: expected FP32 in fp32_contents, got fp64_contents")
     request.inputs[0].datatype = "BF16"
     fails(request, "query: BF16 has no form as a list of numbers")
     request.inputs[0].datatype = "UINT8"
-    fails(request, "query: datatype 'UINT8' is not one of")
+    fails(request, "query: datatype: expected one of BOOL, INT32, INT64, FP16, BF16, FP32, FP64, BYTES, got 'UINT8'")
     fails(pb.ModelInferRequest(model_name="attention"), "input 'query' is missing")
 
 
@@ -318,43 +350,37 @@ def test_a_claim_over_the_limit_is_refused_by_size() -> None:
 
 
 def test_tensor_bytes_are_held_until_the_answer_is_made() -> None:
-    log: list[object] = []
-
-    class Held(Methods):
-        def hold(self, size: int, held: ExitStack) -> None:
-            log.append(size)
-            held.callback(lambda: log.append(len(self.door.requests)))  # type: ignore[attr-defined]
-
-    run(Held(InferenceService()).ModelInfer(attention(), Context()))
-    assert log == [96, 1]
+    service = Service()
+    run(Methods(service).ModelInfer(attention(), Context()))
+    assert service.log == [96, 1]
+    assert service.held == 0
 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_every_kind_of_failure_has_its_status(kind: Kind) -> None:
-    response, context, service = infer(attention(), InferenceService(FarsightError(kind, "because", retry_after_s=2.2)))
+    response, context, service = infer(attention(), Service(FarsightError(kind, "because", retry_after_s=2.2)))
     assert (context.code.name, context.details) == (CODES[kind].grpc, "because")
     assert dict(context.trailing) == {"request_id": "serve-1", "x-request-id": "caller-1", "retry-after": "3"}
     assert response == pb.ModelInferResponse()
-    assert service.refused == [("infer", kind)]
+    assert service.refusals == [("infer", kind)]
 
 
 def test_what_the_engine_counted_is_not_counted_again() -> None:
     error = FarsightError(Kind.OVERLOADED, "full")
-    error.counted = True
-    assert infer(attention(), InferenceService(error))[2].refused == []
+    assert infer(attention(), Service(error, counts=True))[2].refusals == []
 
 
 def test_a_bug_shows_the_request_id_only(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, logger="farsight"):
-        _, context, service = infer(attention(), InferenceService(RuntimeError("secret")))
+        _, context, service = infer(attention(), Service(RuntimeError("secret")))
     assert (context.code, context.details) == (grpc.StatusCode.INTERNAL, "internal error; request id caller-1")
-    assert service.refused == [("infer", Kind.INTERNAL)]
+    assert service.refusals == [("infer", Kind.INTERNAL)]
     assert "secret" in caplog.text
 
 
 def test_a_client_that_left_cancels_the_method() -> None:
-    class Slow(InferenceService):
-        async def submit(self, request: Request, received_s: float | None = None) -> Answer:
+    class Slow(Service):
+        async def submit(self, request: Request, record: RequestRecord | None = None) -> Answer:
             await asyncio.sleep(60)
             raise AssertionError
 
@@ -371,11 +397,11 @@ def test_a_client_that_left_cancels_the_method() -> None:
 # metadata and health
 
 
-def test_readiness_follows_the_door() -> None:
-    door = InferenceService()
-    service = Methods(door)
+def test_readiness_follows_the_engine() -> None:
+    engine = Service()
+    service = Methods(engine)
     for ready in (True, False):
-        door.ready = door.alive = ready
+        engine.ready = engine.alive = ready
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         assert run(service.ServerLive(pb.ServerLiveRequest(), Context())).live
         assert run(service.ServerReady(pb.ServerReadyRequest(), Context())).ready == ready
@@ -385,7 +411,8 @@ def test_readiness_follows_the_door() -> None:
 
 
 def test_what_is_not_there_is_not_found() -> None:
-    service = Methods(InferenceService())
+    engine = Service()
+    service = Methods(engine)
     for call, message in (
         (service.ModelReady, pb.ModelReadyRequest(name="x")),
         (service.ModelMetadata, pb.ModelMetadataRequest(name="mini", version="3")),
@@ -394,11 +421,11 @@ def test_what_is_not_there_is_not_found() -> None:
         context = Context()
         run(call(message, context))
         assert context.code == grpc.StatusCode.NOT_FOUND
-    assert service.refused == [(name, Kind.NOT_FOUND) for name in ("model_ready", "model_metadata", "health")]
+    assert engine.refusals == [(name, Kind.NOT_FOUND) for name in ("model_ready", "model_metadata", "health")]
 
 
 def test_metadata_equals_the_documents() -> None:
-    service = Methods(InferenceService())
+    service = Methods(Service())
     server = run(service.ServerMetadata(pb.ServerMetadataRequest(), Context()))
     assert (server.name, list(server.extensions)) == ("farsight", ["binary_tensor_data"])
     for name in ("attention", "mini"):
@@ -417,5 +444,5 @@ def test_health_registers_check_alone() -> None:
         def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
             added.extend(handlers)
 
-    grpc_health.add_health_to_server(Methods(InferenceService()), Server())
+    grpc_health.add_health_to_server(Methods(Service()), Server())
     assert added[0].service_name() == "grpc.health.v1.Health"

@@ -51,6 +51,30 @@ def message(response: httpx.Response) -> str:
     return str(error["message"])
 
 
+def test_a_certificate_is_answered_only_where_it_is_asked_for(call: Any) -> None:
+    """Keys in tight clusters: it is proven that little was left unread."""
+    draw = torch.Generator().manual_seed(0)
+    centres = 8 * torch.nn.functional.normalize(torch.randn(1, 16, 32, generator=draw), dim=2)
+    key = centres.repeat_interleave(128, 1) + 0.02 * torch.randn(1, 2048, 32, generator=draw)
+    value = torch.randn(key.shape, generator=draw)
+    asked = {"query": (2 * key).tolist(), "key": key.tolist(), "value": value.tolist()}
+    asked |= {"mode": "sparse", "max_error": 1e-4}
+    found = {}
+    for returns in (["output"], ["output", "certificate"], ["certificate"]):
+        response = call("POST", "/v1/attention", json=asked | {"returns": returns})
+        assert response.status_code == 200
+        found[tuple(returns)] = response.json()
+        assert response.json()["plan"]["kind"] == "sparse"
+        assert ("output" in response.json()) == ("output" in returns)
+    assert "certified_unread" not in found[("output",)]["error"]
+    assert 0 <= found[("certificate",)]["error"]["certified_unread"] < 0.5
+    assert found[("output", "certificate")]["error"] == found[("certificate",)]["error"]
+    exact = call("POST", "/v1/attention", json=SMALL | {"returns": ["certificate"]})
+    assert exact.status_code == 200
+    assert "output" not in exact.json()
+    assert "certified_unread" not in exact.json()["error"]
+
+
 def test_attention_as_json(call: Any) -> None:
     response = call("POST", "/v1/attention", json=SMALL)
     body = response.json()
@@ -564,7 +588,7 @@ def test_a_body_is_as_long_as_it_says(engine: Engine, said: bytes, sent: int) ->
         messages.append(message)
 
     asyncio.run(create_app(engine)(scope, receive, send))
-    is_counted = len(said) < 20  # a number that nobody means is not one
+    is_counted = len(said) < 20  # an absurd number is not a length
     assert messages[0]["status"] == (400 if is_counted else 422)
-    assert (b"content-length says" in messages[1]["body"]) == is_counted
+    assert (b"content-length: expected" in messages[1]["body"]) == is_counted
     assert engine.admission.inflight_bytes == 0

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol without a server: bodies as tritonclient 2.73 writes and reads them, and refusals."""
+"""The Open Inference Protocol without a server: bodies as tritonclient 2.73 writes and reads them, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from service.api import answer as answers
 from service.api.open_inference import http_body as oip_http
 from service.api.open_inference import metadata, parameters
 from service.api.open_inference import protocol as oip
-from service.api.open_inference.protocol import Infer, Input
+from service.api.open_inference.inputs import InferInput
+from service.api.open_inference.protocol import InferRequest
 from service.api.open_inference.tensors import DATATYPES
 from service.core.answer import (
     Answer,
@@ -50,24 +51,24 @@ def answer(tensors: dict[str, torch.Tensor]) -> Answer:
     )
 
 
-def attention(parameters: dict[str, Any] | None = None, outputs: dict[str, bool | None] | None = None) -> Infer:
-    inputs = tuple(Input(name, "FP32", tuple(SAMPLE.shape), SAMPLE) for name in ("query", "key", "value"))
-    return Infer("attention", "", "", inputs, parameters or {}, outputs or {})
+def attention(parameters: dict[str, Any] | None = None, outputs: dict[str, bool | None] | None = None) -> InferRequest:
+    inputs = tuple(InferInput(name, "FP32", tuple(SAMPLE.shape), SAMPLE) for name in ("query", "key", "value"))
+    return InferRequest("attention", "", "", inputs, parameters or {}, outputs or {})
 
 
-def embed(*inputs: Input, **parameters: Any) -> Infer:
-    return Infer("mini", "1", "", inputs, parameters)
+def embed(*inputs: InferInput, **parameters: Any) -> InferRequest:
+    return InferRequest("mini", "1", "", inputs, parameters)
 
 
-def tensor(name: str, value: torch.Tensor) -> Input:
-    return Input(name, DATATYPES[value.dtype], tuple(value.shape), value)
+def tensor(name: str, value: torch.Tensor) -> InferInput:
+    return InferInput(name, DATATYPES[value.dtype], tuple(value.shape), value)
 
 
-def text(*strings: bytes, shape: tuple[int, ...] | None = None) -> Input:
-    return Input("text", "BYTES", shape or (len(strings),), list(strings))
+def text(*strings: bytes, shape: tuple[int, ...] | None = None) -> InferInput:
+    return InferInput("text", "BYTES", shape or (len(strings),), list(strings))
 
 
-def parse(infer: Infer, **more: Any) -> Request:
+def parse(infer: InferRequest, **more: Any) -> Request:
     return oip.parse_infer(infer, [INFO], request_id="req-1", **more)
 
 
@@ -87,9 +88,9 @@ def refused(call: Callable[[], object], says: str, kind: Kind = Kind.INVALID) ->
 # models and metadata
 
 
-def test_an_unknown_model_is_told_the_known_ones() -> None:
+def test_an_unknown_model_error_names_the_served_ones() -> None:
     error = refused(
-        lambda: metadata.find_model("bert", "", [INFO]), "'bert' is not served; there are: attention, mini", NF
+        lambda: metadata.find_model("bert", "", [INFO]), "'bert' is not served; expected one of attention, mini", NF
     )
     assert error.param == "model"
 
@@ -101,7 +102,7 @@ NF = Kind.NOT_FOUND
 def test_versions(name: str) -> None:
     for version in ("", "1"):
         metadata.find_model(name, version, [INFO])
-    refused(lambda: metadata.find_model(name, "2", [INFO]), "version '1' only, not '2'", NF)
+    refused(lambda: metadata.find_model(name, "2", [INFO]), "expected version '1', got '2'", NF)
 
 
 def test_metadata() -> None:
@@ -109,7 +110,13 @@ def test_metadata() -> None:
     assert metadata.server_metadata()["extensions"] == ["binary_tensor_data"]
     document = metadata.model_metadata("attention", "", [INFO])
     assert document["inputs"][0] == {"name": "query", "datatype": "FP32", "shape": [-1, -1, -1, -1]}
-    assert [one["name"] for one in document["outputs"]] == ["output", "lse", "weights", "top_weights", "top_indices"]
+    assert [output["name"] for output in document["outputs"]] == [
+        "output",
+        "lse",
+        "weights",
+        "top_weights",
+        "top_indices",
+    ]
     document = metadata.model_metadata("mini", "", [INFO])
     assert document["versions"] == ["1"]
     assert document["platform"] == "farsight_torch"
@@ -145,10 +152,10 @@ def test_options_by_json_and_by_strings_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("parameters", "param", "says"),
     [
-        ({"mod": "dense"}, "mod", "parameter 'mod' is unknown; there are: is_causal"),
+        ({"mod": "dense"}, "mod", "unknown parameter 'mod'; expected one of is_causal"),
         ({"mode": "fast"}, "mode", "mode: Input should be 'auto'"),
         ({"max_error": 2}, "max_error", "max_error: "),
-        ({"window": "[-1"}, "window", "window: expected a list, as JSON text"),
+        ({"window": "[-1"}, "window", "window: expected a list, or a list as JSON text"),
         ({"window": "[-2, 0]"}, "window", "window.0: "),
         ({"window": 5}, "window", "window: "),
         ({"returns": "[]"}, "returns", "returns: "),
@@ -158,7 +165,7 @@ def test_options_by_json_and_by_strings_are_the_same() -> None:
         ({"priority": -1}, "priority", "priority: "),
         ({"priority": True}, "priority", "priority: "),
         ({"priority": "high"}, "priority", "priority: "),
-        ({"sequence_id": 7}, "sequence_id", "sequences are not served"),
+        ({"sequence_id": 7}, "sequence_id", "sequences are not supported"),
         ({"stage": "logits"}, "stage", "stage: Input should be 'raw', 'capped', 'masked' or 'softmax'"),
         ({"stage": "raw"}, "stage", "stage: raw is a stage of weights or top_weights"),
         ({"audit_rows": 100}, "audit_rows", "audit_rows: Input should be 59 or 459"),
@@ -236,7 +243,7 @@ def test_audit_rows() -> None:
 def test_rank_three_comes_and_goes_without_a_batch_axis() -> None:
     inputs = [tensor(name, SAMPLE[0]) for name in ("query", "key", "value")]
     mask = tensor("attn_mask", torch.ones(1, 2, 2, dtype=torch.bool))
-    infer = Infer("attention", "", "", (*inputs, mask), {}, {"output": None, "lse": None})
+    infer = InferRequest("attention", "", "", (*inputs, mask), {}, {"output": None, "lse": None})
     request = parse(infer, tenant="a")
     assert isinstance(request, AttentionRequest)
     assert (request.rank, request.id, request.tenant) == (3, "req-1", "a")
@@ -244,7 +251,7 @@ def test_rank_three_comes_and_goes_without_a_batch_axis() -> None:
     assert request.attn_mask is not None
     assert request.attn_mask.shape == (1, 1, 2, 2)
     sent = oip.outputs(answer({"output": SAMPLE, "lse": torch.zeros(1, 1, 2)}), request)
-    assert {name: list(one.shape) for name, one in sent.items()} == {"output": [1, 2, 4], "lse": [1, 2]}
+    assert {name: list(tensor.shape) for name, tensor in sent.items()} == {"output": [1, 2, 4], "lse": [1, 2]}
 
 
 def test_only_wanted_tensors_are_sent() -> None:
@@ -258,40 +265,50 @@ def test_only_wanted_tensors_are_sent() -> None:
     [
         (lambda inputs: inputs[:2], "input 'value' is missing"),
         (lambda inputs: (*inputs, inputs[0]), "input 'query' is given twice"),
-        (lambda inputs: (*inputs, tensor("bias", SAMPLE)), "input 'bias' is unknown; 'attention' takes query, key"),
-        (lambda inputs: (*inputs, Input("attn_mask", "BYTES", (1,), [b""])), "BYTES is not a tensor of numbers"),
+        (
+            lambda inputs: (*inputs, tensor("bias", SAMPLE)),
+            "unknown input 'bias' of 'attention'; expected one of query, key",
+        ),
+        (
+            lambda inputs: (*inputs, InferInput("attn_mask", "BYTES", (1,), [b""])),
+            "attn_mask: expected a datatype of numbers, got BYTES",
+        ),
         (lambda inputs: (*inputs[:2], tensor("value", SAMPLE[0])), "value: expected"),
     ],
 )
 def test_wrong_inputs(change: Callable[[Any], Any], says: str) -> None:
-    infer = Infer("attention", "", "", change(attention().inputs), {})
+    infer = InferRequest("attention", "", "", change(attention().inputs), {})
     refused(lambda: parse(infer), says)
 
 
-def test_an_unknown_output_is_told_the_known_ones() -> None:
-    refused(lambda: parse(attention(outputs={"out": None})), "output 'out' is unknown; 'attention' gives output, lse")
+def test_an_unknown_output_error_names_the_known_ones() -> None:
+    refused(
+        lambda: parse(attention(outputs={"out": None})),
+        "unknown output 'out' of 'attention'; expected one of output, lse",
+    )
 
 
 # embeddings
 
 
 def test_texts() -> None:
-    for one in (text(b"a", "é".encode()), text(b"a", "é".encode(), shape=(2, 1))):
-        request = parse(embed(one, truncate="end", dimensions=2, priority=3))
+    for texts in (text(b"a", "é".encode()), text(b"a", "é".encode(), shape=(2, 1))):
+        request = parse(embed(texts, truncate="end", dimensions=2, priority=3))
         assert request == ForwardRequest(
             "req-1",
             "mini",
             "embed",
             EmbedOptions(truncate="end", dimensions=2, priority=Priority.BATCH),
             texts=("a", "é"),
+            endpoint="infer",
         )
 
 
 def test_ids_are_cut_to_the_valid_ones() -> None:
     ids = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     mask = torch.tensor([[1, 1, 0], [0, 0, 1], [1, 1, 1]])
-    for one in (mask, mask.bool(), mask.int()):
-        request = parse(embed(tensor("input_ids", ids), tensor("attention_mask", one)))
+    for typed in (mask, mask.bool(), mask.int()):
+        request = parse(embed(tensor("input_ids", ids), tensor("attention_mask", typed)))
         assert isinstance(request, ForwardRequest)
         assert request.token_ids == ((1, 2), (6,), (7, 8, 9))
     request = parse(embed(tensor("input_ids", ids.int())))
@@ -305,8 +322,8 @@ IDS = tensor("input_ids", torch.tensor([[1, 2, 3]]))
 @pytest.mark.parametrize(
     ("infer", "says"),
     [
-        (embed(), "exactly one of the inputs"),
-        (embed(text(b"a"), IDS), "exactly one of the inputs"),
+        (embed(), "inputs: expected exactly one of 'text' and 'input_ids', got none"),
+        (embed(text(b"a"), IDS), "exactly one of 'text' and 'input_ids', got 'text' and 'input_ids'"),
         (embed(text(b"a"), tensor("attention_mask", torch.ones(1, 1))), "belongs to 'input_ids'"),
         (embed(tensor("text", SAMPLE)), "text: expected datatype BYTES, got FP32"),
         (embed(text(b"a", b"b", shape=(1, 2))), r"text: expected shape \[n\] or \[n, 1\], got \[1, 2\]"),
@@ -315,16 +332,22 @@ IDS = tensor("input_ids", torch.tensor([[1, 2, 3]]))
         (embed(tensor("input_ids", SAMPLE[0, 0])), "expected INT64"),
         (embed(IDS, tensor("attention_mask", torch.tensor([[1, 0, 1]]))), "ones and then zeros"),
         (embed(IDS, tensor("attention_mask", torch.tensor([[2, 2, 2]]))), "ones and then zeros"),
-        (embed(IDS, tensor("attention_mask", torch.tensor([[0, 0, 0]]))), "no valid id"),
+        (embed(IDS, tensor("attention_mask", torch.tensor([[0, 0, 0]]))), "expected at least one valid id in each row"),
         (embed(IDS, tensor("attention_mask", torch.tensor([[1, 1]]))), r"expected INT64 or BOOL \[1, 3\]"),
         (embed(IDS, tensor("attention_mask", torch.ones(1, 3))), "expected INT64 or BOOL"),
-        (embed(tensor("input_ids", torch.empty(1, 0, dtype=torch.int64))), "no valid id"),
-        (embed(text(b"a"), is_causal=True), "parameter 'is_causal' is unknown; there are: truncate"),
+        (
+            embed(tensor("input_ids", torch.empty(1, 0, dtype=torch.int64))),
+            "expected at least one valid id in each row",
+        ),
+        (embed(text(b"a"), is_causal=True), "unknown parameter 'is_causal'; expected one of truncate"),
         (embed(text(b"a"), dimensions=0), "dimensions: "),
-        (Infer("mini", "", "", (text(b"a"),), {}, {"logits": None}), "'mini' gives embedding"),
+        (
+            InferRequest("mini", "", "", (text(b"a"),), {}, {"logits": None}),
+            "unknown output 'logits' of 'mini'; expected one of embedding",
+        ),
     ],
 )
-def test_wrong_embed_requests(infer: Infer, says: str) -> None:
+def test_wrong_embed_requests(infer: InferRequest, says: str) -> None:
     refused(lambda: parse(infer), says)
 
 
@@ -354,7 +377,7 @@ TEXT_JSON = (
 RAW = struct.pack("<8f", *range(8))
 
 
-def http(head: str, raw: bytes = b"", model: str = "attention") -> Infer:
+def http(head: str, raw: bytes = b"", model: str = "attention") -> InferRequest:
     return oip_http.parse_http(head.encode() + raw, len(head) if raw else None, model=model)
 
 
@@ -364,7 +387,7 @@ def test_a_binary_body(make: Any) -> None:
     infer = oip_http.parse_http(body, len(BINARY), model="attention", model_version="1")
     request = parse(infer)
     assert isinstance(request, AttentionRequest)
-    assert all(torch.equal(one, SAMPLE) for one in (request.query, request.key, request.value))
+    assert all(torch.equal(given, SAMPLE) for given in (request.query, request.key, request.value))
     assert infer.is_binary("output")
 
 
@@ -445,7 +468,7 @@ def test_an_answer_reads_the_same_in_every_form(flags: tuple[bool, bool]) -> Non
     assert (length is None) == (flags == (False, False))
     found = read_as_tritonclient(body, length)
     assert list(found) == list(tensors)
-    assert all(np.array_equal(found[name], one.numpy()) for name, one in tensors.items())
+    assert all(np.array_equal(found[name], sent.numpy()) for name, sent in tensors.items())
     head = json.loads(body[:length])
     assert (head["model_name"], head["model_version"]) == ("attention", "1")
     assert head["parameters"] == answers.headers(answer(tensors))
@@ -471,18 +494,28 @@ def test_an_infinite_value_is_null_in_json() -> None:
         ("[1]", b"", Kind.INVALID, "Input should be"),
         ('{"inputs":[]}', b"", Kind.INVALID, "inputs: "),
         (BINARY, RAW * 2, Kind.MALFORMED, "value: expected 32 binary bytes, got 0"),
-        (BINARY, RAW * 4, Kind.MALFORMED, "inputs name 96 binary bytes, got 128"),
+        (BINARY, RAW * 4, Kind.MALFORMED, "inputs: expected 96 binary bytes, got 128"),
         (BINARY.replace("[1,1,2,4]", "[1,1,2,5]"), RAW * 3, Kind.INVALID, "takes 40 bytes, got 32"),
         (BINARY.replace("[1,1,2,4]", "[1,1,-2,4]"), RAW * 3, Kind.INVALID, "negative dimension"),
         (BINARY.replace("[1,1,2,4]", "[1,1,2.5,4]"), RAW * 3, Kind.INVALID, "inputs.0.shape.2"),
         (BINARY.replace(':{"binary_data_size":32}', ":{}"), RAW * 3, Kind.INVALID, "exactly one of data and binary"),
-        (BINARY.replace('_size":32', '_size":-32'), RAW * 3, Kind.INVALID, "not a number of bytes"),
-        (BINARY.replace('_size":32', '_size":true'), RAW * 3, Kind.INVALID, "not a number of bytes"),
+        (
+            BINARY.replace('_size":32', '_size":-32'),
+            RAW * 3,
+            Kind.INVALID,
+            "binary_data_size: expected a number of bytes",
+        ),
+        (
+            BINARY.replace('_size":32', '_size":true'),
+            RAW * 3,
+            Kind.INVALID,
+            "binary_data_size: expected a number of bytes",
+        ),
         (
             BINARY.replace("binary_data_size", "shared_memory_region"),
             RAW,
             Kind.INVALID,
-            "'shared_memory_region' is unkn",
+            "unknown parameter 'shared_memory_region'",
         ),
         (BINARY.replace('_output":true', '_output":1'), RAW * 3, Kind.INVALID, "binary_data_output: expected true"),
         (MIXED.replace('"lse"', '"output"'), RAW * 2, Kind.INVALID, "'output' is requested twice"),
@@ -490,7 +523,7 @@ def test_an_infinite_value_is_null_in_json() -> None:
             MIXED.replace('"binary_data":true', '"classification":3'),
             RAW * 2,
             Kind.INVALID,
-            "'classification' is unknown",
+            "unknown parameter 'classification'",
         ),
         (
             MIXED.replace('"datatype":"FP32","data"', '"datatype":"BF16","data"'),
@@ -508,7 +541,9 @@ def test_wrong_bodies(head: str, raw: bytes, kind: Kind, says: str) -> None:
 @pytest.mark.parametrize("length", [-1, 0, 10**9])
 def test_a_header_length_outside_of_the_body(length: int) -> None:
     refused(
-        lambda: oip_http.parse_http(b"{}", length, model="attention"), "not within the body of 2 bytes", Kind.MALFORMED
+        lambda: oip_http.parse_http(b"{}", length, model="attention"),
+        f"expected 1 to 2 bytes, got {length}",
+        Kind.MALFORMED,
     )
 
 

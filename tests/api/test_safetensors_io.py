@@ -1,4 +1,4 @@
-"""safetensors in and out without copies, beside the library's own reader and writer."""
+"""safetensors read and written without copies, compared with the library's own reader and writer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_the_library_writes_is_read() -> None:
     tensors, options = tensors_from_safetensors(body)
     assert options == {"is_causal": True}
     assert set(tensors) == set(TENSORS)
-    assert all(torch.equal(tensors[name], one) and tensors[name].dtype == one.dtype for name, one in TENSORS.items())
+    assert all(torch.equal(tensors[name], sent) and tensors[name].dtype == sent.dtype for name, sent in TENSORS.items())
 
 
 def test_tensors_share_the_memory_of_the_body() -> None:
@@ -56,7 +56,7 @@ def test_the_library_reads_what_is_written(tmp_path: Any) -> None:
     body = b"".join(parts)
     read = load(body)
     assert set(read) == set(tensors)
-    assert all(torch.equal(read[name], one) for name, one in tensors.items())
+    assert all(torch.equal(read[name], written) for name, written in tensors.items())
     path = tmp_path / "answer.safetensors"
     path.write_bytes(body)
     with safe_open(path, "pt") as opened:
@@ -79,12 +79,15 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"", "a header of 0 bytes"),
         (b"\xff" * 16, "a header of"),
         ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b" " * (MAX_HEADER_BYTES + 2), "a header of"),
-        (written([]), "must be a JSON object"),
+        (written([]), "expected a JSON object, got list"),
         (written({"__metadata__": {"options": 3}}), "must map names to text"),
-        (written({"query": 3}), "'query' is not described"),
-        (written({"query": {**ENTRY, "more": 1}}, b"\0" * 8), "'query' is not described"),
-        (written({"query": {**ENTRY, "dtype": []}}, b"\0" * 8), "'query' is not described"),
-        (written({"query": {**ENTRY, "shape": [-2]}}, b"\0" * 8), "'query' is not described"),
+        (written({"query": 3}), "'query' needs exactly dtype, shape and data_offsets"),
+        (written({"query": {**ENTRY, "more": 1}}, b"\0" * 8), "'query' needs exactly dtype, shape and data_offsets"),
+        (written({"query": {**ENTRY, "dtype": []}}, b"\0" * 8), "'query' needs exactly dtype, shape and data_offsets"),
+        (
+            written({"query": {**ENTRY, "shape": [-2]}}, b"\0" * 8),
+            "'query' needs exactly dtype, shape and data_offsets",
+        ),
         (written({"query": ENTRY}, b"\0" * 9), "its tensors take 8 bytes, it has 9"),
         (written({"query": ENTRY}, b"\0" * 7), "its tensors take 8 bytes, it has 7"),
         (written({"query": ENTRY, "key": ENTRY}, b"\0" * 8), "does not begin at byte 8"),

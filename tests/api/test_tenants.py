@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-import torch
 from prometheus_client import CollectorRegistry
 
 from service.api.grpc import methods
+from service.api.handler import Handler
 from service.api.http.app import create_app
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.billing.ledger import LocalLedger
@@ -23,6 +23,7 @@ from service.engine.engine import Engine
 from service.telemetry.metrics import Metrics
 from tests.api.test_grpc import SAMPLE, Context, attention
 from tests.api.test_http import SMALL
+from tests.engines import another
 
 TENANTS = (
     TenantConfig(name="root", key_sha256=(key_hash("root-key"),), is_admin=True),
@@ -39,7 +40,7 @@ def closed(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         update={"tenants": TENANTS, "state_dir": tmp_path_factory.mktemp("state"), "model_control": True}
     )
     metrics, bank = Metrics(CollectorRegistry()), LocalLedger(config.ledger)
-    other = Engine(config, metrics, engine.profile, engine.models, torch.device("cpu"), 2, bank=bank)
+    other = another(engine, config, metrics=metrics, ledger=bank)
     yield other
     other.close()
 
@@ -164,7 +165,7 @@ def test_a_dry_run_is_priced_and_does_not_run(call: Any, closed: Engine, path: s
 
 class Service(methods.GrpcMethods):
     def __init__(self, engine: Engine) -> None:
-        self.door = engine
+        self.handler = Handler(engine)
 
 
 def test_grpc_takes_the_same_keys(closed: Engine) -> None:

@@ -66,11 +66,11 @@ def test_large_buffers_are_shared_without_a_warning(make: Any) -> None:
     data = make(8192 * 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one = tensors.from_raw("x", "FP32", [4096], memoryview(data)[: 4096 * 4])
-        two = tensors.from_raw("x", "FP32", [4096], memoryview(data)[4096 * 4 :])
-    assert isinstance(one, torch.Tensor)
-    assert isinstance(two, torch.Tensor)
-    assert two.data_ptr() - one.data_ptr() == 4096 * 4
+        first = tensors.from_raw("x", "FP32", [4096], memoryview(data)[: 4096 * 4])
+        second = tensors.from_raw("x", "FP32", [4096], memoryview(data)[4096 * 4 :])
+    assert isinstance(first, torch.Tensor)
+    assert isinstance(second, torch.Tensor)
+    assert second.data_ptr() - first.data_ptr() == 4096 * 4
 
 
 def test_a_shared_buffer_outlives_its_name() -> None:
@@ -123,7 +123,7 @@ def test_a_scalar_has_one_element() -> None:
         ("FP32", [-1, 4], bytes(16), "negative"),
         ("FP32", [-2, -2], bytes(16), "negative"),
         ("FP32", [1] * 9, bytes(4), "9 dimensions"),
-        ("UINT8", [4], bytes(4), "'UINT8' is not one of"),
+        ("UINT8", [4], bytes(4), "datatype: expected one of .*, got 'UINT8'"),
         ("BOOL", [2], b"\x01\x02", "0 or 1"),
         ("BYTES", [2**40], b"", "at least 4398046511104 bytes, got 0"),
         ("BYTES", [1], b"\xff\xff\xff\xffa", "4294967295 bytes long, 1 bytes are left"),
@@ -146,19 +146,19 @@ def test_raw_refusals_name_the_numbers(datatype: str, shape: list[int], data: by
         ("BF16", [1], [1.0], "BF16 has no form"),
         ("FP32", [2], [1.0], "takes 2 elements, got 1"),
         ("FP32", [2], [[1.0], [2.0, 3.0]], "one shape"),
-        ("FP32", [2], ["1.0", "2.0"], "not all FP32"),
-        ("FP32", [2], [1.0, None], "not all FP32"),
-        ("FP32", [1], [True], "not all FP32"),
-        ("FP32", [1], {"a": 1}, "not all FP32"),
-        ("INT64", [1], [1.5], "not all INT64"),
-        ("INT64", [1], [2**63], "outside of INT64"),
-        ("INT64", [1], [2**70], "not all INT64"),
-        ("INT32", [1], [2**31], "outside of INT32"),
-        ("BOOL", [1], [1], "not all BOOL"),
-        ("BYTES", [1], [1], "not all BYTES"),
+        ("FP32", [2], ["1.0", "2.0"], "expected all FP32"),
+        ("FP32", [2], [1.0, None], "expected all FP32"),
+        ("FP32", [1], [True], "expected all FP32"),
+        ("FP32", [1], {"a": 1}, "expected all FP32"),
+        ("INT64", [1], [1.5], "expected all INT64"),
+        ("INT64", [1], [2**63], "outside the range of INT64"),
+        ("INT64", [1], [2**70], "expected all INT64"),
+        ("INT32", [1], [2**31], "outside the range of INT32"),
+        ("BOOL", [1], [1], "expected all BOOL"),
+        ("BYTES", [1], [1], "expected all BYTES"),
         ("BYTES", [2], ["a"], "takes 2 elements, got 1"),
         ("BYTES", [1], ["\ud800"], "UTF-8"),
-        ("UINT8", [1], [1], "is not one of"),
+        ("UINT8", [1], [1], "datatype: expected one of .*, got 'UINT8'"),
         ("BYTES", [1], nested("a", 900), "nested deeper"),
         ("FP32", [1], nested(1.0, 900), "one shape"),
     ],

@@ -129,7 +129,7 @@ def test_score_of_a_target_given_its_source(call: Any) -> None:
     missing = call("/v1/score", model="translator", input=TEXTS[0])
     assert "scores a target given its source" in missing.json()["error"]["message"]
     unequal = call("/v1/score", model="translator", source=TEXTS, target=TEXTS[:1])
-    assert "equally many, got 3 and 1" in unequal.json()["error"]["message"]
+    assert "expected the same number, got 3 and 1" in unequal.json()["error"]["message"]
 
 
 def test_explain(call: Any) -> None:
@@ -161,7 +161,12 @@ def hidden(layer: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
-        ("/v1/classify", {"model": "vision", "images": ["%%%"]}, 422, "image 0 is not base64; URLs are not fetched"),
+        (
+            "/v1/classify",
+            {"model": "vision", "images": ["%%%"]},
+            422,
+            "image 0: expected base64 (URLs are not fetched)",
+        ),
         ("/v1/classify", {"model": "vision", "images": ["https://example.org/a.png"]}, 422, "URLs are not fetched"),
         ("/v1/classify", {"model": "vision", "images": ["AAAA"]}, 422, "image 0"),
         ("/v1/classify", {"model": "vision", "images": []}, 422, "at least one"),
@@ -173,7 +178,12 @@ def hidden(layer: int) -> dict[str, Any]:
         ("/v1/classify", {"model": "classifier", "input": ["a"] * 10_000}, 413, "10000 items"),
         ("/v1/rerank", {"model": "ranker", "query": "a", "documents": []}, 422, "documents"),
         ("/v1/explain", {"model": "decoder", "text": "a", "query": "a" * 300}, 422, "query"),
-        ("/v1/explain", {"model": "decoder", "text": "a", "query": 0, "layers": [3]}, 422, "outside the 3 layers"),
+        (
+            "/v1/explain",
+            {"model": "decoder", "text": "a", "query": 0, "layers": [3]},
+            422,
+            "layers: expected -3..2, got 3",
+        ),
         ("/v1/score", {"model": "decoder", "source": "a", "target": "b"}, 422, "without source and target"),
         ("/v1/score", {"model": "decoder", "input": ["it"] * 300, "top_k": 100}, 413, "30000 next tokens"),
         ("/v2/models/decoder/infer", hidden(99), 422, "layer: expected -4..3, got 99"),

@@ -7,17 +7,42 @@ from dataclasses import dataclass, replace
 import torch
 from hypothesis import strategies as st
 
-from service.attention import reference
+from service.attention import dispatch, reference
 from service.attention.masks import MaskSpec
-from service.attention.output import AttentionOutput
-from service.core.plan import Cost, Plan, PlanKind
+from service.attention.output import DEFAULT_SCORING, AttentionOutput, Checkpoint, Scoring
+from service.attention.segments import Segment, join, split
+from service.attention.sparse import attend as sparse
+from service.attention.sparse.selection import SelectionSettings, select
+from service.core.plan import PlanKind
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def plan_of(kind: PlanKind | str, block_size: int = 16, epsilon: float = 1e-7) -> Plan:
-    """With so small an epsilon sparse attention drops nothing that can be told from rounding."""
-    return Plan(PlanKind(kind), Cost(0, 0, 0, 0), 0.0, "test", block_size, None, epsilon)
+# with so small an epsilon sparse attention drops nothing that can be told from rounding
+FINE = SelectionSettings(block_size=16, epsilon=1e-7)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kind: PlanKind,
+    mask: MaskSpec,
+    *,
+    settings: SelectionSettings = FINE,
+    scoring: Scoring = DEFAULT_SCORING,
+    checkpoint: Checkpoint | None = None,
+) -> AttentionOutput:
+    """`dispatch.attend`, but sparse attention selects with `settings`."""
+    if kind is not PlanKind.SPARSE:
+        return dispatch.attend(query, key, value, kind, mask, scoring=scoring, checkpoint=checkpoint)
+
+    def run(segment: Segment) -> AttentionOutput:
+        inputs = *segment.tensors, segment.mask
+        chosen = select(*inputs, settings, scoring=scoring, checkpoint=checkpoint)
+        return sparse.attend(*inputs, chosen, scoring=scoring, checkpoint=checkpoint)
+
+    return join(query, value, split(query, key, value, mask), run)
 
 
 def assert_within_budget(
@@ -26,13 +51,11 @@ def assert_within_budget(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: MaskSpec,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
 ) -> None:
     """`output` may err at most twice as much as naive attention of the same dtype (rule of flash-attention's tests)."""
-    options = {"scale": scale, "softcap": softcap}
-    exact = reference.attend(query.double(), key.double(), value.double(), _double(mask), **options)
-    naive = reference.attend(query, key, value, mask, **options)
+    exact = reference.attend(query.double(), key.double(), value.double(), _double(mask), scoring=scoring)
+    naive = reference.attend(query, key, value, mask, scoring=scoring)
     eps = torch.finfo(query.dtype).eps
 
     def worst(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -70,8 +93,8 @@ class Case:
         return self.query, self.key, self.value
 
     @property
-    def options(self) -> dict[str, float | None]:
-        return {"scale": self.scale, "softcap": self.softcap}
+    def scoring(self) -> Scoring:
+        return Scoring(self.scale, self.softcap)
 
 
 @st.composite

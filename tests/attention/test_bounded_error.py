@@ -1,39 +1,40 @@
 """The promise: no answer is further off than allowed without being replaced, and every replacement is told."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from service.attention import attend, select_blocks
+from service.attention.dispatch import attend
 from service.attention.masks import MaskSpec
+from service.attention.output import Scoring
 from service.attention.pairs import visible_pairs
-from service.attention.segments import split
 from service.attention.sparse import attend as sparse
-from service.attention.sparse.bounded_error import attend_with_error_bound, tighter
-from service.attention.synthetic import diffuse, structured
+from service.attention.sparse import bounded_error
+from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound, tighter
+from service.attention.sparse.selection import SelectionSettings, select
+from service.attention.synthetic import InputShape, diffuse, structured
 from service.core.answer import ErrorReport
 from service.core.plan import PlanKind
-
-from .helpers import plan_of
 
 CAUSAL = MaskSpec(is_causal=True)
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return structured(1, 4, 2, 2048, 64, seed=1)
+    return structured(InputShape(1, 4, 2, 2048, 64), seed=1)
 
 
-@pytest.mark.parametrize("kind", [PlanKind.DENSE, PlanKind.CHUNKED])
-def test_exact_plans_just_run(inputs, kind):
-    checked = attend_with_error_bound(*inputs, plan_of(kind), CAUSAL, max_error=0.02)
-    assert torch.equal(checked.out, attend(*inputs, kind, CAUSAL).out)
-    assert checked.error == ErrorReport()
-    assert (checked.kind, checked.density, checked.reason) == (kind, None, "")
-    assert checked.pairs_scored == 4 * 2048 * 2049 // 2
+def bound_of(epsilon: float, max_error: float, exact_kind: PlanKind = PlanKind.DENSE, **fields: Any) -> ErrorBound:
+    return ErrorBound(max_error, exact_kind, epsilon, block_size=64, **fields)
+
+
+def forced(epsilon: float, max_error: float, **fields: Any) -> ErrorBound:
+    return bound_of(epsilon, max_error, max_density=None, **fields)
 
 
 def test_sparse_is_measured(inputs):
-    checked = attend_with_error_bound(*inputs, plan_of("sparse", 64, 0.02), CAUSAL, max_error=0.02, max_density=0.6)
+    checked = attend_with_error_bound(*inputs, CAUSAL, bound_of(0.02, 0.02, max_density=0.6))
     exact = attend(*inputs, PlanKind.DENSE, CAUSAL)
     true = float((checked.out - exact.out).norm() / exact.out.norm())
     assert checked.kind is PlanKind.SPARSE
@@ -46,8 +47,8 @@ def test_sparse_is_measured(inputs):
 
 def test_too_dense_goes_exact_before_any_sparse_work(monkeypatch):
     monkeypatch.setattr(sparse, "attend", None)
-    tensors = diffuse(1, 2, 2, 1024, 32)
-    checked = attend_with_error_bound(*tensors, plan_of("sparse", 64, 0.02), CAUSAL, max_error=0.02)
+    tensors = diffuse(InputShape(1, 2, 2, 1024, 32))
+    checked = attend_with_error_bound(*tensors, CAUSAL, bound_of(0.02, 0.02))
     assert (checked.kind, checked.error, checked.density) == (PlanKind.DENSE, ErrorReport(), None)
     assert checked.reason.startswith("predicted density ")
     assert checked.reason.endswith(" > 0.5 with epsilon 0.02")
@@ -55,21 +56,19 @@ def test_too_dense_goes_exact_before_any_sparse_work(monkeypatch):
 
 
 def test_forced_sparse_runs_even_where_it_saves_nothing():
-    tensors = diffuse(1, 2, 2, 1024, 32)
-    checked = attend_with_error_bound(*tensors, plan_of("sparse", 64, 0.02), CAUSAL, max_error=0.05, forced=True)
+    tensors = diffuse(InputShape(1, 2, 2, 1024, 32))
+    checked = attend_with_error_bound(*tensors, CAUSAL, forced(0.02, 0.05))
     assert checked.kind is PlanKind.SPARSE
     assert checked.density is not None
     assert checked.density > 0.9
     assert checked.error.relative_l2_upper <= 0.05
 
 
-@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("max_density", [None, 1.0])
 @pytest.mark.parametrize("kind", [PlanKind.DENSE, PlanKind.CHUNKED])
-def test_over_the_bound_is_recomputed_and_told(inputs, forced, kind):
-    plan = plan_of("sparse", 64, 0.5)
-    checked = attend_with_error_bound(
-        *inputs, plan, CAUSAL, max_error=1e-3, forced=forced, exact_kind=kind, max_density=1.0
-    )
+def test_over_the_bound_is_recomputed_and_told(inputs, max_density, kind):
+    bound = bound_of(0.5, 1e-3, kind, max_density=max_density)
+    checked = attend_with_error_bound(*inputs, CAUSAL, bound)
     assert torch.equal(checked.out, attend(*inputs, kind, CAUSAL).out)
     assert (checked.kind, checked.error.kind, checked.error.fallback) == (kind, "exact", True)
     assert checked.error.rejected_relative_l2_upper is not None
@@ -88,8 +87,8 @@ def test_over_the_bound_is_recomputed_and_told(inputs, forced, kind):
     ids=["ragged", "window", "mask"],
 )
 def test_masks_and_ragged_batches(mask):
-    tensors = structured(3, 2, 1, 1024, 32, torch.bfloat16, seed=3, topic_tokens=128)
-    checked = attend_with_error_bound(*tensors, plan_of("sparse", 64, 0.02), mask, max_error=0.03, forced=True)
+    tensors = structured(InputShape(3, 2, 1, 1024, 32), torch.bfloat16, seed=3, topic_tokens=128)
+    checked = attend_with_error_bound(*tensors, mask, forced(0.02, 0.03))
     exact = attend(*tensors, PlanKind.DENSE, mask)
     assert checked.kind is PlanKind.SPARSE
     assert float((checked.out.double() - exact.out.double()).norm() / exact.out.double().norm()) < 0.03
@@ -99,11 +98,10 @@ def test_masks_and_ragged_batches(mask):
 
 
 def test_a_tighter_epsilon_is_tried_once_and_told(inputs):
-    plan = plan_of("sparse", 64, 1.0)
-    first = attend_with_error_bound(*inputs, plan, CAUSAL, max_error=1.0, max_density=1.0)
+    first = attend_with_error_bound(*inputs, CAUSAL, bound_of(1.0, 1.0, max_density=1.0))
     assert (first.epsilon, first.reason) == (1.0, "")
     bound = first.error.relative_l2_upper / 2
-    checked = attend_with_error_bound(*inputs, plan, CAUSAL, max_error=bound, max_density=1.0)
+    checked = attend_with_error_bound(*inputs, CAUSAL, bound_of(1.0, bound, max_density=1.0))
     exact = attend(*inputs, PlanKind.DENSE, CAUSAL)
     assert checked.kind is PlanKind.SPARSE
     assert checked.epsilon == pytest.approx(tighter(2.0))
@@ -115,33 +113,47 @@ def test_a_tighter_epsilon_is_tried_once_and_told(inputs):
 
 
 def test_a_mask_of_every_rows_own_goes_exact_rather_than_wrong():
-    tensors = structured(1, 2, 1, 1024, 32, seed=3, topic_tokens=128)
+    tensors = structured(InputShape(1, 2, 1, 1024, 32), seed=3, topic_tokens=128)
     mask = MaskSpec(attn_mask=torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0)) > 0.2)
-    checked = attend_with_error_bound(*tensors, plan_of("sparse", 64, 0.3), mask, max_error=0.03, forced=True)
+    checked = attend_with_error_bound(*tensors, mask, forced(0.3, 0.03, needs_certificate=True))
     assert (checked.kind, checked.error.fallback) == (PlanKind.DENSE, True)
     assert checked.error.certified_unread is None
 
 
+def clusters(draw: torch.Generator, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """16 tight clusters of 64 keys each, and queries near their own cluster."""
+    centres = 8 * torch.nn.functional.normalize(torch.randn(1, heads, 16, 32, generator=draw), dim=3)
+    key = centres.repeat_interleave(64, 2) + 0.02 * torch.randn(1, heads, 1024, 32, generator=draw)
+    query = 2 * key + 0.1 * torch.randn(1, heads, 1024, 32, generator=draw)
+    return query, key, torch.randn(1, heads, 1024, 32, generator=draw)
+
+
 def test_what_is_certified_is_true():
     """Keys in tight clusters: their blocks' radii prove how little was left unread; spread keys prove nothing."""
-    draw = torch.Generator().manual_seed(0)
-    centres = 8 * torch.nn.functional.normalize(torch.randn(1, 2, 16, 32, generator=draw), dim=3)
-    key = centres.repeat_interleave(64, 2) + 0.02 * torch.randn(1, 2, 1024, 32, generator=draw)
-    query = 2 * key + 0.1 * torch.randn(1, 2, 1024, 32, generator=draw)
-    value = torch.randn(1, 2, 1024, 32, generator=draw)
-    plan = plan_of("sparse", 64, 0.003)
-    checked = attend_with_error_bound(query, key, value, plan, CAUSAL, max_error=0.1, forced=True)
+    query, key, value = clusters(torch.Generator().manual_seed(0), heads=2)
+    bound = forced(0.003, 0.1, needs_certificate=True)
+    checked = attend_with_error_bound(query, key, value, CAUSAL, bound)
     scores = (query @ key.mT * 32**-0.5).masked_fill(~torch.ones(1024, 1024, dtype=torch.bool).tril(), -torch.inf)
-    one = split(query, key, value, CAUSAL)[0]
-    selection = select_blocks(one, plan, None, None, None)
+    selection = select(query, key, value, CAUSAL, SelectionSettings(64, 0.003))
     output = sparse.attend(query, key, value, CAUSAL, selection)
     unread = float((1 - (output.lse_read - scores.logsumexp(3)).exp()).max())
     assert selection.density < 0.3
     assert 0 < unread <= checked.error.certified_unread < 0.5
 
-    spread = attend_with_error_bound(*structured(1, 2, 2, 1024, 32), plan, CAUSAL, max_error=0.1, forced=True)
+    spread = attend_with_error_bound(*structured(InputShape(1, 2, 2, 1024, 32)), CAUSAL, bound)
     assert spread.kind is PlanKind.SPARSE
     assert spread.error.certified_unread is None
+
+
+def test_a_certificate_is_computed_only_if_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(bounded_error, "unread_mass", None)
+    query, key, value = clusters(torch.Generator().manual_seed(0), heads=2)
+    checked = attend_with_error_bound(query, key, value, CAUSAL, forced(0.003, 0.1))
+    assert checked.kind is PlanKind.SPARSE
+    assert checked.error.certified_unread is None
+    monkeypatch.undo()
+    checked = attend_with_error_bound(query, key, value, CAUSAL, forced(0.003, 0.1, needs_certificate=True))
+    assert checked.error.certified_unread is not None
 
 
 def test_nothing_is_certified_of_a_row_that_read_nothing():
@@ -149,9 +161,7 @@ def test_nothing_is_certified_of_a_row_that_read_nothing():
     query, key, value = torch.zeros(1, 1, 512, 16), torch.randn(1, 1, 512, 16), torch.randn(1, 1, 512, 16)
     attn_mask = torch.arange(512) < 384
     for mask in (MaskSpec(), MaskSpec(attn_mask=attn_mask)):
-        checked = attend_with_error_bound(
-            query, key, value, plan_of("sparse", 64, 0.1), mask, max_error=0.2, forced=True
-        )
+        checked = attend_with_error_bound(query, key, value, mask, forced(0.1, 0.2, needs_certificate=True))
         assert checked.kind is PlanKind.SPARSE
         assert checked.error.recall == 0.0
         assert checked.error.certified_unread is None
@@ -160,17 +170,14 @@ def test_nothing_is_certified_of_a_row_that_read_nothing():
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_certificates_hold_with_biases_and_caps(softcap):
     draw = torch.Generator().manual_seed(1)
-    centres = 8 * torch.nn.functional.normalize(torch.randn(1, 1, 16, 32, generator=draw), dim=3)
-    key = centres.repeat_interleave(64, 2) + 0.02 * torch.randn(1, 1, 1024, 32, generator=draw)
-    query = 2 * key + 0.1 * torch.randn(1, 1, 1024, 32, generator=draw)
-    value = torch.randn(1, 1, 1024, 32, generator=draw)
+    query, key, value = clusters(draw, heads=1)
     bias = torch.randn(1024, generator=draw)
     bias[::7] = -torch.inf
     bias[5] = -110.0  # its share of the block is too small for a number, its mass is not
-    mask, plan = MaskSpec(attn_mask=bias), plan_of("sparse", 64, 0.003)
-    options = {"scale": None, "softcap": softcap}
-    checked = attend_with_error_bound(query, key, value, plan, mask, max_error=0.1, forced=True, **options)
-    selection = select_blocks(split(query, key, value, mask)[0], plan, None, softcap, None)
+    mask, bound = MaskSpec(attn_mask=bias), forced(0.003, 0.1, needs_certificate=True)
+    options = {"scoring": Scoring(softcap=softcap)}
+    checked = attend_with_error_bound(query, key, value, mask, bound, **options)
+    selection = select(query, key, value, mask, SelectionSettings(64, 0.003), **options)
     output = sparse.attend(query, key, value, mask, selection, **options)
     exact = attend(query, key, value, PlanKind.CHUNKED, mask, **options)
     unread = float((1 - (output.lse_read - exact.lse).exp()).max())
@@ -181,30 +188,27 @@ def test_certificates_hold_with_biases_and_caps(softcap):
 
 def test_a_log_sum_exp_that_is_handed_out_is_held_to_the_bound():
     """Values of zero make every output right, and say nothing of the mass that moments stand for."""
-    query, key, _ = structured(1, 2, 2, 1024, 32, seed=3)
+    query, key, _ = structured(InputShape(1, 2, 2, 1024, 32), seed=3)
     value = torch.zeros_like(key)
-    plan = plan_of("sparse", 64, 1.0)
-    loose = attend_with_error_bound(query, key, value, plan, CAUSAL, max_error=0.02, forced=True)
+    loose = attend_with_error_bound(query, key, value, CAUSAL, forced(1.0, 0.02))
     assert loose.kind is PlanKind.SPARSE
     assert loose.error.lse_error > 0.02
-    strict = attend_with_error_bound(query, key, value, plan, CAUSAL, max_error=0.02, forced=True, needs_lse=True)
+    strict = attend_with_error_bound(query, key, value, CAUSAL, forced(1.0, 0.02, needs_lse=True))
     exact = attend(query, key, value, PlanKind.DENSE, CAUSAL)
     assert float((strict.lse - exact.lse).abs().max()) < 0.02
     assert strict.error.fallback or strict.error.lse_error <= 0.02
 
 
 def test_large_values_are_no_reason_to_fail():
-    query, key, value = structured(1, 1, 1, 512, 16, topic_tokens=64)
-    checked = attend_with_error_bound(
-        query, key, value * 1e25, plan_of("sparse", 64, 0.1), CAUSAL, max_error=0.1, forced=True
-    )
+    query, key, value = structured(InputShape(1, 1, 1, 512, 16), topic_tokens=64)
+    checked = attend_with_error_bound(query, key, value * 1e25, CAUSAL, forced(0.1, 0.1))
     assert torch.isfinite(checked.out).all()
 
 
 def test_packed_sequences(inputs):
     cu = (0, 700, 2048)
     mask = MaskSpec(is_causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
-    checked = attend_with_error_bound(*inputs, plan_of("sparse", 64, 0.02), mask, max_error=0.02, forced=True)
+    checked = attend_with_error_bound(*inputs, mask, forced(0.02, 0.02))
     exact = attend(*inputs, PlanKind.DENSE, mask)
     assert checked.kind is PlanKind.SPARSE
     assert float((checked.out - exact.out).norm() / exact.out.norm()) < 0.02
@@ -212,4 +216,4 @@ def test_packed_sequences(inputs):
 
 def test_sparse_cannot_check_itself(inputs):
     with pytest.raises(ValueError, match="exact_kind"):
-        attend_with_error_bound(*inputs, plan_of("sparse"), CAUSAL, max_error=0.1, exact_kind=PlanKind.SPARSE)
+        attend_with_error_bound(*inputs, CAUSAL, bound_of(0.1, 0.1, PlanKind.SPARSE))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.attention import attend
+from service.attention.dispatch import attend
 from service.attention.masks import EXAMPLES, MaskSpec, draw, main, mask_of, row_bounds
 from service.core.options import AttentionOptions
 from service.core.plan import PlanKind

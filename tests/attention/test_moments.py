@@ -7,7 +7,7 @@ from service.attention.output import no_checkpoint
 from service.attention.scores import LOG2_E, Scratch
 from service.attention.sparse import moments
 from service.attention.sparse.moments import BITS, moments_of
-from service.attention.synthetic import diffuse, structured
+from service.attention.synthetic import InputShape, diffuse, structured
 
 
 def of(key, value=None, bias=None, block_size=64):
@@ -89,7 +89,7 @@ def test_estimates_follow_the_overall_spread():
 def test_planted_keys_are_the_outliers(topic_tokens):
     """Whatever the topics' borders are to the blocks'."""
     for seed in range(3):
-        _, key, _ = structured(1, 1, 1, 2048, 64, seed=seed, topic_tokens=topic_tokens, needles=0)
+        _, key, _ = structured(InputShape(1, 1, 1, 2048, 64), seed=seed, topic_tokens=topic_tokens, needles=0)
         key = key[0, 0]
         draw = torch.Generator().manual_seed(seed)
         places = torch.randperm(2040, generator=draw)[:5].sort().values + 8
@@ -102,7 +102,7 @@ def test_planted_keys_are_the_outliers(topic_tokens):
 
 def test_equal_and_random_keys_have_no_outliers():
     assert len(of(torch.randn(1, 16).repeat(256, 1)).outliers) == 0
-    _, key, _ = diffuse(1, 1, 1, 2048, 64)
+    _, key, _ = diffuse(InputShape(1, 1, 1, 2048, 64))
     assert len(of(key[0, 0], block_size=128).outliers) == 0
 
 

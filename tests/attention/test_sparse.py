@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.attention import attend
+from service.attention.dispatch import attend
 from service.attention.masks import MaskSpec
+from service.attention.output import Scoring
 from service.attention.reference import visible
 from service.attention.scores import LOG2_E
 from service.attention.sparse import attend as sparse
 from service.attention.sparse import selection
-from service.attention.sparse.selection import Selection, select
-from service.attention.synthetic import diffuse, plant_needle, structured
+from service.attention.sparse.selection import Selection, SelectionSettings, select
+from service.attention.synthetic import InputShape, diffuse, plant_needle, structured
 from service.core.plan import PlanKind
 
 L = 2048
@@ -39,7 +40,7 @@ def stand_ins_by_hand(chosen: Selection, query_length: int) -> torch.Tensor:
     layout = chosen.layout
     size = layout.rows.shape[1]
     stands = torch.zeros_like(chosen.keep)
-    for b, heads in enumerate(chosen.beside):
+    for b, heads in enumerate(chosen.summarized):
         for h, parts in enumerate(heads):
             for part in parts:
                 stands[b, h, part.blocks, part.columns] = True
@@ -80,11 +81,11 @@ SHAPES = {
 @pytest.mark.parametrize("epsilon", [0.03, 0.5])
 @pytest.mark.parametrize("name", SHAPES)
 def test_execution_is_what_the_selection_says(name, epsilon, monkeypatch):
-    monkeypatch.setattr(selection, "STRIDE", 4)
+    monkeypatch.setattr(selection, "SAMPLE_STRIDE", 4)
     mask, query_length, key_length = SHAPES[name]
-    q, k, v = structured(2, 4, 2, 300, 16, seed=3, topic_tokens=40)
+    q, k, v = structured(InputShape(2, 4, 2, 300, 16), seed=3, topic_tokens=40)
     q, k, v = q[:, :, 300 - query_length :], k[:, :, :key_length], v[:, :, :key_length]
-    chosen = select(q, k, v, mask, 32, epsilon)
+    chosen = select(q, k, v, mask, SelectionSettings(32, epsilon))
     output = sparse.attend(q, k, v, mask, chosen)
     read, stands = read_by_hand(chosen, mask, query_length, key_length), stand_ins_by_hand(chosen, query_length)
     assert output.pairs_scored == int(read.sum()) + int(stands.sum())
@@ -99,7 +100,7 @@ def test_execution_is_what_the_selection_says(name, epsilon, monkeypatch):
 
 
 def test_ragged_lengths_are_each_alone():
-    q, k, v = structured(2, 4, 2, 300, 16, seed=3, topic_tokens=40)
+    q, k, v = structured(InputShape(2, 4, 2, 300, 16), seed=3, topic_tokens=40)
     whole = attend(q, k, v, PlanKind.SPARSE, MaskSpec(kv_lengths=torch.tensor([300, 111])))
     short = attend(q[1:], k[1:, :, :111], v[1:, :, :111], PlanKind.SPARSE, MaskSpec())
     torch.testing.assert_close(whole.out[1:], short.out)
@@ -110,8 +111,8 @@ def test_ragged_lengths_are_each_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("topic_tokens", [200, 256])
 def test_structure_is_found(mask, dtype, topic_tokens):
-    q, k, v = structured(1, 4, 2, L, 64, dtype, seed=1, topic_tokens=topic_tokens)
-    chosen = select(q, k, v, mask, 64, 0.3)
+    q, k, v = structured(InputShape(1, 4, 2, L, 64), dtype, seed=1, topic_tokens=topic_tokens)
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.3))
     exact = attend(q, k, v, PlanKind.DENSE, mask)
     assert chosen.density < 0.3
     assert relative(sparse.attend(q, k, v, mask, chosen).out, exact.out) < 0.02
@@ -119,22 +120,22 @@ def test_structure_is_found(mask, dtype, topic_tokens):
 
 def test_moments_stand_for_what_is_not_read():
     """The same blocks, dropped instead: the error that selection by moments is not about."""
-    q, k, v = structured(1, 4, 2, L, 64, seed=1)
+    q, k, v = structured(InputShape(1, 4, 2, L, 64), seed=1)
     mask = MaskSpec(is_causal=True)
-    chosen = select(q, k, v, mask, 64, 0.5)
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.5))
     exact = attend(q, k, v, PlanKind.DENSE, mask).out
     with_moments = relative(sparse.attend(q, k, v, mask, chosen).out, exact)
-    dropped = relative(sparse.attend(q, k, v, mask, replace(chosen, moments=(), beside=())).out, exact)
+    dropped = relative(sparse.attend(q, k, v, mask, replace(chosen, moments=(), summarized=())).out, exact)
     assert with_moments < 0.25 * dropped
 
 
 def test_epsilon_steers_the_error():
-    q, k, v = structured(1, 4, 4, L, 64, seed=1)
+    q, k, v = structured(InputShape(1, 4, 4, L, 64), seed=1)
     mask = MaskSpec(is_causal=True)
     exact = attend(q, k, v, PlanKind.DENSE, mask).out
     errors, densities = [], []
     for epsilon in (1.0, 0.3, 0.1, 0.03, 0.01):
-        chosen = select(q, k, v, mask, 64, epsilon)
+        chosen = select(q, k, v, mask, SelectionSettings(64, epsilon))
         errors.append(relative(sparse.attend(q, k, v, mask, chosen).out, exact))
         densities.append(chosen.density)
     assert errors == sorted(errors, reverse=True)
@@ -146,28 +147,28 @@ def test_epsilon_steers_the_error():
 @pytest.mark.parametrize("at", [5, 63, 64, 700, 1300])
 def test_a_single_needle_is_not_diluted(at, topic_tokens):
     """At a block's edge, in its middle, in a block that is the border of two topics."""
-    q, k, v = structured(1, 2, 2, L, 64, seed=2, needles=0, topic_tokens=topic_tokens)
+    q, k, v = structured(InputShape(1, 2, 2, L, 64), seed=2, needles=0, topic_tokens=topic_tokens)
     rows = (1400, 1777, 2047)
     plant_needle(q, k, v, at, rows)
     mask = MaskSpec(is_causal=True)
-    chosen = select(q, k, v, mask, 64, 0.3)
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.3))
     out = sparse.attend(q, k, v, mask, chosen).out[:, :, list(rows)]
     torch.testing.assert_close(out, v[:, :, at : at + 1].expand_as(out), atol=0.02, rtol=0)
 
 
 def test_a_needle_in_the_diagonal_block_is_read():
-    q, k, v = structured(1, 2, 2, L, 64, seed=2, needles=0)
+    q, k, v = structured(InputShape(1, 2, 2, L, 64), seed=2, needles=0)
     plant_needle(q, k, v, 1290, (1300,))
     mask = MaskSpec(is_causal=True)
-    out = sparse.attend(q, k, v, mask, select(q, k, v, mask, 64, 0.3)).out[:, :, 1300]
+    out = sparse.attend(q, k, v, mask, select(q, k, v, mask, SelectionSettings(64, 0.3))).out[:, :, 1300]
     torch.testing.assert_close(out, v[:, :, 1290], atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("length", [512, L])
 @pytest.mark.parametrize("mask", [MaskSpec(is_causal=True), MaskSpec()], ids=["causal", "full"])
 def test_diffuse_inputs_are_not_sparse(mask, length):
-    q, k, v = diffuse(1, 2, 2, length, 64)
-    assert select(q, k, v, mask, 128, 0.3).density > 0.9
+    q, k, v = diffuse(InputShape(1, 2, 2, length, 64))
+    assert select(q, k, v, mask, SelectionSettings(128, 0.3)).density > 0.9
 
 
 ADVERSARIES = ["all outliers", "one giant key", "identical keys", "zero values", "opposite halves", "ragged"]
@@ -176,7 +177,7 @@ ADVERSARIES = ["all outliers", "one giant key", "identical keys", "zero values",
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_adversarial_inputs_are_right_or_read(name):
     """Either the error is small, or the selection says that the input is not sparse."""
-    q, k, v = structured(1, 2, 2, 1000 if name == "ragged" else 1024, 32, seed=4, topic_tokens=128)
+    q, k, v = structured(InputShape(1, 2, 2, 1000 if name == "ragged" else 1024, 32), seed=4, topic_tokens=128)
     draw = torch.Generator().manual_seed(0)
     match name:
         case "all outliers":
@@ -191,7 +192,7 @@ def test_adversarial_inputs_are_right_or_read(name):
             k[:, :, ::2] *= -1
     for mask in (MaskSpec(is_causal=True), MaskSpec()):
         exact = attend(q, k, v, PlanKind.DENSE, mask).out
-        chosen = select(q, k, v, mask, 64, 0.1)
+        chosen = select(q, k, v, mask, SelectionSettings(64, 0.1))
         out = sparse.attend(q, k, v, mask, chosen).out
         assert chosen.density > 0.5 or (out - exact).norm() <= 0.02 * exact.norm()
 
@@ -201,7 +202,7 @@ def test_identical_keys_need_not_be_read():
     torch.manual_seed(0)
     k = torch.randn(1, 1, 16, 16).repeat_interleave(32, 2)
     q, v = 3 * torch.randn(1, 1, 512, 16), torch.randn(1, 1, 512, 16)
-    chosen = select(q, k, v, MaskSpec(), 32, 0.1)
+    chosen = select(q, k, v, MaskSpec(), SelectionSettings(32, 0.1))
     assert not chosen.keep.any()
     exact = attend(q, k, v, PlanKind.DENSE, MaskSpec())
     output = sparse.attend(q, k, v, MaskSpec(), chosen)
@@ -216,21 +217,21 @@ def test_spread_counts_where_the_centroid_says_nothing():
     k = along.repeat(1, 1, 512, 1)  # a score of 1, and of +-6 in block 3
     k[0, 0, 192:256] = 6 * along * torch.tensor([1.0, -1.0]).repeat(32)[:, None]
     q = 4.0 * along.repeat(1, 1, 64, 1)
-    keep = select(q, k, torch.randn(1, 1, 512, 16), MaskSpec(), 64, 0.5).keep[0, 0, 0]
+    keep = select(q, k, torch.randn(1, 1, 512, 16), MaskSpec(), SelectionSettings(64, 0.5)).keep[0, 0, 0]
     assert keep.tolist() == [False, False, False, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("by_head", [False, True])
 def test_a_mask_of_keys_steers_the_selection(by_head):
     """The heaviest blocks are hidden: a selection that ignored the mask would keep those and drop what is left."""
-    q, k, v = structured(1, 2, 2, 1024, 32, seed=4, needles=0)
+    q, k, v = structured(InputShape(1, 2, 2, 1024, 32), seed=4, needles=0)
     attn_mask = torch.ones(1, 2, 1, 1024, dtype=torch.bool) if by_head else torch.ones(1024, dtype=torch.bool)
     attn_mask[..., :512] = False
     attn_mask[..., 700:710] = False
     if by_head:
         attn_mask[:, 1, :, :100] = True
     mask = MaskSpec(attn_mask=attn_mask)
-    chosen = select(q, k, v, mask, 64, 0.05)
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.05))
     assert not chosen.keep[:, 0, :, :8].any()
     assert chosen.density < 0.7
     exact = attend(q, k, v, PlanKind.DENSE, mask)
@@ -239,24 +240,24 @@ def test_a_mask_of_keys_steers_the_selection(by_head):
 
 def test_a_bias_steers_the_selection():
     """Attention with linear biases (ALiBi): distance alone makes diffuse inputs sparse."""
-    q, k, v = diffuse(1, 2, 2, 1024, 32)
+    q, k, v = diffuse(InputShape(1, 2, 2, 1024, 32))
     place = torch.arange(1024.0)
     mask = MaskSpec(is_causal=True, attn_mask=-0.1 * (place[:, None] - place).abs())
-    chosen = select(q, k, v, mask, 64, 0.02)
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.02))
     assert chosen.density < 0.4
     exact = attend(q, k, v, PlanKind.DENSE, mask)
     assert relative(sparse.attend(q, k, v, mask, chosen).out, exact.out) < 0.02
 
 
 def test_nan_is_kept_not_dropped():
-    q, k, v = structured(1, 1, 1, 512, 16, topic_tokens=64)
+    q, k, v = structured(InputShape(1, 1, 1, 512, 16), topic_tokens=64)
     q[0, 0, 100] = torch.nan  # of the rows looked at
-    assert select(q, k, v, MaskSpec(), 64, 0.1).keep[0, 0, 1].all()
+    assert select(q, k, v, MaskSpec(), SelectionSettings(64, 0.1)).keep[0, 0, 1].all()
 
 
 def test_partial_blocks_are_kept_and_invisible_ones_never():
-    q, k, v = structured(1, 1, 1, 512, 16, topic_tokens=64)
-    keep = select(q, k, v, MaskSpec(is_causal=True, window=(100, -1)), 64, 0.5).keep[0, 0]
+    q, k, v = structured(InputShape(1, 1, 1, 512, 16), topic_tokens=64)
+    keep = select(q, k, v, MaskSpec(is_causal=True, window=(100, -1)), SelectionSettings(64, 0.5)).keep[0, 0]
     assert keep.diagonal().all()
     assert keep.diagonal(-2).all()  # the window's left edge
     assert not keep.triu(1).any()
@@ -265,14 +266,14 @@ def test_partial_blocks_are_kept_and_invisible_ones_never():
 
 def test_tiles_do_not_change_the_answer(monkeypatch):
     monkeypatch.setattr(selection, "NEGLIGIBLE", 0.0)  # decided tile by tile
-    q, k, v = structured(2, 4, 2, 512, 16, topic_tokens=64)
+    q, k, v = structured(InputShape(2, 4, 2, 512, 16), topic_tokens=64)
     mask = MaskSpec(is_causal=True)
-    whole = select(q, k, v, mask, 32, 0.2)
+    whole = select(q, k, v, mask, SelectionSettings(32, 0.2))
     expected = sparse.attend(q, k, v, mask, whole)
-    for module in (selection, sparse):
-        monkeypatch.setattr(module, "TILE_BYTES", 1)
+    monkeypatch.setattr(selection, "ESTIMATE_TILE_BYTES", 1)
+    monkeypatch.setattr(sparse, "SPARSE_TILE_BYTES", 1)
     calls = []
-    parts = select(q, k, v, mask, 32, 0.2, checkpoint=lambda: calls.append(1))
+    parts = select(q, k, v, mask, SelectionSettings(32, 0.2), checkpoint=lambda: calls.append(1))
     assert torch.equal(whole.keep, parts.keep)
     assert whole.visible == parts.visible
     output = sparse.attend(q, k, v, mask, parts, checkpoint=lambda: calls.append(1))
@@ -281,9 +282,9 @@ def test_tiles_do_not_change_the_answer(monkeypatch):
 
 
 def test_risky_rows_are_worse_than_the_rest():
-    q, k, v = structured(1, 4, 4, L, 64, seed=5)
+    q, k, v = structured(InputShape(1, 4, 4, L, 64), seed=5)
     mask = MaskSpec(is_causal=True)
-    chosen = select(q, k, v, mask, 64, 0.5)
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.5))
     exact = attend(q, k, v, PlanKind.DENSE, mask)
     output = sparse.attend(q, k, v, mask, chosen)
     error = (output.out - exact.out).norm(dim=3)
@@ -294,33 +295,33 @@ def test_risky_rows_are_worse_than_the_rest():
 
 @pytest.mark.parametrize("softcap", [2.0, 10.0])
 def test_softcap_caps_the_estimate_too(softcap):
-    q, k, v = structured(1, 2, 2, 1024, 32, seed=6)
+    q, k, v = structured(InputShape(1, 2, 2, 1024, 32), seed=6)
     mask = MaskSpec(is_causal=True)
-    exact = attend(q, k, v, PlanKind.DENSE, mask, softcap=softcap)
-    chosen = select(q, k, v, mask, 64, 0.05, None, softcap)
-    assert relative(sparse.attend(q, k, v, mask, chosen, softcap=softcap).out, exact.out) < 0.02
+    exact = attend(q, k, v, PlanKind.DENSE, mask, scoring=Scoring(softcap=softcap))
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.05), scoring=Scoring(softcap=softcap))
+    assert relative(sparse.attend(q, k, v, mask, chosen, scoring=Scoring(softcap=softcap)).out, exact.out) < 0.02
 
 
 def test_grouped_heads_share_their_keys():
-    q, k, v = structured(1, 6, 2, 1024, 32, seed=7)
+    q, k, v = structured(InputShape(1, 6, 2, 1024, 32), seed=7)
     mask = MaskSpec(is_causal=True)
-    grouped = sparse.attend(q, k, v, mask, select(q, k, v, mask, 64, 0.2))
+    grouped = sparse.attend(q, k, v, mask, select(q, k, v, mask, SelectionSettings(64, 0.2)))
     k, v = (x.repeat_interleave(3, 1) for x in (k, v))
-    repeated = sparse.attend(q, k, v, mask, select(q, k, v, mask, 64, 0.2))
+    repeated = sparse.attend(q, k, v, mask, select(q, k, v, mask, SelectionSettings(64, 0.2)))
     torch.testing.assert_close(grouped.out, repeated.out)
     assert grouped.pairs_scored == repeated.pairs_scored
 
 
 def test_hidden_keys_leave_no_trace():
     """However large what lies behind a mask: neither moments, outliers nor the scale of the values know of it."""
-    q, k, v = structured(1, 2, 2, 512, 32, seed=8, topic_tokens=64)
+    q, k, v = structured(InputShape(1, 2, 2, 512, 32), seed=8, topic_tokens=64)
     hidden = torch.zeros(512, dtype=torch.bool)
     hidden[100::37] = True
     mask = MaskSpec(attn_mask=~hidden)
-    clean = select(q, k, v, mask, 64, 0.3)
+    clean = select(q, k, v, mask, SelectionSettings(64, 0.3))
     expected = sparse.attend(q, k, v, mask, clean)
     k, v = k.clone(), v.clone()
     k[:, :, hidden], v[:, :, hidden] = 1e6, 1e6
-    chosen = select(q, k, v, mask, 64, 0.3)
+    chosen = select(q, k, v, mask, SelectionSettings(64, 0.3))
     assert torch.equal(chosen.keep, clean.keep)
     torch.testing.assert_close(sparse.attend(q, k, v, mask, chosen).out, expected.out)

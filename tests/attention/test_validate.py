@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from service.attention import attend
+from service.attention.dispatch import attend
 from service.attention.masks import mask_of
 from service.attention.validate import check_attention
 from service.core.options import AttentionOptions

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from service.attention import reference, weights
 from service.attention.masks import MaskSpec
-from service.attention.weights import attention_weights, top_weights
+from service.attention.output import Scoring
+from service.attention.weights import WeightsView, attention_weights, top_weights
 from service.errors import FarsightError
 
 from .helpers import Case, cases
@@ -54,15 +55,15 @@ def assert_top(values: torch.Tensor, indices: torch.Tensor, exact: torch.Tensor,
 def test_weights_times_values_is_attention(case: Case, data):
     q, k, v = (x.float() for x in case.tensors)
     chosen = data.draw(st.none() | st.lists(st.integers(0, q.shape[2] - 1), min_size=1, max_size=5).map(tuple))
-    told = attention_weights(q, k, case.mask, chosen, **case.options)
+    told = attention_weights(q, k, case.mask, WeightsView(chosen), scoring=case.scoring)
     assert told.dtype == torch.float32
-    expected = reference.attend(q.double(), k.double(), v.double(), case.mask, **case.options).out
+    expected = reference.attend(q.double(), k.double(), v.double(), case.mask, scoring=case.scoring).out
     expected = expected if chosen is None else expected[:, :, list(chosen)]
     value = v.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     torch.testing.assert_close(told.double() @ value, expected, atol=1e-5, rtol=1e-4)
 
     top_k = data.draw(st.integers(1, 40))
-    values, indices = top_weights(q, k, case.mask, chosen, top_k, **case.options)
+    values, indices = top_weights(q, k, case.mask, WeightsView(chosen), top_k, scoring=case.scoring)
     assert values.shape == indices.shape == (*told.shape[:3], top_k)
     assert indices.dtype == torch.int64
     kept = min(top_k, k.shape[2])
@@ -81,12 +82,14 @@ def test_every_stage_is_what_it_says(case: Case, data):
     exact = exact_stage(case, stage)
     exact = exact if chosen is None else exact[:, :, list(chosen)]
 
-    told = attention_weights(case.query, case.key, case.mask, chosen, stage=stage, **case.options)
+    told = attention_weights(case.query, case.key, case.mask, WeightsView(chosen, stage), scoring=case.scoring)
     assert told.dtype == torch.float32
     torch.testing.assert_close(told.double(), exact, atol=1e-5, rtol=1e-5)
 
     top_k = data.draw(st.integers(1, 40))
-    values, indices = top_weights(case.query, case.key, case.mask, chosen, top_k, stage=stage, **case.options)
+    values, indices = top_weights(
+        case.query, case.key, case.mask, WeightsView(chosen, stage), top_k, scoring=case.scoring
+    )
     assert values.shape == indices.shape == (*exact.shape[:3], top_k)
     assert (values.dtype, indices.dtype) == (torch.float32, torch.int64)
     assert_top(values, indices, exact, -torch.inf)
@@ -109,10 +112,10 @@ def test_everything_together(stage):
     hidden = 0.0 if stage == "softmax" else -torch.inf
     shown = int((exact[0] != hidden).sum())
     assert shown == 6 * 9 * 11 if stage in ("raw", "capped") else 0 < shown < 6 * 9 * 6
-    told = attention_weights(case.query, case.key, case.mask, stage=stage, **case.options)
+    told = attention_weights(case.query, case.key, case.mask, WeightsView(stage=stage), scoring=case.scoring)
     torch.testing.assert_close(told.double(), exact, atol=1e-5, rtol=1e-5)
     assert (told[2] == hidden).all()
-    values, indices = top_weights(case.query, case.key, case.mask, None, 12, stage=stage, **case.options)
+    values, indices = top_weights(case.query, case.key, case.mask, WeightsView(stage=stage), 12, scoring=case.scoring)
     assert_top(values, indices, exact, hidden)
     assert (indices[0] < 11).all()
     assert (indices[2] == -1).all()
@@ -121,16 +124,17 @@ def test_everything_together(stage):
 @pytest.mark.parametrize("stage", SCORES)
 def test_keys_past_their_length_are_never_read(stage):
     case = together()
-    expected = attention_weights(case.query, case.key, case.mask, stage=stage, **case.options)
+    expected = attention_weights(case.query, case.key, case.mask, WeightsView(stage=stage), scoring=case.scoring)
     case.key[0, :, 11:], case.key[2] = torch.nan, torch.inf
-    told = attention_weights(case.query, case.key, case.mask, stage=stage, **case.options)
+    told = attention_weights(case.query, case.key, case.mask, WeightsView(stage=stage), scoring=case.scoring)
     assert torch.equal(told, expected)
 
 
 def test_the_stages_follow_from_each_other():
     case = together()
     raw, capped, masked, softmax = (
-        attention_weights(case.query, case.key, case.mask, stage=stage, **case.options) for stage in STAGES
+        attention_weights(case.query, case.key, case.mask, WeightsView(stage=stage), scoring=case.scoring)
+        for stage in STAGES
     )
     torch.testing.assert_close(3.0 * torch.tanh(raw / 3.0).masked_fill(raw == -torch.inf, -torch.inf), capped)
     assert not torch.allclose(raw[1], capped[1])
@@ -138,14 +142,19 @@ def test_the_stages_follow_from_each_other():
     bias = case.mask.attn_mask.expand_as(masked)
     torch.testing.assert_close(masked[seen], (capped + bias)[seen])
     torch.testing.assert_close(torch.softmax(masked, -1).nan_to_num(0.0), softmax)
-    plain = attention_weights(case.query, case.key, MaskSpec(), scale=0.7, stage="masked")
-    assert torch.equal(plain, attention_weights(case.query, case.key, MaskSpec(), scale=0.7, stage="raw"))
+    plain = attention_weights(case.query, case.key, MaskSpec(), WeightsView(stage="masked"), scoring=Scoring(0.7))
+    assert torch.equal(
+        plain, attention_weights(case.query, case.key, MaskSpec(), WeightsView(stage="raw"), scoring=Scoring(0.7))
+    )
 
 
 def test_ranks_differ_by_stage():
     query, key = torch.ones(1, 1, 1, 1), torch.tensor([1.0, 2.0, 3.0])[None, None, :, None]
     mask = MaskSpec(attn_mask=torch.tensor([5.0, 0.0, -torch.inf]))
-    found = {stage: top_weights(query, key, mask, top_k=4, stage=stage)[1].flatten().tolist() for stage in STAGES}
+    found = {
+        stage: top_weights(query, key, mask, WeightsView(stage=stage), top_k=4)[1].flatten().tolist()
+        for stage in STAGES
+    }
     ranked, hidden = [2, 1, 0, -1], [0, 1, -1, -1]
     assert found == {"raw": ranked, "capped": ranked, "masked": hidden, "softmax": hidden}
 
@@ -155,19 +164,26 @@ def test_a_score_that_overflows_is_refused_where_it_is_shown():
     for largest in (1e30, -1e30):
         key = torch.tensor([1.0, largest])[None, None, :, None]
         with pytest.raises(FarsightError, match="raw scores overflow") as caught:
-            attention_weights(query, key, MaskSpec(), stage="raw")
+            attention_weights(query, key, MaskSpec(), WeightsView(stage="raw"))
         assert caught.value.code == "non_finite"
-        assert attention_weights(query, key, MaskSpec(), stage="capped", softcap=2.0)[0, 0, 0, 1].abs() == 2
+        assert (
+            attention_weights(query, key, MaskSpec(), WeightsView(stage="capped"), scoring=Scoring(softcap=2.0))[
+                0, 0, 0, 1
+            ].abs()
+            == 2
+        )
         first = MaskSpec(is_causal=True, causal_alignment="top_left")
-        told = attention_weights(query, key, first, stage="masked")
+        told = attention_weights(query, key, first, WeightsView(stage="masked"))
         assert told[0, 0, 0].tolist() == [pytest.approx(1e30), -torch.inf]
     with pytest.raises(FarsightError, match="masked scores overflow"):
-        top_weights(query, key.abs(), MaskSpec(), stage="masked")
+        top_weights(query, key.abs(), MaskSpec(), WeightsView(stage="masked"))
 
 
 def test_the_lowest_number_as_a_bias_hides_nothing_from_the_scores():
     lowest = torch.finfo(torch.float32).min
-    told = attention_weights(*torch.randn(2, 1, 1, 3, 4), MaskSpec(attn_mask=torch.tensor(lowest)), stage="masked")
+    told = attention_weights(
+        *torch.randn(2, 1, 1, 3, 4), MaskSpec(attn_mask=torch.tensor(lowest)), WeightsView(stage="masked")
+    )
     assert (told == lowest).all()
 
 
@@ -175,9 +191,9 @@ def test_the_lowest_number_as_a_bias_hides_nothing_from_the_scores():
 def test_blocks_of_rows_change_nothing(monkeypatch, stage):
     q, k = torch.randn(2, 4, 33, 8), torch.randn(2, 2, 50, 8)
     mask = MaskSpec(is_causal=True, attn_mask=torch.randn(4, 33, 50))
-    whole = attention_weights(q, k, mask, stage=stage)
-    monkeypatch.setattr(weights, "SCRATCH_BYTES", 4 * 4 * 50 * 2)
+    whole = attention_weights(q, k, mask, WeightsView(stage=stage))
+    monkeypatch.setattr(weights, "ROWS_BYTES", 4 * 4 * 50 * 2)
     calls = []
-    parts = attention_weights(q, k, mask, stage=stage, checkpoint=lambda: calls.append(1))
+    parts = attention_weights(q, k, mask, WeightsView(stage=stage), checkpoint=lambda: calls.append(1))
     torch.testing.assert_close(parts, whole)
     assert len(calls) == 2 * 17

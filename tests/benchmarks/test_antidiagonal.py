@@ -9,7 +9,7 @@ from benchmarks import antidiagonal
 from service.attention import dense, reference
 from service.attention.masks import MaskSpec, row_bounds
 from service.attention.sparse import attend as sparse
-from service.attention.synthetic import diffuse, structured
+from service.attention.synthetic import InputShape, diffuse, structured
 from tests.attention.helpers import assert_within_budget
 
 BLOCK = 32
@@ -36,8 +36,8 @@ def visible_blocks(mask: MaskSpec, rows: int, keys: int) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 def test_partial_blocks_are_read_and_invisible_ones_are_not(name: str, rows: int, keys: int) -> None:
-    q = diffuse(2, 4, 2, rows, 16, seed=1)[0]
-    _, k, _ = diffuse(2, 4, 2, keys, 16, seed=2)
+    q = diffuse(InputShape(2, 4, 2, rows, 16), seed=1)[0]
+    _, k, _ = diffuse(InputShape(2, 4, 2, keys, 16), seed=2)
     chosen = antidiagonal.select(q, k, MASKS[name], BLOCK, 0.5)
     seen, whole = visible_blocks(MASKS[name], rows, keys)
     assert chosen.keep.shape == (2, 4, *seen.shape)
@@ -48,8 +48,8 @@ def test_partial_blocks_are_read_and_invisible_ones_are_not(name: str, rows: int
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize(("rows", "keys"), LENGTHS)
 def test_threshold_one_is_exact(name: str, rows: int, keys: int) -> None:
-    q = diffuse(1, 4, 2, rows, 16, seed=3)[0] * 4
-    _, k, v = diffuse(1, 4, 2, keys, 16, seed=4)
+    q = diffuse(InputShape(1, 4, 2, rows, 16), seed=3)[0] * 4
+    _, k, v = diffuse(InputShape(1, 4, 2, keys, 16), seed=4)
     chosen = antidiagonal.select(q, k, MASKS[name], BLOCK, 1.0)
     assert torch.equal(chosen.keep[0, 0], visible_blocks(MASKS[name], rows, keys)[0])
     assert chosen.pairs == chosen.visible
@@ -58,7 +58,7 @@ def test_threshold_one_is_exact(name: str, rows: int, keys: int) -> None:
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_a_heavy_block_is_found_by_the_heads_that_look_for_it(is_causal: bool) -> None:
-    q, k, v = diffuse(1, 4, 2, 512, 16, seed=5)
+    q, k, v = diffuse(InputShape(1, 4, 2, 512, 16), seed=5)
     q *= 0.1
     heavy = torch.zeros(16)
     heavy[0] = 8.0
@@ -75,7 +75,7 @@ def test_a_heavy_block_is_found_by_the_heads_that_look_for_it(is_causal: bool) -
 
 def test_weights_are_those_of_the_antidiagonals() -> None:
     """Where all scores of a tile's antidiagonal are the tile's mean, the estimate is exact."""
-    q, k, _ = diffuse(1, 1, 1, 128, 16, seed=6)
+    q, k, _ = diffuse(InputShape(1, 1, 1, 128, 16), seed=6)
     q, k = (x[:, :, ::16].repeat_interleave(16, 2) for x in (q, k))
     weights = (q[0, 0] @ k[0, 0].T / 4).softmax(1).view(4, BLOCK, 4, BLOCK).sum((1, 3))
     for threshold in (0.3, 0.5, 0.8):
@@ -86,7 +86,9 @@ def test_weights_are_those_of_the_antidiagonals() -> None:
 
 
 def test_more_threshold_more_pairs_and_less_error() -> None:
-    q, k, v = structured(1, 2, 2, 1024, 32, seed=7, topic_tokens=64, needles=0)  # means of sixteen scores miss them
+    q, k, v = structured(
+        InputShape(1, 2, 2, 1024, 32), seed=7, topic_tokens=64, needles=0
+    )  # means of sixteen scores miss them
     mask = MaskSpec(is_causal=True)
     exact = reference.attend(q, k, v, mask).out
     found = []
@@ -101,7 +103,7 @@ def test_more_threshold_more_pairs_and_less_error() -> None:
 
 
 def test_what_cannot_be_estimated_is_refused() -> None:
-    q, k, _ = diffuse(1, 1, 1, 64, 16)
+    q, k, _ = diffuse(InputShape(1, 1, 1, 64, 16))
     with pytest.raises(ValueError, match="attn_mask"):
         antidiagonal.select(q, k, MaskSpec(attn_mask=torch.zeros(64, 64)), BLOCK, 0.5)
     with pytest.raises(ValueError, match="stride: expected a divisor of block_size 32, got 24"):
@@ -116,7 +118,7 @@ def test_it_is_antidiagonals_that_are_summed() -> None:
 
 
 def test_keys_that_rows_cannot_see_do_not_matter() -> None:
-    q, k, _ = diffuse(1, 2, 2, 256, 16, seed=8)
+    q, k, _ = diffuse(InputShape(1, 2, 2, 256, 16), seed=8)
     mask = MaskSpec(is_causal=True, window=(100, -1))
     before = antidiagonal.select(q, k, mask, BLOCK, 0.9).keep[:, :, 4]  # rows 128 to 159 see keys 28 to 159
     assert before[0, 0].sum() > 3  # more than the blocks seen in part

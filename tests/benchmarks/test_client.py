@@ -1,4 +1,4 @@
-"""The benches' own HTTP client."""
+"""The HTTP client of the benchmarks."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ def test_a_connection_that_the_service_ends_is_not_used_again(header: str) -> No
             return await open_loop(host, port, [(0.1 * number, request) for number in range(3)])
 
     samples = asyncio.run(run())
-    assert [(one.status, one.body) for one in samples] == [(200, b"ok")] * 3
+    assert [(sample.status, sample.body) for sample in samples] == [(200, b"ok")] * 3

@@ -30,7 +30,7 @@ def test_shapes_are_a_mix_that_calibration_never_saw() -> None:
     assert max(shape.key_length for shape, _ in found) > 16384 > min(shape.key_length for shape, _ in found)
 
 
-def test_regret_is_what_the_choice_took_beyond_the_best() -> None:
+def test_regret_is_the_extra_time_over_the_best_plan() -> None:
     row = Row(1, 1, 8, 8, 8, "float32", False, {}, {"dense": 1.0, "chunked": 1.5, "sparse": 3.0}, "chunked")
     assert row.regret == pytest.approx(0.5)
 
@@ -61,17 +61,17 @@ def test_the_command_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_requests_are_a_mix_that_repeats_with_its_seed() -> None:
-    found = [one for together in learning.mix(200, seed=3) for one in together]
-    again = [one for together in learning.mix(200, seed=3) for one in together]
-    assert [one.id for one in found] == [one.id for one in again]
-    tensors = [one for one in found if isinstance(one, AttentionRequest)]
-    assert {one.options.mode for one in tensors} == {"auto", "dense", "chunked", "sparse"}
-    assert {one.options.is_causal for one in tensors} == {True, False}
+    found = [request for together in learning.mix(200, seed=3) for request in together]
+    again = [request for together in learning.mix(200, seed=3) for request in together]
+    assert [request.id for request in found] == [request.id for request in again]
+    tensors = [request for request in found if isinstance(request, AttentionRequest)]
+    assert {request.options.mode for request in tensors} == {"auto", "dense", "chunked", "sparse"}
+    assert {request.options.is_causal for request in tensors} == {True, False}
     assert 0.3 < 1 - len(tensors) / len(found) < 0.9
     assert any(len(together) > 1 for together in learning.mix(50, seed=3))
 
 
-def test_what_was_learned_and_the_bare_prediction_are_compared_on_the_same_runs() -> None:
+def test_learned_and_bare_predictions_are_compared_on_the_same_runs() -> None:
     path = ("dense", "float32"), 1, "form"
     batch = ("dense", "float32"), 1, ("batch", "form")
     found = learning.summary(
@@ -81,13 +81,13 @@ def test_what_was_learned_and_the_bare_prediction_are_compared_on_the_same_runs(
     assert found.kinds == {"dense float32": (2, 1.0, 0.5), "dense float32, together": (1, 0.0, 1.0)}
 
 
-def test_a_peak_is_measured_in_a_process_of_its_own() -> None:
-    """32 MiB of inputs and output; the prediction is held against what the process grew by."""
+def test_a_peak_is_measured_in_its_own_process() -> None:
+    """32 MiB of inputs and output; the prediction is compared with the growth of the process."""
     made = "PlanKind.DENSE, AttentionShape(1, 8, 8, 4096, 4096, 64, 64), AttentionOptions(mode='dense')"
     code = f"from benchmarks.peaks import *; print(measured(Case({made})).actual_bytes)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     shape = AttentionShape(1, 8, 8, 4096, 4096, 64, 64)
-    predicted = attention_cost(PlanKind.DENSE, shape, AttentionOptions(), block_size=128).peak_bytes
+    predicted = attention_cost(PlanKind.DENSE, shape, AttentionOptions()).peak_bytes
     assert predicted / 1.5 < int(ran.stdout) < predicted * 1.5
     assert int(ran.stdout) > 32 * 2**20
 

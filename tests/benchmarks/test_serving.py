@@ -1,4 +1,4 @@
-"""The benchmark of servers: its arithmetic, its command lines, and with tiny servers all that can go wrong."""
+"""The benchmark of servers: its arithmetic, its command lines, and with tiny servers everything that can go wrong."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_venv_is_kept_while_its_requirements_are_the_same(tmp_path: Path, monk
     (folder / "requirements.txt").write_text("\n".join(contender.requirements) + "\n")
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     assert install(contender, tmp_path) == str(folder / "bin" / "python")
-    with pytest.raises(Unavailable, match="not installed: it wrote nothing"):
+    with pytest.raises(Unavailable, match="not installed: no output"):
         install(replace(contender, requirements=(*contender.requirements, "more==1")), tmp_path)
     with pytest.raises(Unavailable, match="not installed"):
         install(contender, tmp_path)  # the one before left nothing that counts as installed
@@ -232,7 +232,7 @@ def test_versions_are_those_of_what_was_installed() -> None:
     assert "infinity-emb" not in versions(BY_NAME["infinity-emb"], sys.executable)  # not in ours
 
 
-def test_who_fails_is_told_with_its_reason_and_the_others_run(tmp_path: Path, settings: Settings) -> None:
+def test_a_failing_server_is_reported_with_its_reason_and_the_others_run(tmp_path: Path, settings: Settings) -> None:
     (tmp_path / "cache").write_text("a file where a folder is needed")
     rows = run(
         settings,
@@ -244,25 +244,27 @@ def test_who_fails_is_told_with_its_reason_and_the_others_run(tmp_path: Path, se
         server("overloaded", tmp_path / "overloaded.pid", good=30),
         server("other", tmp_path / "other.pid"),
     )
-    told = {row.name: row.absent for row in rows}
-    assert told["farsight"] == told["other"] == ""
-    assert told["crashes"] == "ended with 1: no such thing"
-    assert told["missing"].startswith("not started: ")
-    assert told["uninstallable"].startswith("not installed: ")
-    assert told["overloaded"].startswith("failed under load: RuntimeError: status 500")
+    reasons = {row.name: row.absent for row in rows}
+    assert reasons["farsight"] == reasons["other"] == ""
+    assert reasons["crashes"] == "ended with 1: no such thing"
+    assert reasons["missing"].startswith("not started: ")
+    assert reasons["uninstallable"].startswith("not installed: ")
+    assert reasons["overloaded"].startswith("failed under load: RuntimeError: status 500")
     ours, *_, other = rows
     assert len(ours.rounds) == len(other.rounds) == 2
     for row in (ours, other):
         assert row.lowest_cosine == pytest.approx(1)
-        for one in row.rounds:
-            assert one.requests_per_s > 0
-            assert 0 < one.p50_s <= one.p95_s <= one.p99_s
+        for measured in row.rounds:
+            assert measured.requests_per_s > 0
+            assert 0 < measured.p50_s <= measured.p95_s <= measured.p99_s
         assert_ended(tmp_path / f"{row.name}.pid")
     assert_ended(tmp_path / "overloaded.pid")
     assert set(ratios(rows)) == {"requests_per_s", "p50_s", "p95_s", "p99_s"}
 
 
-def test_who_does_not_get_ready_is_ended(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_get_ready_is_stopped(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(process, "START_TIMEOUT_S", 0.5)
     never = replace(server("says nothing", tmp_path / "pid"), ready="ready")
     deaf = script("deaf", "import time; time.sleep(60)")
@@ -272,12 +274,12 @@ def test_who_does_not_get_ready_is_ended(tmp_path: Path, settings: Settings, mon
     assert_ended(tmp_path / "pid")
 
 
-def test_a_port_of_somebody_else_is_not_measured(tmp_path: Path, settings: Settings) -> None:
-    with socket.socket() as somebody:
-        somebody.bind(("127.0.0.1", settings.first_port))
-        somebody.listen()
+def test_a_port_in_use_is_not_measured(tmp_path: Path, settings: Settings) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", settings.first_port))
+        listener.listen()
         (row,) = run(settings, tmp_path, server("farsight", tmp_path / "pid"))
-    assert row.absent == f"port {settings.first_port} is taken"
+    assert row.absent == f"port {settings.first_port} is already in use"
     assert not (tmp_path / "pid").exists()
 
 
@@ -300,8 +302,8 @@ def test_answers_are_in_the_order_of_the_requests(tmp_path: Path, settings: Sett
     assert 0 < max(exchange.latencies_s) <= exchange.took_s
 
 
-def test_answers_of_another_form_are_refused() -> None:
-    with pytest.raises(Unavailable, match="another form"):
+def test_answers_of_another_format_are_refused() -> None:
+    with pytest.raises(Unavailable, match="unexpected format"):
         serving.vectors_of([b'{"vectors": []}'])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from service.billing.ledger import LocalLedger
+from service.billing.row import LedgerRow
 
 
 class Clock:
@@ -20,9 +22,9 @@ def bank_at(directory: Path, clock: Clock, keep_days: float = 30.0) -> LocalLedg
     return LocalLedger(f"sqlite:///{directory}/ledger.sqlite", keep_days, clock)
 
 
-def row(**given: Any) -> dict[str, Any]:
-    """Of the ledger: a request that took a second."""
-    return {
+def ledger_row(**given: Any) -> LedgerRow:
+    """A request that took a second."""
+    row: dict[str, Any] = {
         "at_s": 1_000_000.0,
         "request_id": "r",
         "tenant": "a",
@@ -34,13 +36,15 @@ def row(**given: Any) -> dict[str, Any]:
         "flops": 100.0,
         "flops_dense": 200.0,
         "device_s": 1.0,
-        "joules": None,
         "cost_usd": 0.5,
         "charged_usd": 0.5,
         "saved_usd": 0.25,
         "predicted_s": 1.0,
-        "queue_s": 0.0,
         "total_s": 1.0,
-        "error_upper": None,
-        **given,
     }
+    return LedgerRow(**(row | given))
+
+
+def row(*, number: int, journal: str = "j", **given: Any) -> dict[str, Any]:
+    """The same as the ledger gets it: with its key."""
+    return {"journal": journal, "number": number, **asdict(ledger_row(**given))}

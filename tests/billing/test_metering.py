@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from prometheus_client import CollectorRegistry
 
 from service.billing.ledger import LedgerError, LocalLedger
@@ -22,6 +21,7 @@ from service.engine.engine import Engine
 from service.errors import FarsightError, Kind
 from service.telemetry.metrics import Metrics
 from tests.engine.test_engine import attention, embed, run
+from tests.engines import another, until_reported, until_started
 
 TENANTS = (
     TenantConfig(name="rich"),
@@ -40,7 +40,7 @@ class Paid:
     is_closed: bool = False
 
     def requests(self, group_by: str = "outcome") -> dict[str, dict[str, Any]]:
-        self.engine.books.tick()  # type: ignore[union-attr]
+        self.engine.meter.tick()  # type: ignore[union-attr]
         return {one[group_by]: one for one in self.bank.usage(0, 1e12, (group_by,), None)["groups"]}
 
     def metric(self, name: str) -> float:
@@ -53,7 +53,7 @@ def paid(engine: Engine, tmp_path: Path) -> Iterator[Paid]:
     config = engine.config.model_copy(update={"state_dir": tmp_path, "tenants": TENANTS, "batch_budget_s": 0.01})
     registry = CollectorRegistry()
     bank = LocalLedger(config.ledger)
-    other = Engine(config, Metrics(registry), engine.profile, engine.models, torch.device("cpu"), 2, bank=bank)
+    other = another(engine, config, metrics=Metrics(registry), ledger=bank)
     paid = Paid(other, bank, registry)
     yield paid
     if not paid.is_closed:
@@ -77,24 +77,24 @@ def test_an_answer_is_in_the_ledger_when_the_caller_has_it(paid: Paid) -> None:
 def test_shares_add_up_to_the_device_time_under_load(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of batches, interrupted, failing, late and cancelled work; measured apart, where the device thread runs it."""
     engine, draw, measured = paid.engine, random.Random(3), []
-    compute = engine._runner._compute
+    compute = engine.execution.runner._compute
 
     def timed(jobs: Any, checkpoint: Any) -> Any:
-        begin_s, paused = engine._clock(), []
+        begin_s, paused = engine.clock(), []
 
         def between() -> None:
-            before_s = engine._clock()
+            before_s = engine.clock()
             inside = sum(measured)
             checkpoint()
             if sum(measured) > inside:  # others ran
-                paused.append(engine._clock() - before_s)
+                paused.append(engine.clock() - before_s)
 
         try:
             return compute(jobs, between)
         finally:
-            measured.append(engine._clock() - begin_s - sum(paused))
+            measured.append(engine.clock() - begin_s - sum(paused))
 
-    monkeypatch.setattr(engine._runner, "_compute", timed)
+    monkeypatch.setattr(engine.execution.runner, "_compute", timed)
 
     async def one(index: int) -> None:
         kind = draw.randrange(6)
@@ -114,12 +114,12 @@ def test_shares_add_up_to_the_device_time_under_load(paid: Paid, monkeypatch: py
 
     async def all_of_them() -> None:
         await asyncio.gather(*(one(index) for index in range(150)))
-        while engine._stack:  # noqa: ASYNC110 (what was left behind stops at its next checkpoint)
-            await asyncio.sleep(0.01)
+        while engine.execution.device.is_running:  # what was left behind stops at its next checkpoint
+            await until_reported(engine)
         await asyncio.sleep(0.01)
 
     run(all_of_them())
-    engine._executor.stop()
+    engine.execution.device.stop()
     found = paid.requests()
     assert {"ok", "cancelled"} < set(found)
     total_s = sum(measured)
@@ -134,12 +134,14 @@ def test_used_and_idle_are_the_time_that_the_device_was_there(paid: Paid) -> Non
     engine = paid.engine
     for index in range(5):
         run(engine.submit(attention(512, index)))
-    now_s = engine._clock()
+    now_s = engine.clock()
     capacity = engine.capacity()
-    assert capacity.used_s + capacity.idle_s == pytest.approx(now_s - engine._started_s, rel=1e-3)
+    assert capacity.used_s + capacity.idle_s == pytest.approx(
+        now_s - engine.execution.device._loop._started_s, rel=1e-3
+    )
     assert capacity.used_s == pytest.approx(paid.metric("device_seconds_total"), rel=1e-6)
     for _ in range(30):
-        engine.books.tick()  # type: ignore[union-attr]
+        engine.meter.tick()  # type: ignore[union-attr]
     told = paid.bank.usage(0, 1e12, (), None)["capacity"]
     assert told["used_s"] == pytest.approx(capacity.used_s)
     assert told["idle_s"] >= capacity.idle_s
@@ -171,13 +173,13 @@ def test_what_one_request_may_never_cost_is_told_with_both_numbers(paid: Paid) -
 def test_failures_of_ours_cost_nothing(
     paid: Paid, monkeypatch: pytest.MonkeyPatch, kind: Kind | None, pays: bool
 ) -> None:
-    compute = paid.engine._runner._compute
+    compute = paid.engine.execution.runner._compute
 
     def fail(*arguments: Any) -> Any:
         compute(*arguments)
         raise FarsightError(kind, "no") if kind else RuntimeError("a bug")
 
-    monkeypatch.setattr(paid.engine._runner, "_compute", fail)
+    monkeypatch.setattr(paid.engine.execution.runner, "_compute", fail)
     with pytest.raises(FarsightError):
         run(paid.engine.submit(attention(1024, mode="dense")))
     found = paid.requests()[(kind or Kind.INTERNAL).value]
@@ -190,11 +192,10 @@ def test_failures_of_ours_cost_nothing(
 def test_a_caller_who_leaves_pays_for_what_ran(paid: Paid) -> None:
     async def leave() -> None:
         work = asyncio.ensure_future(paid.engine.submit(attention(8192, heads=8, mode="chunked")))
-        while not paid.engine._stack:  # noqa: ASYNC110 (the engine has no event for tests)
-            await asyncio.sleep(0.001)
+        await until_started(paid.engine)
         await asyncio.sleep(0.02)
         work.cancel()
-        while paid.engine._stack:  # noqa: ASYNC110
+        while paid.engine.execution.device._loop.running:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.01)
 
@@ -211,8 +212,7 @@ def test_what_still_runs_at_the_close_is_paid_and_written_down(paid: Paid) -> No
         work = asyncio.ensure_future(engine.submit(of("poor", attention(64))))
         await work
         work = asyncio.ensure_future(engine.submit(attention(8192, heads=8, mode="chunked")))
-        while not engine._stack:  # noqa: ASYNC110 (the engine has no event for tests)
-            await asyncio.sleep(0.001)
+        await until_started(engine)
         await asyncio.sleep(0.02)
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
@@ -223,7 +223,7 @@ def test_what_still_runs_at_the_close_is_paid_and_written_down(paid: Paid) -> No
     found = {one["outcome"]: one for one in paid.bank.usage(0, 1e12, ("outcome",), None)["groups"]}
     assert found["cancelled"]["device_s"] > 0.015
     assert "lost" not in found
-    assert all(holding.balance == 0 for holding in engine.books.holdings())  # type: ignore[union-attr]
+    assert all(holding.balance == 0 for holding in engine.meter.holdings())  # type: ignore[union-attr]
 
 
 def test_a_bank_that_is_slow_costs_no_more_than_the_timeout(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_a_request_that_cannot_be_accounted_is_settled(paid: Paid, monkeypatch: 
     def bug(*_: object) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(paid.engine, "_account", bug)
+    monkeypatch.setattr(paid.engine._settlement, "_answer", bug)
     with pytest.raises(FarsightError) as caught:
         run(paid.engine.submit(attention()))
     assert caught.value.kind is Kind.INTERNAL
@@ -254,7 +254,7 @@ def test_a_bug_in_the_books_stops_nothing_else(paid: Paid, monkeypatch: pytest.M
     def bug() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(paid.engine.books, "_export", bug)
+    monkeypatch.setattr(paid.engine.meter, "_export", bug)
     run(paid.engine.submit(attention()))
     assert set(paid.requests()) == {"ok"}
     assert paid.metric("ledger_errors_total") >= 1
@@ -266,7 +266,7 @@ def test_a_journal_that_cannot_be_written_refuses_and_gives_the_money_back(
     def full(*_: object) -> int:
         raise OSError("no space left on device")
 
-    books = paid.engine.books
+    books = paid.engine.meter
     assert books is not None
     monkeypatch.setattr(books._journal, "accepted", full)
     with pytest.raises(FarsightError, match="ledger cannot be written") as caught:

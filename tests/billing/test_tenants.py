@@ -97,3 +97,8 @@ def test_what_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
         TenantConfig(name="a", budgets=(Budget(usd=1, per="day"), Budget(usd=2, per="day")))
     with pytest.raises(ValueError, match="pattern"):
         TenantConfig(name="a", key_sha256=("a key that is no hash",))
+
+
+def test_only_configured_tenants_are_metric_labels() -> None:
+    tenants = Tenants(Config(tenants=(GOLD,)))
+    assert [tenants.label(name) for name in ("gold", "default", "silver")] == ["gold", "default", "unknown"]

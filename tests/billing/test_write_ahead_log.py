@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from service.billing.ledger import Ledger, LedgerError, LocalLedger
+from service.billing.row import CapacityRow
 from service.billing.write_ahead_log import WriteAheadLog, adopt
-from tests.billing.common import Clock, bank_at, row
+from tests.billing.common import Clock, bank_at, ledger_row
 
 
 class Failing(LocalLedger):
@@ -40,16 +41,16 @@ def files(directory: Path) -> list[str]:
 
 def test_what_is_settled_is_shipped_and_its_files_go(tmp_path: Path) -> None:
     bank, journal = bank_at(tmp_path, Clock()), WriteAheadLog(tmp_path / "j")
-    numbers = [journal.accepted(row()) for _ in range(5000)]
+    numbers = [journal.accepted(ledger_row()) for _ in range(5000)]
     for number in numbers[:-1]:
-        journal.settled(number, row())
+        journal.settled(number, ledger_row())
     journal.ship(bank)
     assert outcomes(bank) == {"ok": 4999}
     assert files(tmp_path / "j") == [".jsonl", ".jsonl", ".lock"]  # one with a request that still runs
-    journal.capacity({"at_s": 1.0, "used_s": 1.0, "idle_s": 2.0, "usd": 3.0})
+    journal.capacity(CapacityRow(at_s=1.0, used_s=1.0, idle_s=2.0, usd=3.0))
     journal.ship(bank)
     assert outcomes(bank) == {"ok": 4999}
-    journal.settled(numbers[-1], row(outcome="deadline"))
+    journal.settled(numbers[-1], ledger_row(outcome="deadline"))
     journal.ship(bank)
     assert outcomes(bank) == {"ok": 4999, "deadline": 1}
     assert bank.usage(0, 1e12, (), None)["capacity"] == {"used_s": 1.0, "idle_s": 2.0, "usd": 3.0}
@@ -61,12 +62,12 @@ def test_what_is_settled_is_shipped_and_its_files_go(tmp_path: Path) -> None:
 def test_a_bank_whose_answers_get_lost_has_nothing_twice(tmp_path: Path) -> None:
     bank, journal = Failing(f"sqlite:///{tmp_path}/ledger.sqlite"), WriteAheadLog(tmp_path / "j")
     for _ in range(10):
-        journal.settled(journal.accepted(row()), row())
+        journal.settled(journal.accepted(ledger_row()), ledger_row())
     bank.failures = 2
     for _ in range(2):
         with pytest.raises(LedgerError):
             journal.ship(bank)
-        journal.settled(journal.accepted(row()), row())
+        journal.settled(journal.accepted(ledger_row()), ledger_row())
     journal.ship(bank)
     assert outcomes(bank) == {"ok": 12}
 
@@ -74,10 +75,10 @@ def test_a_bank_whose_answers_get_lost_has_nothing_twice(tmp_path: Path) -> None
 def test_a_living_replica_is_not_adopted_and_a_dead_one_once(tmp_path: Path) -> None:
     bank, directory = bank_at(tmp_path, Clock()), tmp_path / "j"
     journal = WriteAheadLog(directory)
-    first, second, _ = (journal.accepted(row(outcome="lost", cost_usd=0.0)) for _ in range(3))
-    journal.settled(first, row())
+    first, second, _ = (journal.accepted(ledger_row(outcome="lost", cost_usd=0.0)) for _ in range(3))
+    journal.settled(first, ledger_row())
     journal.ship(bank)
-    journal.settled(second, row())
+    journal.settled(second, ledger_row())
     assert adopt(directory, bank) == 0
     os.close(journal._lock)  # as when its process dies
     assert adopt(directory, bank) == 1
@@ -90,7 +91,7 @@ def test_a_line_cut_short_costs_only_itself(tmp_path: Path, caplog: pytest.LogCa
     bank, directory = bank_at(tmp_path, Clock()), tmp_path / "j"
     journal = WriteAheadLog(directory)
     for _ in range(3):
-        journal.settled(journal.accepted(row(outcome="lost")), row())
+        journal.settled(journal.accepted(ledger_row(outcome="lost")), ledger_row())
     path = next(directory.glob("*.jsonl"))
     written = path.read_bytes().rstrip(b"\0")
     path.write_bytes(written[:-20] + bytes(20))
@@ -103,7 +104,7 @@ def test_a_line_cut_short_costs_only_itself(tmp_path: Path, caplog: pytest.LogCa
 def test_a_row_that_the_database_refuses_keeps_no_other_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bank, journal = bank_at(tmp_path, Clock()), WriteAheadLog(tmp_path / "j")
     for predicted_s in (1.0, float("inf"), 2.0):
-        journal.settled(journal.accepted(row()), row(predicted_s=predicted_s))
+        journal.settled(journal.accepted(ledger_row()), ledger_row(predicted_s=predicted_s))
     journal.ship(bank)
     assert outcomes(bank) == {"ok": 2}
     assert "refuses a row" in caplog.text
@@ -114,11 +115,11 @@ def test_a_file_that_was_removed_keeps_no_other_out(tmp_path: Path, caplog: pyte
     bank, directory = Failing(f"sqlite:///{tmp_path}/ledger.sqlite"), tmp_path / "j"
     journal = WriteAheadLog(directory)
     bank.failures = 1
-    journal.settled(journal.accepted(row()), row())
+    journal.settled(journal.accepted(ledger_row()), ledger_row())
     with pytest.raises(LedgerError):
         journal.ship(bank)
     min(directory.glob("*.jsonl")).unlink()
-    journal.settled(journal.accepted(row()), row())
+    journal.settled(journal.accepted(ledger_row()), ledger_row())
     journal.ship(bank)
     assert outcomes(bank) == {"ok": 2}  # the bank had the first already
     assert "is gone" in caplog.text
@@ -140,7 +141,7 @@ def test_a_lock_that_was_removed_before_it_was_held_is_made_again(
     monkeypatch.setattr(fcntl, "flock", late)
     journal = WriteAheadLog(tmp_path)
     monkeypatch.undo()
-    journal.accepted(row())
+    journal.accepted(ledger_row())
     assert adopt(tmp_path, bank_at(tmp_path, Clock())) == 0
     assert (tmp_path / f"{journal.id}.lock").exists()
 

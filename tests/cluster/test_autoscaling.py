@@ -59,7 +59,7 @@ def test_a_day_with_a_burst_is_followed() -> None:
     assert sum(used) / len(used) == pytest.approx(TARGET_BUSY, abs=0.08)
 
 
-def test_before_anybody_reports_nothing_changes() -> None:
+def test_nothing_changes_before_a_replica_reports() -> None:
     assert policy(SimpleNamespace(aggregated_metrics=None, target_num_replicas=3)) == (3, {})
-    told = {AHEAD_S: {"a": 12.0, "b": 0.0}, BUSY: {"a": 1.0, "b": 0.4}}
-    assert policy(SimpleNamespace(aggregated_metrics=told, target_num_replicas=2)) == (4, {})
+    metrics = {AHEAD_S: {"a": 12.0, "b": 0.0}, BUSY: {"a": 1.0, "b": 0.4}}
+    assert policy(SimpleNamespace(aggregated_metrics=metrics, target_num_replicas=2)) == (4, {})

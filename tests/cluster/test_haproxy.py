@@ -39,7 +39,7 @@ def test_every_server_and_the_keepalive() -> None:
     assert "defaults\n" + KEEPALIVE + "    mode http\n" in completed(CONFIG)
 
 
-def test_statistics_stay_on_the_machine_and_metrics_where_they_are_told() -> None:
+def test_statistics_listen_on_loopback_and_metrics_on_the_given_host() -> None:
     assert [line.strip() for line in completed(CONFIG).splitlines() if "bind" in line] == [
         "bind :9101",
         "bind 127.0.0.1:8404",
@@ -47,7 +47,7 @@ def test_statistics_stay_on_the_machine_and_metrics_where_they_are_told() -> Non
     assert "    bind 10.0.0.9:9101\n" in completed(CONFIG, "10.0.0.9")
 
 
-def test_the_template_of_this_ray_has_a_place_for_both() -> None:
+def test_the_template_of_this_ray_takes_both() -> None:
     template = completed(HAPROXY_CONFIG_TEMPLATE)
     assert template.count("srvtcpka-idle") == 1
     servers = [line for line in template.splitlines() if line.strip().startswith("server ") and " check" in line]
@@ -66,5 +66,5 @@ def test_the_command_completes_the_file_and_becomes_haproxy(tmp_path: Path) -> N
 
 
 def test_another_configuration_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"0 times '.ndefaults"):
+    with pytest.raises(ValueError, match=r"expected '.ndefaults.n' once, got 0 times"):
         completed("frontend only\n")

@@ -1,4 +1,4 @@
-"""A wrong setting ends a command with one line that says where it is wrong."""
+"""A wrong setting ends a command with one line that names the setting and the error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.config import Config
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("FARSIGHT_HTTPPORT", "1", "FARSIGHT_HTTPPORT is not a setting"),
         ("FARSIGHT_HTTP_PORT", "99999", "http_port Input should be less than or equal to 65535"),
@@ -18,7 +18,7 @@ from service.config import Config
     ],
 )
 def test_wrong_settings(
-    name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(terminal, "console", terminal.Console(width=80))
@@ -27,15 +27,15 @@ def test_wrong_settings(
     assert ended.value.code == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("farsight: configuration: ")
-    assert told in line
+    assert message in line
 
 
-def test_what_is_given_counts_and_none_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_settings_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FARSIGHT_HTTP_PORT", "8100")
     assert terminal.settings(http_port=None, replicas=3) == Config(http_port=8100, replicas=3)
 
 
-def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(terminal, "console", terminal.Console(width=80))
     with pytest.raises(SystemExit):

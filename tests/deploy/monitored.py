@@ -1,7 +1,7 @@
 """A replica's worth of metrics on a port: `python -m tests.deploy.monitored <folder> <port>`, until its input ends.
 
 The real engine answers requests of all plans, wrong ones and sparse passes that are audited. What it tells only when
-the device is idle, the queue full or money is involved is told here by hand, through the same methods.
+the device is idle, the queue full or money is involved is reported here directly, through the same methods.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ Json = dict[str, Any]
 
 
 def setting_errors(found: Json) -> list[str]:
-    """Names in the environment's ConfigMap that nobody reads."""
+    """Names in the environment's ConfigMap that are read nowhere."""
     known = {f"FARSIGHT_{name.upper()}" for name in Config.model_fields} | ray_environment(Config()).keys()
     return [f"{name} is no setting" for name in found["data"] if name not in known]
 
@@ -92,8 +92,8 @@ TYPOS = [
 OF_KUBERAY = {"idleTimeoutSecond"}
 
 
-@pytest.mark.parametrize(("file", "old", "new", "told"), TYPOS)
-def test_a_planted_typo_is_found(file: str, old: str, new: str, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "old", "new", "message"), TYPOS)
+def test_a_planted_typo_is_found(file: str, old: str, new: str, message: str, tmp_path: Path) -> None:
     """In files of every kind: by Kustomize, or in what it renders."""
     if new in OF_KUBERAY and kinds.rayservice_schema() is None:
         pytest.skip(f"KubeRay's definition is not at {kinds.DEFINITION}")
@@ -103,10 +103,10 @@ def test_a_planted_typo_is_found(file: str, old: str, new: str, told: str, tmp_p
     target.write_text(target.read_text().replace(old, new, 1))
     result = kustomize(tmp_path / "deploy/kustomize/overlays/prod")
     if result.returncode:
-        assert told in result.stderr
+        assert message in result.stderr
         return
     wrong = [error for found in documents(result.stdout) for error in all_errors(found)]
-    assert told in "\n".join(wrong)
+    assert message in "\n".join(wrong)
 
 
 def test_a_missing_tool_skips_here_and_fails_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_what_is_generated_is_current() -> None:
 
 
 def test_every_folder_is_reached_from_an_overlay() -> None:
-    """A file that no kustomization names would be tested by nobody."""
+    """A file that no kustomization includes would not be tested."""
     named = set()
     for path in DEPLOY.rglob("kustomization.yaml"):
         for word in path.read_text().replace("[", " ").replace("]", " ").split():
@@ -187,9 +187,9 @@ def test_priority_classes_exist_and_the_head_comes_first(overlay: str) -> None:
 @pytest.mark.parametrize("overlay", ["gpu", "mig", "prod"])
 def test_routes_lead_from_listeners_with_tls_to_services(overlay: str) -> None:
     gateway = only(overlay, "Gateway")
-    listeners = {one["name"]: one for one in gateway["spec"]["listeners"]}
-    assert {one["protocol"] for one in listeners.values()} == {"HTTPS"}
-    assert all(one["tls"]["certificateRefs"][0]["name"] == "farsight-tls" for one in listeners.values())
+    listeners = {listener["name"]: listener for listener in gateway["spec"]["listeners"]}
+    assert {listener["protocol"] for listener in listeners.values()} == {"HTTPS"}
+    assert all(listener["tls"]["certificateRefs"][0]["name"] == "farsight-tls" for listener in listeners.values())
     name = only(overlay, "RayService")["metadata"]["name"]
     grpc = only(overlay, "Service")
     services = {(grpc["metadata"]["name"], port["port"]) for port in grpc["spec"]["ports"]}
@@ -201,8 +201,10 @@ def test_routes_lead_from_listeners_with_tls_to_services(overlay: str) -> None:
         route = only(overlay, kind)["spec"]
         [parent], [rule] = route["parentRefs"], route["rules"]
         assert parent["name"] == gateway["metadata"]["name"] != f"{name}-gateway"
-        assert route["hostnames"] == [listeners.pop(parent["sectionName"])["hostname"]]  # one kind of route a listener
-        used |= {(one["name"], one["port"]) for one in rule["backendRefs"]}
+        assert route["hostnames"] == [
+            listeners.pop(parent["sectionName"])["hostname"]
+        ]  # one kind of route per listener
+        used |= {(backend["name"], backend["port"]) for backend in rule["backendRefs"]}
     assert used == services
     request = only(overlay, "HTTPRoute")["spec"]["rules"][0]["timeouts"]["request"]
     assert int(request.removesuffix("s")) > Config().default_timeout_s
@@ -218,11 +220,11 @@ def test_an_upgrade_in_steps_uses_the_class_of_our_gateway() -> None:
 
 @pytest.fixture(scope="module")
 def secrets() -> dict[str, Json]:
-    return {one["metadata"]["name"]: one for one in yaml.safe_load_all(EXAMPLE.read_text())}
+    return {document["metadata"]["name"]: document for document in yaml.safe_load_all(EXAMPLE.read_text())}
 
 
 def test_the_example_has_every_secret_that_is_asked_for(secrets: dict[str, Json]) -> None:
-    assert [error for one in secrets.values() for error in kinds.errors(one)] == []
+    assert [error for secret in secrets.values() for error in kinds.errors(secret)] == []
     text = json.dumps(objects("prod"))
     for name, secret in secrets.items():
         assert f'"{name}"' in text

@@ -74,7 +74,7 @@ def test_the_operator_scrapes_the_same_jobs_and_ports_as_prometheus_yml() -> Non
     ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
     theirs = {}
     for endpoint in only("prod", "PodMonitor")["spec"]["podMetricsEndpoints"]:
-        labels = {one["targetLabel"]: one for one in endpoint["relabelings"]}
+        labels = {relabeling["targetLabel"]: relabeling for relabeling in endpoint["relabelings"]}
         assert labels["instance"]["sourceLabels"] == ["__meta_kubernetes_pod_name"]
         theirs[labels["job"]["replacement"]] = ports[endpoint["port"]]
     assert theirs == ours == {"farsight": "9464", "haproxy": "9101"}
@@ -217,7 +217,7 @@ def query(address: str, expression: str) -> list[Any]:
     """The series of an instant query that have a number."""
     answer = httpx.get(f"{address}/api/v1/query", params={"query": expression}, timeout=TIMEOUT_S).json()
     assert answer["status"] == "success", f"{expression}: {answer}"
-    return [one for one in answer["data"]["result"] if one["value"][1] != "NaN"]
+    return [series for series in answer["data"]["result"] if series["value"][1] != "NaN"]
 
 
 def without_bounds(alert: str) -> str:
@@ -264,10 +264,10 @@ def test_a_dead_scrape_is_told(prometheus: Watched) -> None:
     assert (up["metric"]["instance"], up["value"][1]) == ("127.0.0.1", "1")
     prometheus.haproxy.kill()
     deadline_s = time.monotonic() + DEADLINE_S
-    told: set[tuple[str, str]] = set()
-    while ("FarsightNotScraped", "haproxy") not in told:
+    firing: set[tuple[str, str]] = set()
+    while ("FarsightNotScraped", "haproxy") not in firing:
         alerts = httpx.get(f"{prometheus.address}/api/v1/alerts", timeout=TIMEOUT_S).json()["data"]["alerts"]
-        told = {(alert["labels"]["alertname"], alert["labels"].get("job", "")) for alert in alerts}
-        assert time.monotonic() < deadline_s, told
+        firing = {(alert["labels"]["alertname"], alert["labels"].get("job", "")) for alert in alerts}
+        assert time.monotonic() < deadline_s, firing
         time.sleep(0.5)
-    assert ("FarsightNotScraped", "farsight") not in told
+    assert ("FarsightNotScraped", "farsight") not in firing

@@ -23,7 +23,7 @@ PORTS = {HTTP, GRPC, METRICS, HAPROXY, STATS, DASHBOARD, RAY_METRICS, PLAIN} | I
 OTHERS = {
     "pod of another application": ("here", {"app.kubernetes.io/name": "shop"}),
     "pod of another namespace": ("shop", {"app.kubernetes.io/part-of": "farsight"}),
-    "gateway of somebody else": ("here", {"gateway.networking.k8s.io/gateway-name": "shop"}),
+    "gateway of another team": ("here", {"gateway.networking.k8s.io/gateway-name": "shop"}),
     "pod beside Prometheus": ("monitoring", {"app.kubernetes.io/name": "grafana"}),
     "Prometheus of another namespace": ("shop", {"app.kubernetes.io/name": "prometheus"}),
     "outside": (None, {}),
@@ -52,7 +52,7 @@ def lets_in(peer: Json, here: str, namespace: str | None, labels: dict[str, str]
 
 
 def reached(policies: list[Json], target: dict[str, str], namespace: str | None, labels: dict[str, str]) -> set[int]:
-    """Ports of PORTS that somebody with these labels reaches on the pod `target`.
+    """Ports of PORTS that a pod with these labels reaches on the pod `target`.
 
     Policies add up; a pod that none selects is open. Ref: kubernetes.io, Network Policies.
     """
@@ -99,7 +99,7 @@ def test_only_the_gateway_with_tls_reaches_the_one_without() -> None:
     """KubeRay makes it for upgrades in steps: plain HTTP, and a load balancer of its own."""
     policies = of_kind("prod", "NetworkPolicy")
     name = "gateway.networking.k8s.io/gateway-name"
-    inner, front = ({name: one} for one in ("farsight-gateway", "farsight-front"))
+    inner, front = ({name: value} for value in ("farsight-gateway", "farsight-front"))
     assert reached(policies, inner, "here", front) == {PLAIN}
     for namespace, labels in (*OTHERS.values(), ("shop", front)):
         assert reached(policies, inner, namespace, labels) == set()

@@ -19,7 +19,7 @@ from tests.deploy.kinds import groups
 from tests.deploy.rendered import OVERLAYS, of_kind, only
 
 ROOT = Path(__file__).parents[2]
-DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"  # on one machine nobody else must learn of it
+DRAINING = "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"  # not needed on one machine
 GPUS = {"gpu": "nvidia.com/gpu", "mig": "nvidia.com/mig-1g.10gb", "prod": "nvidia.com/gpu"}
 
 # Ray tells it of what service/cluster/deployment.py sets with max_replicas
@@ -46,7 +46,7 @@ def config(overlay: str, manifest: Json, monkeypatch: pytest.MonkeyPatch, tmp_pa
             if name.startswith("FARSIGHT_"):
                 monkeypatch.setenv(name, value)
     application = call_user_app_builder_with_args_if_necessary(build, {**args(manifest), "state_dir": str(tmp_path)})
-    [config] = application._bound_deployment.init_args
+    config, _ = application._bound_deployment.init_args
     return config
 
 
@@ -161,7 +161,7 @@ def test_the_head_does_no_work_and_a_worker_is_one_device(overlay: str, manifest
     gpus = {name: amount for name, amount in resources["limits"].items() if name.startswith("nvidia.com/")}
     assert gpus == ({GPUS[overlay]: "1"} if overlay in GPUS else {})
     assert workers["rayStartParams"].get("num-gpus") == ("1" if overlay in GPUS else None)
-    tolerated = {one["key"] for one in pod(workers).get("tolerations", ())}
+    tolerated = {toleration["key"] for toleration in pod(workers).get("tolerations", ())}
     assert tolerated == ({"nvidia.com/gpu"} if overlay in GPUS else set())
 
 
@@ -184,14 +184,14 @@ def test_the_autoscaler_may_ask_kubernetes_and_nobody_else(overlay: str, manifes
 
 def test_production_spreads_over_two_zones(manifest: Json, overlay: str) -> None:
     _, workers = groups(manifest)
-    spread = {one["topologyKey"]: one for one in pod(workers)["topologySpreadConstraints"]}
+    spread = {constraint["topologyKey"]: constraint for constraint in pod(workers)["topologySpreadConstraints"]}
     assert "kubernetes.io/hostname" in spread
     zones = spread.get("topology.kubernetes.io/zone")
     assert (zones is not None) == (overlay == "prod")
     if zones is not None:
         # a hard constraint would keep what a zone lost from starting in the other
         assert (zones["whenUnsatisfiable"], zones["maxSkew"]) == ("ScheduleAnyway", 1)
-    assert all(one["matchLabelKeys"] == ["ray.io/cluster"] for one in spread.values())
+    assert all(constraint["matchLabelKeys"] == ["ray.io/cluster"] for constraint in spread.values())
 
 
 def test_ports_are_those_of_the_service(manifest: Json, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""deploy/RUNBOOK.md speaks of alerts, metrics, settings and files that exist, and of every alert."""
+"""deploy/RUNBOOK.md names only alerts, metrics, settings and files that exist, and every alert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RULES = [
 ]
 
 
-def test_every_alert_is_spoken_of_and_no_other() -> None:
+def test_every_alert_is_named_and_no_other() -> None:
     assert set(re.findall(r"`(Farsight\w+)`", TEXT)) == {rule["alert"] for rule in RULES if "alert" in rule}
 
 

@@ -114,7 +114,8 @@ def test_ray_s_own_builder_builds_the_application(
         monkeypatch.setenv(f"FARSIGHT_{name}", value)
     application = call_user_app_builder_with_args_if_necessary(build, {**args, "state_dir": str(tmp_path)})
     deployment = application._bound_deployment
-    [config] = deployment.init_args
+    config, order = deployment.init_args
+    assert order == "fair"
     assert deployment.name == "Farsight"
     assert config.cpu_threads == 3
     assert deployment.num_replicas == 2

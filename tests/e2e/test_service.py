@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from benchmarks.servers.process import session
 from service.attention import reference
 from service.attention.masks import MaskSpec
-from service.attention.synthetic import structured
+from service.attention.synthetic import InputShape, structured
 from service.config import Config
 from tests.e2e.conftest import Service, environment, listens
 
@@ -46,7 +46,7 @@ def total(samples: dict[str, float], name: str, *labels: str) -> float:
 
 @pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
 def test_long_attention_as_safetensors(http: httpx.Client, mode: str) -> None:
-    query, key, value = structured(1, 4, 2, 2048, 64, dtype=torch.float32, seed=3)
+    query, key, value = structured(InputShape(1, 4, 2, 2048, 64), dtype=torch.float32, seed=3)
     options = json.dumps({"is_causal": True, "mode": mode})
     body = save({"query": query, "key": key, "value": value}, metadata={"options": options})
     response = http.post("/v1/attention", content=body, headers=BINARY)
@@ -112,7 +112,7 @@ def test_counters_of_both_replicas_are_in_one_scrape(service: Service) -> None:
 
 
 def test_all_metric_families_are_there(service: Service, http: httpx.Client) -> None:
-    query, key, value = structured(1, 2, 2, 1024, 32, seed=0)
+    query, key, value = structured(InputShape(1, 2, 2, 1024, 32), seed=0)
     for options in ({"mode": "sparse"}, {"mode": "sparse", "max_error": 1e-9}):
         body = save({"query": query, "key": key, "value": value}, metadata={"options": json.dumps(options)})
         assert http.post("/v1/attention", content=body, headers=BINARY).status_code == 200
@@ -144,7 +144,7 @@ def test_a_3_gb_upload_is_refused_at_its_first_bytes(service: Service) -> None:
 
 
 def test_a_client_that_leaves_is_counted_and_its_work_stops(service: Service, http: httpx.Client) -> None:
-    query, key, value = structured(1, 8, 8, 8192, 64, seed=1)
+    query, key, value = structured(InputShape(1, 8, 8, 8192, 64), seed=1)
     body = save({"query": query, "key": key, "value": value}, metadata={"options": '{"mode": "chunked"}'})
     before = total(scrape(service), "farsight_requests_total", 'code="499"')
     with pytest.raises(httpx.ReadTimeout):
@@ -159,7 +159,7 @@ def test_a_client_that_leaves_is_counted_and_its_work_stops(service: Service, ht
 
 
 def test_the_timeout_is_ours_and_says_504(http: httpx.Client) -> None:
-    query, key, value = structured(1, 8, 8, 8192, 64, seed=1)
+    query, key, value = structured(InputShape(1, 8, 8, 8192, 64), seed=1)
     body = save({"query": query, "key": key, "value": value}, metadata={"options": '{"mode": "chunked"}'})
     # long enough for 50 MB to arrive on a loaded machine, too short for what they ask for
     response = http.post("/v1/attention", content=body, headers={**BINARY, "x-request-timeout-seconds": "1.2"})
@@ -185,13 +185,15 @@ def failing_start(directory: Path, port: int, **changes: str) -> str:
 def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path) -> None:
     models = '[{"name": "mine", "path": "/no/such/model"}]'
     assert "'mine': /no/such/model/config.json is missing" in failing_start(tmp_path, 27500, FARSIGHT_MODELS=models)
-    assert "FARSIGHT_HOST is 127.0.0.1 or 0.0.0.0" in failing_start(tmp_path, 27500, FARSIGHT_HOST="192.0.2.2")
+    assert "FARSIGHT_HOST: expected 127.0.0.1 or 0.0.0.0, got 192.0.2.2" in failing_start(
+        tmp_path, 27500, FARSIGHT_HOST="192.0.2.2"
+    )
     told = failing_start(tmp_path, 27500, FARSIGHT_METRICS_HOST="192.0.2.200")
-    assert "FARSIGHT_METRICS_HOST=192.0.2.200 cannot be listened on" in told
+    assert "FARSIGHT_METRICS_HOST: cannot listen on 192.0.2.200" in told
     assert "FARSIGHT_HTPP_PORT" in failing_start(tmp_path, 27500, FARSIGHT_HTPP_PORT="1")
     assert "http_port" in failing_start(tmp_path, 27500, FARSIGHT_HTTP_PORT="99999")
     assert "/no/tenants.json" in failing_start(tmp_path, 27500, FARSIGHT_TENANTS_FILE="/no/tenants.json")
-    assert "/no/haproxy cannot be run" in failing_start(tmp_path, 27500, RAY_SERVE_HAPROXY_BINARY_PATH="/no/haproxy")
+    assert "got /no/haproxy" in failing_start(tmp_path, 27500, RAY_SERVE_HAPROXY_BINARY_PATH="/no/haproxy")
 
 
 def test_haproxy_closes_connections_to_a_node_that_is_silent(service: Service) -> None:

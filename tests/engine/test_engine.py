@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry
 
 from service.attention import reference
 from service.attention.masks import MaskSpec
-from service.attention.sparse import audit, selection
-from service.attention.synthetic import diffuse, structured
+from service.attention.sparse import audit, bounded_error
+from service.attention.synthetic import InputShape, diffuse, structured
 from service.config import Config
 from service.core.answer import Answer
 from service.core.options import (
@@ -26,14 +26,16 @@ from service.core.options import (
 from service.core.plan import PlanKind
 from service.core.request import AttentionRequest, ForwardRequest
 from service.engine.engine import Engine
-from service.engine.runner import BatchRunner, Job, Outcome
+from service.engine.workloads.attention import AttentionWorkload
+from service.engine.workloads.base import Outcome
 from service.errors import FarsightError, Kind
-from service.planning import planner
+from service.planning import attention_plan
 from service.planning.attention_cost import selection_flops
+from tests.engines import another
 
 
 def attention(length: int = 16, seed: int = 0, *, heads: int = 2, **options: object) -> AttentionRequest:
-    query, key, value = structured(1, heads, heads, length, 16, seed=seed)
+    query, key, value = structured(InputShape(1, heads, heads, length, 16), seed=seed)
     return AttentionRequest(f"r{seed}", query, key, value, AttentionOptions.model_validate(options))
 
 
@@ -99,11 +101,11 @@ def test_an_error_over_the_bound_is_replaced_by_the_exact_answer(engine: Engine)
 
 
 def test_diffuse_inputs_go_exact_by_themselves(engine: Engine) -> None:
-    query, key, value = diffuse(1, 1, 1, 4096, 64)
+    query, key, value = diffuse(InputShape(1, 1, 1, 4096, 64))
     request = AttentionRequest("d", query, key, value, AttentionOptions(is_causal=True))
     seconds = {key: (0.0 if key[0] is PlanKind.SPARSE else 1.0,) * 5 for key in engine.profile.attention_s_per}
     profile = replace(engine.profile, attention_s_per=seconds)
-    other = Engine(Config(sparse_min_tokens=4096), engine.metrics, profile, {}, torch.device("cpu"), 1)
+    other = another(engine, Config(sparse_min_tokens=4096), threads=1, profile=profile)
     answer: Answer = run(other.submit(request))
     assert answer.plan.kind in (PlanKind.DENSE, PlanKind.CHUNKED)
     assert "predicted density" in answer.plan.reason
@@ -164,14 +166,14 @@ def test_embeddings_are_packed_together_and_equal_single_ones(engine: Engine) ->
 
 
 def test_a_guilty_batch_mate_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = BatchRunner._attend
+    original = AttentionWorkload._attend
 
-    def poisoned(self: BatchRunner, job: Job, request: Any, checkpoint: Any) -> Outcome:
+    def poisoned(self: AttentionWorkload, work: Any, request: Any, checkpoint: Any) -> Outcome:
         if request.query.eq(12345.0).any():
             raise ValueError("secret internals")
-        return original(self, job, request, checkpoint)
+        return original(self, work, request, checkpoint)
 
-    monkeypatch.setattr(BatchRunner, "_attend", poisoned)
+    monkeypatch.setattr(AttentionWorkload, "_attend", poisoned)
     bad = attention(16, 99)
     bad.query[0, 0, 0, 0] = 12345.0
 
@@ -194,7 +196,7 @@ def test_out_of_memory_is_survived(engine: Engine, monkeypatch: pytest.MonkeyPat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(BatchRunner, "_attend", greedy)
+        patch.setattr(AttentionWorkload, "_attend", greedy)
         error = refusal(engine, attention())
     assert error.kind is Kind.OUT_OF_MEMORY
     assert "bytes" in error.message
@@ -208,11 +210,11 @@ def test_a_caller_that_leaves_cancels_queued_work(engine: Engine) -> None:
         # as long as the first, so that it does not pass it
         queued = asyncio.create_task(engine.submit(attention(4096, 2, heads=8, mode="chunked")))
         await asyncio.sleep(0.01)
-        waiting = len(engine._scheduler)
+        waiting = engine.execution.device.waiting
         queued.cancel()
         with pytest.raises(asyncio.CancelledError):
             await queued
-        assert len(engine._scheduler) == 0
+        assert engine.execution.device.waiting == 0
         return waiting, await first
 
     waiting, answer = run(leave())
@@ -304,7 +306,7 @@ def test_estimates_price_all_plans_and_run_nothing(engine: Engine, registry: Col
     assert set(estimate.candidates) == set(PlanKind)
     assert estimate.chosen is PlanKind.DENSE
     assert estimate.would_admit
-    forward = run(engine.estimate_forward(embed("what does this cost?")))
+    forward = run(engine.priced(embed("what does this cost?")))
     assert set(forward.candidates) == set(PlanKind)
     assert forward.chosen is PlanKind.DENSE
     assert forward.would_admit
@@ -317,9 +319,9 @@ def test_estimates_price_all_plans_and_run_nothing(engine: Engine, registry: Col
 def test_an_estimate_of_a_pass_that_cannot_fit_says_so(engine: Engine) -> None:
     text = embed("what does this cost?")
     small = engine.config.model_copy(update={"max_peak_bytes": 1000})
-    other = Engine(small, engine.metrics, engine.profile, engine.models, torch.device("cpu"), 1)
+    other = another(engine, small, threads=1)
     try:
-        estimate = run(other.estimate_forward(text))
+        estimate = run(other.priced(text))
         error = refusal(other, text)
     finally:
         other.close()
@@ -336,15 +338,16 @@ def test_an_estimate_is_what_the_plan_then_says(engine: Engine) -> None:
 
     async def both() -> tuple[float, float, float]:
         told_s = engine.estimate(request.shape, request.options).candidates[PlanKind.CHUNKED].predicted_s
-        job = await engine._job(request, 0.0, 1e9)
-        job.future.cancel()
-        return told_s, job.predicted_s, job.plan.predicted_s / job.plan.pace
+        plan = (await engine.pricing.plan(request, 0.0, 1e9, None)).work.plan
+        return told_s, plan.predicted_s, plan.predicted_s / plan.correction
 
     for _ in range(20):
         run(engine.submit(request))
     told_s, planned_s, bare_s = run(both())
     assert told_s == planned_s
-    bare = planner.candidates(request.shape, request.options, engine.profile, engine.config)[PlanKind.CHUNKED]
+    bare = attention_plan.attention_candidates(request.shape, request.options, engine.profile, engine.config)[
+        PlanKind.CHUNKED
+    ]
     assert bare_s == pytest.approx(bare.predicted_s)
     assert planned_s != bare.predicted_s
 
@@ -370,10 +373,10 @@ def test_usage_of_a_sparse_answer_is_what_was_counted(
     """Kept blocks, outliers and centroids one by one, and the rows of the audit."""
     request = attention(1500, 5, mode="sparse", is_causal=causal, max_error=1.0)
     counted: list[int] = []
-    found_blocks, found_rows = selection.select, audit.attend_rows
+    found_blocks, found_rows = bounded_error.select, audit.attend_rows
 
-    def select(*arguments: Any) -> Any:
-        found = found_blocks(*arguments)
+    def select(*arguments: Any, **more: Any) -> Any:
+        found = found_blocks(*arguments, **more)
         layout, visible = found.layout, torch.ones(1500, 1500, dtype=torch.bool)
         visible = visible.tril() if causal else visible
         whole = layout.whole()
@@ -384,17 +387,17 @@ def test_usage_of_a_sparse_answer_is_what_was_counted(
             rows = torch.tensor([min(128, 1500 - 128 * block) for block in range(layout.q_blocks)])
             for position in found.moments[0][head].outliers.tolist():
                 counted.append(int((rest[:, position // 128] * rows).sum()))
-            for part in found.beside[0][head]:
+            for part in found.summarized[0][head]:
                 for column in part.columns.tolist():
                     counted.append(int((rest[part.blocks, column] * rows[part.blocks]).sum()))
         return found
 
     def attend_rows(*arguments: Any, **more: Any) -> Any:
-        rows = arguments[5]
+        rows = arguments[4].index
         counted.append(int((rows + 1).sum()) if causal else 1500 * rows.numel())
         return found_rows(*arguments, **more)
 
-    monkeypatch.setattr(selection, "select", select)
+    monkeypatch.setattr(bounded_error, "select", select)
     monkeypatch.setattr(audit, "attend_rows", attend_rows)
     answer: Answer = run(engine.submit(request))
     assert answer.plan.kind is PlanKind.SPARSE
@@ -412,7 +415,7 @@ def test_batch_priority_is_carried(engine: Engine) -> None:
 
 @pytest.fixture
 def closed(engine: Engine) -> Engine:
-    other = Engine(engine.config, engine.metrics, engine.profile, {}, torch.device("cpu"), 1)
+    other = another(engine, engine.config, threads=1)
     other.close()
     return other
 

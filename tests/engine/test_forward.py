@@ -19,7 +19,9 @@ from service.core.answer import Answer
 from service.core.plan import PlanKind
 from service.core.request import ForwardRequest
 from service.engine.engine import Engine
+from service.engine.job import AnswerSink, Job
 from service.engine.output_audit import MAX_WAITING, OutputAudits, output_error
+from service.engine.workloads.base import Outcome
 from service.errors import FarsightError, Kind
 from service.telemetry.metrics import Metrics
 from tests.models import zoo
@@ -66,7 +68,7 @@ def run(engine: Engine, work: Coroutine[Any, Any, T]) -> T:
 
     async def until_idle() -> T:
         result = await work
-        while engine.auditing:  # noqa: ASYNC110 (the engine has no event for tests)
+        while engine.execution.is_auditing:  # noqa: ASYNC110 (the engine has no event for tests)
             await asyncio.sleep(0.005)
         return result
 
@@ -134,21 +136,21 @@ def test_an_audit_gives_way_to_requests(engine: Engine) -> None:
 
 
 def test_only_a_few_answers_wait_for_their_audit(engine: Engine) -> None:
-    from service.engine.runner import Job, Outcome
+    sparse = request("hidden", model="decoder", token_ids=(ids(3),), mode="sparse", max_error=1.0)
+    (answer,) = submit(engine, sparse)
 
-    (answer,) = submit(engine, request("hidden", model="decoder", token_ids=(ids(3),), mode="sparse", max_error=1.0))
-    future: Any = None
-    job = Job(asked("hidden"), answer.plan, "k", 0.0, 0.0, 1.0, future)
+    async def job() -> Job:
+        return Job(await engine.pricing.plan(sparse, 0.0, float("inf"), None), AnswerSink())
+
+    planned = asyncio.run(job())
     outcome = Outcome(answer.tensors, answer.plan, answer.error, 1, layers=answer.layers)
-    audits = OutputAudits(1.0)
+    audits, waiting = OutputAudits(1.0), []
     for _ in range(10):
-        audits.consider(job, outcome)
-    waiting = list(iter(audits.next, None))
+        audit = audits.audit_of(planned, outcome, len(waiting))
+        waiting += [] if audit is None else [audit]
     assert len(waiting) == MAX_WAITING
-    assert all(audit is not None and audit.job.plan.kind is not PlanKind.SPARSE for audit in waiting)
-    none = OutputAudits(0.0)
-    none.consider(job, outcome)
-    assert none.next() is None
+    assert all(audit.work.plan.kind is not PlanKind.SPARSE for audit in waiting)
+    assert OutputAudits(0.0).audit_of(planned, outcome, 0) is None
 
 
 def test_tasks_answer_and_share_batches(engine: Engine, registry: CollectorRegistry) -> None:
@@ -167,11 +169,11 @@ def test_a_pass_that_was_slow_at_load_is_not_predicted_forever(engine: Engine) -
     model = engine.models.model("ranker")
     slow = replace(model, info=replace(model.info, smallest_pass_s=60.0))
     engine.models._put(replace(engine.models.entry("ranker"), model=slow))
-    engine._fastest_s.clear()
+    engine.pricing.forward._fastest_s.clear()
     pair = request("rerank", model="ranker", pairs=(("the animal", "tired"),))
     first, second = submit(engine, pair)[0], submit(engine, pair)[0]
-    assert first.plan.predicted_s / first.plan.pace > 60
-    assert second.plan.predicted_s / second.plan.pace < 5
+    assert first.plan.predicted_s / first.plan.correction > 60
+    assert second.plan.predicted_s / second.plan.correction < 5
 
 
 def test_what_a_model_is_not_for_is_refused(engine: Engine) -> None:
@@ -213,6 +215,6 @@ def test_models_come_and_go_while_serving(engine: Engine) -> None:
 
 
 def test_several_replicas_change_models_by_configuration_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "config", engine.config.model_copy(update={"replicas": 2}))
+    monkeypatch.setattr(engine.manager, "_config", engine.config.model_copy(update={"replicas": 2}))
     with pytest.raises(FarsightError, match="user_config"):
         asyncio.run(engine.load_model("encoder"))

@@ -15,9 +15,12 @@ from service.config import Config
 from service.core.answer import Answer
 from service.core.plan import PlanKind
 from service.engine.engine import Engine
-from service.engine.runner import BatchRunner, Job, Outcome
+from service.engine.workloads.attention import AttentionWorkload
+from service.engine.workloads.base import Outcome
+from service.engine.workloads.forward import ForwardWorkload
 from service.errors import FarsightError, Kind
 from tests.engine.test_engine import attention, embed, run
+from tests.engines import another, until_started
 
 
 async def beside(engine: Engine, long: Any, *shorts: Any) -> tuple[list[str], list[Any]]:
@@ -31,8 +34,7 @@ async def beside(engine: Engine, long: Any, *shorts: Any) -> tuple[list[str], li
             order.append(request.id)
 
     tasks = [asyncio.create_task(one(long))]
-    while not engine._stack:  # noqa: ASYNC110 (the engine has no event for tests)
-        await asyncio.sleep(0.001)
+    await until_started(engine)
     tasks += [asyncio.create_task(one(short)) for short in shorts]
     return order, await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -41,7 +43,7 @@ async def beside(engine: Engine, long: Any, *shorts: Any) -> tuple[list[str], li
 def eager(engine: Engine) -> Iterator[Engine]:
     """One that takes 10 ms for long."""
     config = engine.config.model_copy(update={"batch_budget_s": 0.01})
-    other = Engine(config, engine.metrics, engine.profile, engine.models, torch.device("cpu"), 2)
+    other = another(engine, config, threads=2)
     yield other
     other.close()
 
@@ -64,8 +66,7 @@ def test_short_work_runs_inside_long_work_and_both_are_right(eager: Engine, mode
 
 
 def test_first_in_first_out_interrupts_nothing(engine: Engine) -> None:
-    config = engine.config.model_copy(update={"order": "arrival"})
-    other = Engine(config, engine.metrics, engine.profile, engine.models, torch.device("cpu"), 2)
+    other = another(engine, order="arrival")
     try:
         order, answers = run(beside(other, attention(8192, 1, heads=8, mode="chunked"), attention(64, 2)))
     finally:
@@ -76,14 +77,14 @@ def test_first_in_first_out_interrupts_nothing(engine: Engine) -> None:
 
 def test_a_failure_inside_does_not_reach_the_long_run(eager: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = eager
-    original = BatchRunner._attend
+    original = AttentionWorkload._attend
 
-    def poisoned(self: BatchRunner, job: Job, request: Any, checkpoint: Any) -> Outcome:
-        if job.request.id == "r13":
+    def poisoned(self: AttentionWorkload, work: Any, request: Any, checkpoint: Any) -> Outcome:
+        if work.prepared.request.id == "r13":
             raise ValueError("secret")
-        return original(self, job, request, checkpoint)
+        return original(self, work, request, checkpoint)
 
-    monkeypatch.setattr(BatchRunner, "_attend", poisoned)
+    monkeypatch.setattr(AttentionWorkload, "_attend", poisoned)
     _, (answer, failed) = run(beside(engine, attention(8192, 1, heads=8, mode="chunked"), attention(64, 13)))
     assert isinstance(answer, Answer)
     assert failed.kind is Kind.INTERNAL
@@ -92,14 +93,14 @@ def test_a_failure_inside_does_not_reach_the_long_run(eager: Engine, monkeypatch
 def test_of_32_with_a_poisoned_member_31_are_answered_as_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"text number {index} " * (index % 5 + 1) for index in range(32)]
     alone = [run(engine.submit(embed(text))).tensors["embedding"] for text in texts]
-    original = BatchRunner._forward
+    original = ForwardWorkload.run
 
-    def poisoned(self: BatchRunner, jobs: Any, checkpoint: Any) -> list[Outcome]:
-        if any(job.request.texts == (texts[17],) for job in jobs):
+    def poisoned(self: ForwardWorkload, works: Any, checkpoint: Any) -> list[Outcome]:
+        if any(work.prepared.request.texts == (texts[17],) for work in works):
             raise ValueError("secret")
-        return original(self, jobs, checkpoint)
+        return original(self, works, checkpoint)
 
-    monkeypatch.setattr(BatchRunner, "_forward", poisoned)
+    monkeypatch.setattr(ForwardWorkload, "run", poisoned)
 
     async def together() -> list[Any]:
         return await asyncio.gather(*(engine.submit(embed(text)) for text in texts), return_exceptions=True)
@@ -115,14 +116,14 @@ def test_of_32_with_a_poisoned_member_31_are_answered_as_alone(engine: Engine, m
 
 
 def test_attention_that_does_not_fit_runs_by_blocks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = BatchRunner._attend
+    original = AttentionWorkload._attend
 
-    def greedy(self: BatchRunner, job: Job, request: Any, checkpoint: Any) -> Outcome:
-        if job.plan.kind is not PlanKind.CHUNKED:
+    def greedy(self: AttentionWorkload, work: Any, request: Any, checkpoint: Any) -> Outcome:
+        if work.plan.kind is not PlanKind.CHUNKED:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, job, request, checkpoint)
+        return original(self, work, request, checkpoint)
 
-    monkeypatch.setattr(BatchRunner, "_attend", greedy)
+    monkeypatch.setattr(AttentionWorkload, "_attend", greedy)
     answer: Answer = run(engine.submit(attention(600, mode="dense")))
     assert answer.plan.kind is PlanKind.CHUNKED
     assert "ran out of memory" in answer.plan.reason
@@ -131,15 +132,15 @@ def test_attention_that_does_not_fit_runs_by_blocks(engine: Engine, monkeypatch:
 def test_a_forward_pass_that_does_not_fit_runs_in_smaller_ones(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tuple(f"text number {index} " * 20 for index in range(16))
     alone = run(engine.submit(embed(*texts))).tensors["embedding"]
-    original, seen = BatchRunner._forward, []
+    original, seen = ForwardWorkload.run, []
 
-    def greedy(self: BatchRunner, jobs: Any, checkpoint: Any) -> list[Outcome]:
-        seen.append(jobs[0].model.max_batch_tokens)
-        if jobs[0].model.max_batch_tokens > 400:
+    def greedy(self: ForwardWorkload, works: Any, checkpoint: Any) -> list[Outcome]:
+        seen.append(works[0].prepared.model.max_batch_tokens)
+        if works[0].prepared.model.max_batch_tokens > 400:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        return original(self, jobs, checkpoint)
+        return original(self, works, checkpoint)
 
-    monkeypatch.setattr(BatchRunner, "_forward", greedy)
+    monkeypatch.setattr(ForwardWorkload, "run", greedy)
     answer: Answer = run(engine.submit(embed(*texts)))
     assert torch.allclose(answer.tensors["embedding"], alone, atol=1e-5)
     assert seen == sorted(seen, reverse=True)
@@ -148,20 +149,20 @@ def test_a_forward_pass_that_does_not_fit_runs_in_smaller_ones(engine: Engine, m
 
 @pytest.fixture
 def doomed(engine: Engine) -> Iterator[Engine]:
-    other = Engine(Config(), engine.metrics, engine.profile, engine.models, torch.device("cpu"), 2)
+    other = another(engine, Config(), threads=2)
     yield other
     other.close()
 
 
 def test_a_lost_device_answers_all_and_is_seen(doomed: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = BatchRunner._attend
+    original = AttentionWorkload._attend
 
-    def lost(self: BatchRunner, job: Job, request: Any, checkpoint: Any) -> Outcome:
-        if job.request.id == "r2":
+    def lost(self: AttentionWorkload, work: Any, request: Any, checkpoint: Any) -> Outcome:
+        if work.prepared.request.id == "r2":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return original(self, job, request, checkpoint)
+        return original(self, work, request, checkpoint)
 
-    monkeypatch.setattr(BatchRunner, "_attend", lost)
+    monkeypatch.setattr(AttentionWorkload, "_attend", lost)
     shorts = [attention(64, seed) for seed in (2, 3, 4)]
     _, answers = run(beside(doomed, attention(8192, 1, heads=8, mode="chunked"), *shorts))
     assert [one.kind for one in answers] == [Kind.UNAVAILABLE] * 4
@@ -176,7 +177,7 @@ def test_a_bug_of_the_scheduler_hangs_nobody(doomed: Engine, monkeypatch: pytest
     def broken(*_: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr(doomed._scheduler, "finished", broken)
+    monkeypatch.setattr(doomed.execution.device._loop._scheduler, "finished", broken)
     with pytest.raises(FarsightError) as caught:
         run(doomed.submit(attention()))
     assert caught.value.kind is Kind.UNAVAILABLE
@@ -198,9 +199,10 @@ def test_nothing_is_left_of_clients_that_leave_at_any_moment(engine: Engine) -> 
         await engine.submit(attention(16, 4, timeout_s=60))  # the device is free again
 
     run(leave())
-    assert (len(engine._scheduler), len(engine._waiting), engine._stack) == (0, 0, [])
+    device = engine.execution.device
+    assert (device.waiting, engine.execution.waiting, device.is_running) == (0, 0, False)
     assert engine.ahead_s() == 0
-    flows = [engine._scheduler._root]
+    flows = [engine.execution.device._loop._scheduler._root]
     while flows:
         flow = flows.pop()
         assert flow.active == 0

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from service.attention import attend, cuda, reference
+from service.attention import cuda, reference
+from service.attention.dispatch import attend
 from service.attention.masks import MaskSpec
-from service.attention.sparse.bounded_error import attend_with_error_bound
-from service.attention.synthetic import diffuse, structured
+from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
+from service.attention.sparse.selection import SelectionSettings
+from service.attention.synthetic import InputShape, diffuse, structured
 from service.core.plan import PlanKind
 
-from ..attention.helpers import plan_of
+from ..attention.helpers import attend as attend_with
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,10 +42,11 @@ def on_gpu(mask: MaskSpec) -> MaskSpec:
 @pytest.mark.parametrize("width", [64, 80, 256])
 def test_every_plan_keeps_the_error_budget(kind, name, dtype, width):
     batch = 1 if name == "packed" else 2
-    q, k, v = diffuse(batch, 8, 2, 384, width, dtype)
+    q, k, v = diffuse(InputShape(batch, 8, 2, 384, width), dtype)
     exact = reference.attend(q.double(), k.double(), v.double(), MASKS[name])
     naive = reference.attend(q, k, v, MASKS[name])
-    output = attend(q.cuda(), k.cuda(), v.cuda(), plan_of(kind, 64), on_gpu(MASKS[name]))
+    settings = SelectionSettings(64, 1e-7)
+    output = attend_with(q.cuda(), k.cuda(), v.cuda(), kind, on_gpu(MASKS[name]), settings=settings)
     allowed = 2 * float((naive.out.double() - exact.out).abs().max()) + 2 * torch.finfo(dtype).eps * float(
         exact.out.abs().max()
     )
@@ -58,8 +61,8 @@ def test_at_least_one_fused_kernel_is_sound(dtype):
 
 @pytest.mark.parametrize("mask", [MaskSpec(is_causal=True), MaskSpec()], ids=["causal", "full"])
 def test_sparse_answers_are_measured(mask):
-    tensors = [x.cuda() for x in structured(1, 8, 2, 8192, 64, torch.bfloat16)]
-    checked = attend_with_error_bound(*tensors, plan_of("sparse", 128, 0.4), mask, max_error=0.02, forced=True)
+    tensors = [x.cuda() for x in structured(InputShape(1, 8, 2, 8192, 64), torch.bfloat16)]
+    checked = attend_with_error_bound(*tensors, mask, ErrorBound(0.02, PlanKind.DENSE, 0.4, 128, max_density=None))
     exact = attend(*tensors, PlanKind.DENSE, mask)
     assert checked.kind is PlanKind.SPARSE
     error = float((checked.out.float() - exact.out.float()).norm() / exact.out.float().norm())

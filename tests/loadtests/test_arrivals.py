@@ -39,7 +39,7 @@ def test_poisson_gaps_are_exponential() -> None:
 
 def rate_in(at_s: list[float], begin: float, end: float) -> float:
     """Requests/s between two parts of the run."""
-    inside = sum(begin * DURATION_S <= one < end * DURATION_S for one in at_s)
+    inside = sum(begin * DURATION_S <= arrival < end * DURATION_S for arrival in at_s)
     return inside / ((end - begin) * DURATION_S)
 
 

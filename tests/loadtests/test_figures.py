@@ -12,7 +12,7 @@ from loadtests.samples import Outcome
 from tests.loadtests.common import SLO_S, sample
 
 
-def test_percentiles_are_latencies_that_were_seen() -> None:
+def test_percentiles_are_measured_latencies() -> None:
     hundred = [float(number) for number in range(1, 101)]
     assert [percentile(reversed(hundred), p) for p in (50, 95, 99, 100)] == [50, 95, 99, 100]
     assert [percentile([7.0, 0.123456], p) for p in (50, 95)] == [0.123456, 7.0]
@@ -24,7 +24,7 @@ def test_buckets_are_those_of_the_metrics() -> None:
     from service.telemetry.metrics import LENGTH_LABELS, LENGTHS
 
     edges = [(length, length + 1) for length in LENGTHS]
-    assert [bucket_of(one) for edge in edges for one in edge] == [
+    assert [bucket_of(length) for edge in edges for length in edge] == [
         name for pair in pairwise(LENGTH_LABELS) for name in pair
     ]
     assert list(by_bucket([sample(length=5000), sample(length=1), sample(length=10**6)])) == ["512", "32768", "more"]
@@ -53,20 +53,20 @@ def test_nothing_has_no_share_and_no_latency() -> None:
     assert math.isnan(totals.usd_per_1000)
 
 
-def test_windows_go_by_when_requests_were_due_and_keep_the_empty_ones() -> None:
+def test_windows_group_requests_by_when_they_were_due_and_include_empty_ones() -> None:
     samples = [sample(0.0, 9.0), sample(4.9), sample(5.0), sample(9.999)]
     parts = windows(samples, 10.0, 2.5)
     assert [at_s for at_s, _ in parts] == [1.25, 3.75, 6.25, 8.75]
-    assert [[one.at_s for one in part] for _, part in parts] == [[0.0], [4.9], [5.0], [9.999]]
+    assert [[sample.at_s for sample in part] for _, part in parts] == [[0.0], [4.9], [5.0], [9.999]]
     assert windows([], 10.0, 5.0) == [(2.5, []), (7.5, [])]
 
 
-def test_load_levels_sort_the_run_by_what_was_offered() -> None:
+def test_load_levels_sort_the_run_by_offered_load() -> None:
     quiet = [sample(at / 10, 0.1) for at in range(0, 100, 5)]  # 2/s for ten seconds
     busy = [sample(10 + at / 100, 0.9) for at in range(1000)]  # 100/s for ten more
     low, high = by_load([*busy, *quiet], 20.0, levels=2)
     assert (low[0], high[0]) == pytest.approx((2.0, 100.0))
-    assert {one.latency_s for one in low[1]} == {one.latency_s for one in quiet}
+    assert {sample.latency_s for sample in low[1]} == {sample.latency_s for sample in quiet}
     assert len(high[1]) == 1000
 
 

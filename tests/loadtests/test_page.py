@@ -37,7 +37,7 @@ def parsed(html: str) -> Tags:
     tags = Tags()
     tags.feed(html)
     assert tags.open == []
-    assert all(re.match(r"data:image/png;base64,iVBOR", one) for one in tags.images)
+    assert all(re.match(r"data:image/png;base64,iVBOR", image) for image in tags.images)
     assert "http" not in re.sub(r'src="[^"]*"', "", html)
     return tags
 
@@ -56,8 +56,8 @@ def made() -> Run:
 def test_a_run_is_one_page_with_its_charts_and_verdicts(made: Run) -> None:
     html = page.of_run(made, judge(made.samples, Limits(goodput=0.5), SLO_S), SLO_S, ABOUT)
     assert len(parsed(html).images) == 10
-    for told in ("on the same cores", "1 of 3 missed", "&lt;500&gt;", "shop", "2 cores &lt;x86&gt;", "sparse"):
-        assert told in html, told
+    for part in ("on the same cores", "1 of 3 missed", "&lt;500&gt;", "shop", "2 cores &lt;x86&gt;", "sparse"):
+        assert part in html, part
 
 
 def test_a_run_without_an_answer_is_a_page_too() -> None:
@@ -84,4 +84,4 @@ def test_percentiles_of_few_answers_are_not_drawn() -> None:
     assert axes.get_legend() is None
     enough = judged(run([sample(at) for at in range(5)]), Limits(), SLO_S)
     (axes,) = charts.sweep_latencies([enough], SLO_S).axes
-    assert "1 to 512 tokens" in [one.get_text() for one in axes.get_legend().get_texts()]
+    assert "1 to 512 tokens" in [label.get_text() for label in axes.get_legend().get_texts()]

@@ -24,8 +24,8 @@ def bodies() -> Bodies:
     return build(PLANNED, seed=3)
 
 
-def test_there_is_one_for_each_request_and_equal_arguments_give_equal_bytes(bodies: Bodies) -> None:
-    assert bodies.keys() == {(one.endpoint, one.length) for one in PLANNED}
+def test_every_request_has_a_body_and_equal_arguments_give_equal_bytes(bodies: Bodies) -> None:
+    assert bodies.keys() == {(request.endpoint, request.length) for request in PLANNED}
     assert build(PLANNED * 2, seed=3) == bodies
     assert build(PLANNED, seed=4) != bodies
     assert build(PLANNED[:1]).keys() == {(PLANNED[0].endpoint, PLANNED[0].length)}
@@ -41,22 +41,22 @@ def test_attention_bodies_are_what_the_service_parses(bodies: Bodies, length: in
     assert named["key"].shape == named["value"].shape == (1, HEADS[1], length, HEAD_DIM)
 
 
-def test_heads_are_those_that_are_asked_for() -> None:
+def test_heads_are_as_requested() -> None:
     (body,) = build([Planned(0.0, Endpoint.ATTENTION, 64)], heads=(8, 8)).values()
     tensors, _ = safetensors_io.tensors_from_safetensors(body)
     assert {name: tensor.shape[1] for name, tensor in tensors.items()} == {"query": 8, "key": 8, "value": 8}
 
 
-def test_a_trace_that_cannot_be_sent_is_told_with_numbers() -> None:
+def test_a_trace_that_cannot_be_sent_is_refused_with_numbers() -> None:
     planned = [Planned(0.0, Endpoint.INFER, length) for length in (64, 64, 128)]
-    check_trace(planned, most_bytes=128 * 6144, free_bytes=(64 + 128) * 6144)
+    check_trace(planned, max_bytes=128 * 6144, free_bytes=(64 + 128) * 6144)
     with pytest.raises(ValueError, match=r"1 of the trace's 3 .*BYTES=786431: attention of 128 tokens has 786432"):
-        check_trace(planned, most_bytes=128 * 6144 - 1, free_bytes=2**30)
-    with pytest.raises(ValueError, match=r"take 0\.0 GiB"):
-        check_trace(planned, most_bytes=2**30, free_bytes=(64 + 128) * 6144 - 1)
+        check_trace(planned, max_bytes=128 * 6144 - 1, free_bytes=2**30)
+    with pytest.raises(ValueError, match=r"need 0\.0 GiB"):
+        check_trace(planned, max_bytes=2**30, free_bytes=(64 + 128) * 6144 - 1)
     bodies = build(planned, heads=TRACE_HEADS)
     assert len(bodies[Endpoint.INFER, 128]) == pytest.approx(128 * 6144, rel=1e-3)
-    check_trace([Planned(0.0, Endpoint.EMBEDDINGS, 512)], most_bytes=1, free_bytes=0)
+    check_trace([Planned(0.0, Endpoint.EMBEDDINGS, 512)], max_bytes=1, free_bytes=0)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

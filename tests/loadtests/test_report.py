@@ -24,10 +24,16 @@ HEADERS = {
 SENT = Sent("attention", 100, 1.0, 1.25, "shop")
 
 
-def test_a_sample_has_what_the_answer_says_and_counts_from_when_it_was_due() -> None:
-    one = SENT.answered(3.0, HEADERS)
-    assert (one.plan, one.queue_s, one.device_s, one.cost_usd, one.tenant) == ("sparse", 0.125, 0.25, 7e-6, "shop")
-    assert one.latency_s == 2.0  # and not 1.75
+def test_a_sample_has_the_headers_of_the_answer_and_counts_from_when_it_was_due() -> None:
+    sample = SENT.answered(3.0, HEADERS)
+    assert (sample.plan, sample.queue_s, sample.device_s, sample.cost_usd, sample.tenant) == (
+        "sparse",
+        0.125,
+        0.25,
+        7e-6,
+        "shop",
+    )
+    assert sample.latency_s == 2.0  # and not 1.75
 
 
 @pytest.mark.parametrize("headers", [{}, {**HEADERS, "x-device-seconds": "soon"}])
@@ -35,13 +41,13 @@ def test_an_answer_without_its_headers_is_a_failure(headers: dict[str, str]) -> 
     assert SENT.answered(3.0, headers).outcome is Outcome.FAILED
 
 
-def test_samples_are_kept_as_they_were(tmp_path: Path) -> None:
+def test_samples_survive_writing_and_reading(tmp_path: Path) -> None:
     kept = [SENT.answered(1.123456789012345, HEADERS), SENT.refused(2.0), SENT.failed(3.0, 'no "way"\n')]
     samples.write(tmp_path / "samples.ndjson", kept)
     assert samples.read(tmp_path / "samples.ndjson") == kept
 
 
-def test_rows_are_apart_by_bucket_and_plan_and_in_order() -> None:
+def test_rows_are_separate_by_bucket_and_plan_and_in_order() -> None:
     found = rows(
         [
             sample(latency_s=0.1),
@@ -63,13 +69,13 @@ def test_rows_are_apart_by_bucket_and_plan_and_in_order() -> None:
 
 def test_the_text_has_totals_failures_and_verdicts() -> None:
     made = run([*[sample(at) for at in range(8)], sample(9.0, outcome=Outcome.FAILED, reason="500 no")])
-    told = text(made, judge(made.samples, Limits(goodput=0.5), SLO_S), SLO_S)
-    assert "9 requests in 10 s, 0.90/s: 8 answered, 0.80/s of them in time; 0 refused, 1 failed" in told
-    assert "device 2.000 s" in told
-    assert "client: 0.25 cores, 0.0 ms late" in told
-    assert "failed 1x: 500 no" in told
-    assert "ok     goodput" in told
-    assert "MISSED failed" in told
+    report = text(made, judge(made.samples, Limits(goodput=0.5), SLO_S), SLO_S)
+    assert "9 requests in 10 s, 0.90/s: 8 answered, 0.80/s of them in time; 0 refused, 1 failed" in report
+    assert "device 2.000 s" in report
+    assert "client: 0.25 cores, 0.0 ms late" in report
+    assert "failed 1x: 500 no" in report
+    assert "ok     goodput" in report
+    assert "MISSED failed" in report
 
 
 def test_reasons_are_counted_and_few() -> None:
@@ -82,15 +88,15 @@ def test_the_summary_is_one_line_of_json_without_nan() -> None:
     made = run([sample(tenant="a"), sample(1.0, length=600, tenant="b", outcome=Outcome.REFUSED)])
     line = json.dumps(summary(made, judge(made.samples, Limits(refused=0.0), SLO_S), SLO_S), allow_nan=False)
     assert "\n" not in line
-    told = json.loads(line)
-    assert told["passed"] is False
-    assert (told["offered_per_s"], told["goodput_per_s"]) == (0.2, 0.1)
-    assert told["by_length"]["4096"]["p99_s"] is None
-    assert told["by_tenant"]["a"]["good"] == 1
-    assert told["plans"] == {"dense": 1}
+    summary_read = json.loads(line)
+    assert summary_read["passed"] is False
+    assert (summary_read["offered_per_s"], summary_read["goodput_per_s"]) == (0.2, 0.1)
+    assert summary_read["by_length"]["4096"]["p99_s"] is None
+    assert summary_read["by_tenant"]["a"]["good"] == 1
+    assert summary_read["plans"] == {"dense": 1}
 
 
-def test_what_was_watched_leaves_out_what_was_not_seen() -> None:
+def test_figures_of_the_service_skip_unknown_readings() -> None:
     made = run([sample()])
     assert client(made) == {"cores_mean": 0.25, "cores_max": 0.25, "late_p50_s": 0.0, "late_p99_s": 0.0}
     assert service(made) == {

@@ -48,8 +48,8 @@ def test_a_stalled_service_gets_all_requests_and_all_of_them_show_it() -> None:
         return sent.answered(time.perf_counter() - start_s, HEADERS)
 
     found = drive(PLANNED, start_s, send)
-    assert [one.at_s for one in found] == [one.at_s for one in PLANNED]
-    assert all(one.latency_s >= released_s[0] - one.at_s for one in found)
+    assert [sample.at_s for sample in found] == [sample.at_s for sample in PLANNED]
+    assert all(sample.latency_s >= released_s[0] - sample.at_s for sample in found)
     assert found[0].latency_s >= PLANNED[-1].at_s  # the first waited for the last
 
 
@@ -58,27 +58,27 @@ def test_a_stalled_client_shows_too() -> None:
 
     def send(planned: Planned, sent: Sent) -> Sample:
         if planned.at_s == 0:
-            while time.perf_counter() - start_s < PLANNED[-1].at_s:  # nobody else runs
+            while time.perf_counter() - start_s < PLANNED[-1].at_s:  # nothing else runs
                 pass
         return sent.answered(time.perf_counter() - start_s, HEADERS)
 
     found = drive(PLANNED, start_s, send)
-    assert all(one.sent_s >= PLANNED[-1].at_s for one in found[1:])
-    assert all(one.latency_s >= PLANNED[-1].at_s - one.at_s for one in found)
+    assert all(sample.sent_s >= PLANNED[-1].at_s for sample in found[1:])
+    assert all(sample.latency_s >= PLANNED[-1].at_s - sample.at_s for sample in found)
 
 
 def test_what_is_never_answered_or_never_sent_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedule, "DRAIN_S", 0.05)
-    monkeypatch.setattr(schedule, "MOST_IN_FLIGHT", 5)
+    monkeypatch.setattr(schedule, "MAX_IN_FLIGHT", 5)
 
     def send(planned: Planned, sent: Sent) -> Sample:
         gevent.sleep(3600)
-        raise AssertionError("it is killed")
+        raise AssertionError("bug: the greenlet is killed")
 
     found = drive(PLANNED, time.perf_counter(), send)
-    assert [one.outcome for one in found] == [Outcome.FAILED] * 20
-    assert ["no answer" in one.reason for one in found] == [True] * 5 + [False] * 15
-    assert all("5 in flight" in one.reason for one in found[5:])
+    assert [sample.outcome for sample in found] == [Outcome.FAILED] * 20
+    assert ["no answer" in sample.reason for sample in found] == [True] * 5 + [False] * 15
+    assert all("5 in flight" in sample.reason for sample in found[5:])
 
 
 class Stall:
@@ -159,13 +159,13 @@ def test_locust_sends_on_while_the_service_stalls_and_keeps_every_latency(tmp_pa
         ended = subprocess.run([*command, "--started", str(begun)], capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stderr
     read = samples.read(found)
-    assert Counter(one.endpoint for one in read) == {
+    assert Counter(sample.endpoint for sample in read) == {
         Endpoint.EMBEDDINGS: count // 2,
         Endpoint.ATTENTION: count // 4,
         Endpoint.INFER: count // 4,
     }
-    assert {one.outcome for one in read} == {Outcome.ANSWERED}
-    assert {one.plan for one in read} == {"dense"}
+    assert {sample.outcome for sample in read} == {Outcome.ANSWERED}
+    assert {sample.plan for sample in read} == {"dense"}
     released_s = stall.released_s - float(begun.read_text())
-    assert all(one.ended_s >= released_s for one in read)
+    assert all(sample.ended_s >= released_s for sample in read)
     assert read[0].latency_s >= each * (count - 1)  # it was due long before the one that ended the stall

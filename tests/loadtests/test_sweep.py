@@ -20,7 +20,7 @@ def measured(scale: float, capacity: float) -> Step:
 
 @pytest.mark.parametrize("capacity", [0.3, 0.99, 1.0, 3.3, 12.0])
 def test_the_knee_is_found_from_below_and_from_above(capacity: float) -> None:
-    steps = list(sweep(lambda scale: measured(scale, capacity), first=1.0, most=20))
+    steps = list(sweep(lambda scale: measured(scale, capacity), first=1.0, limit=20))
     found = knee(steps)
     assert found is not None
     assert capacity / EXACT_TO <= found.scale <= capacity / 0.94  # 95 % in time are enough
@@ -28,25 +28,25 @@ def test_the_knee_is_found_from_below_and_from_above(capacity: float) -> None:
 
 
 def test_a_service_that_sustains_nothing_has_no_knee() -> None:
-    steps = list(sweep(lambda scale: measured(scale, 0.0), first=1.0, most=20))
+    steps = list(sweep(lambda scale: measured(scale, 0.0), first=1.0, limit=20))
     assert knee(steps) is None
     assert 5 <= len(steps) <= 9
 
 
 def test_steps_end() -> None:
-    steps = list(sweep(lambda scale: measured(scale, 1e9), first=0.01, most=4))
+    steps = list(sweep(lambda scale: measured(scale, 1e9), first=0.01, limit=4))
     assert len(steps) == 4
     assert knee(steps) is None  # it lies above them
 
 
 def test_a_lucky_step_above_an_unlucky_one_ends_the_search_and_is_no_knee() -> None:
     steps = [measured(1.0, 0.5), measured(1.2, 2.0)]
-    assert [one.sustained for one in steps] == [False, True]
+    assert [step.sustained for step in steps] == [False, True]
     assert next_scale(steps) is None
     assert knee(steps) is None
 
 
-def test_a_step_is_judged_by_each_length_and_not_by_those_that_did_not_come() -> None:
+def test_a_step_is_judged_by_the_lengths_that_were_offered() -> None:
     limits = Limits(p99_s={"512": 1.0, "32768": 5.0, "262144": 60.0}, goodput=0.5)
     rare = [sample(latency_s=0.1)] * 99 + [sample(latency_s=7.0, length=20_000)]
     assert judged(run(rare), limits, SLO_S).missed == ("p99_s, length 32768 7 <= 5",)

@@ -1,4 +1,4 @@
-"""A service that runs already is asked before it is loaded, and is one service."""
+"""A running service must answer before it is loaded, and its ports must belong to the same service."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://127.0.0.1:8000", "http://"])
 def test_it_must_be_a_url(url: str) -> None:
-    with pytest.raises(ValueError, match=f"'{re.escape(url)}' is no URL such as"):
+    with pytest.raises(ValueError, match=f"url: expected for example http://127.0.0.1:8000, got '{re.escape(url)}'"):
         running(url, 9000, 9464)
 
 
@@ -50,16 +50,16 @@ def test_another_port_needs_the_others_of_the_same_service() -> None:
         running("http://127.0.0.1:8100", None, 9464)
 
 
-def test_nobody_there() -> None:
+def test_a_service_that_does_not_listen() -> None:
     with pytest.raises(Unavailable, match=r"http://127\.0\.0\.1:1/readyz: .*refused"):
         running("http://127.0.0.1:1/", 9000, 9464)
 
 
-def test_one_that_is_not_ready() -> None:
+def test_a_service_that_is_not_ready() -> None:
     with answering(Starting) as url, pytest.raises(Unavailable, match="503"):
         running(url, 1, 1)
 
 
-def test_one_without_grpc() -> None:
+def test_a_service_without_grpc() -> None:
     with answering(Ready) as url, pytest.raises(Unavailable, match=r"gRPC at 127\.0\.0\.1:1: UNAVAILABLE"):
         running(url, 1, 1)

@@ -60,7 +60,7 @@ def test_a_moment_has_cores_since_the_last_one_and_the_metrics() -> None:
     assert moment.replicas == 0
 
 
-def test_a_remote_service_tells_its_memory() -> None:
+def test_a_remote_service_reports_its_memory() -> None:
     with HTTPServer(("127.0.0.1", 0), Metrics) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -70,6 +70,6 @@ def test_a_remote_service_tells_its_memory() -> None:
     assert moment.service_bytes == 7e8
 
 
-def test_a_remote_service_without_metrics_is_not_known() -> None:
+def test_a_remote_service_without_metrics_is_unknown() -> None:
     moment = Watch(os.getpid(), None, "http://127.0.0.1:1/metrics").look(time.perf_counter())
     assert all(map(math.isnan, (moment.service_cores, moment.service_bytes, moment.queue_s, moment.batches)))

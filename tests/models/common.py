@@ -21,7 +21,7 @@ from service.core.plan import Cost, Plan, PlanKind
 from service.core.request import ForwardRequest
 from service.models.hook import ForwardContext
 from service.models.loading.load import LoadSettings, load
-from service.models.model import Computed, Model
+from service.models.model import Model, TaskOutput
 
 CPU = torch.device("cpu")
 SETTINGS = LoadSettings(CPU, max_text_bytes=1 << 20, max_batch_tokens=16384)
@@ -51,7 +51,7 @@ def asked(task: Task, *texts: str, **fields: Any) -> ForwardRequest:
     return ForwardRequest("r", "m", task, OPTIONS[task](**fields), texts=texts, **own)
 
 
-def run(model: Model, *requests: ForwardRequest, context: ForwardContext | None = None) -> list[Computed]:
+def run(model: Model, *requests: ForwardRequest, context: ForwardContext | None = None) -> list[TaskOutput]:
     """All requests in one batch."""
     jobs = [(request, model.tokenize(request)) for request in requests]
-    return model.run(jobs, context or ForwardContext(plan()))
+    return model.run(jobs, context or ForwardContext(PlanKind.DENSE))

@@ -15,7 +15,7 @@ from service.core.options import Task
 from service.core.plan import PlanKind
 from service.models.hook import ForwardContext
 from tests.models import zoo
-from tests.models.common import asked, loaded, plan, run
+from tests.models.common import asked, loaded, run
 
 TEXTS = (
     "attention compares every token with every other token and somebody pays",
@@ -40,7 +40,7 @@ def test_hidden_states_of_a_batch_equal_each_alone(kind: str, attention: PlanKin
     assert model.info.packed == (kind not in WITH_TARGET)
     for layer in (-1, 1):
         request = asked("hidden", *TEXTS, layer=layer)
-        (got,) = run(model, request, context=ForwardContext(plan(attention)))
+        (got,) = run(model, request, context=ForwardContext(attention))
         parts = got.tensors["hidden_states"].split(got.tensors["lengths"].tolist())
         for text, part in zip(TEXTS, parts, strict=True):
             with torch.no_grad():
@@ -70,19 +70,19 @@ def test_scores_of_a_batch_equal_each_alone(kind: str, tmp_path: Path) -> None:
     model = loaded(tmp_path)
     assert model.info.task == "score"
     (got,) = run(model, asked("score", *TEXTS, top_k=3, positions=(-1, 0)))
-    for told, text in zip(got.details, TEXTS, strict=True):
+    for scores, text in zip(got.details, TEXTS, strict=True):
         ids = ids_of(text)
         with torch.no_grad():
             logprobs = module(input_ids=ids).logits[0].log_softmax(1)
         expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        assert told["token_logprobs"][0] is None
-        assert torch.allclose(torch.tensor(told["token_logprobs"][1:]), expected, atol=1e-4)
-        assert told["perplexity"] == pytest.approx((-expected.mean()).exp().item(), rel=1e-3)
-        assert [one["position"] for one in told["top"]] == [len(ids[0]) - 1, 0]
-        for one in told["top"]:
-            best = logprobs[one["position"]].topk(3)
-            assert [token["token_id"] for token in one["next"]] == best.indices.tolist()
-            assert [token["logprob"] for token in one["next"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert scores["token_logprobs"][0] is None
+        assert torch.allclose(torch.tensor(scores["token_logprobs"][1:]), expected, atol=1e-4)
+        assert scores["perplexity"] == pytest.approx((-expected.mean()).exp().item(), rel=1e-3)
+        assert [entry["position"] for entry in scores["top"]] == [len(ids[0]) - 1, 0]
+        for entry in scores["top"]:
+            best = logprobs[entry["position"]].topk(3)
+            assert [token["token_id"] for token in entry["next"]] == best.indices.tolist()
+            assert [token["logprob"] for token in entry["next"]] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", WITH_TARGET)
@@ -92,14 +92,14 @@ def test_targets_are_scored_given_their_sources(kind: str, tmp_path: Path) -> No
     assert (model.info.task, model.info.inputs) == ("score", "source and target")
     pairs = ((TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[0]), (TEXTS[1], TEXTS[1]))
     (got,) = run(model, asked("score", pairs=pairs, top_k=2))
-    for told, (source, target) in zip(got.details, pairs, strict=True):
+    for scores, (source, target) in zip(got.details, pairs, strict=True):
         labels = ids_of(target)
         with torch.no_grad():
             expected = module(input_ids=ids_of(source), labels=labels)
-        assert told["scored_tokens"] == labels.shape[1]
-        assert -told["logprob_sum"] / labels.shape[1] == pytest.approx(expected.loss.item(), abs=1e-4)
+        assert scores["scored_tokens"] == labels.shape[1]
+        assert -scores["logprob_sum"] / labels.shape[1] == pytest.approx(expected.loss.item(), abs=1e-4)
         best = expected.logits[0, -1].log_softmax(0).topk(2)
-        assert [one["token_id"] for one in told["top"][0]["next"]] == best.indices.tolist()
+        assert [token["token_id"] for token in scores["top"][0]["next"]] == best.indices.tolist()
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS, *DECODERS])
@@ -111,11 +111,11 @@ def test_explained_weights_equal_output_attentions(kind: str, tmp_path: Path) ->
     with torch.no_grad():
         expected = module(input_ids=ids_of(TEXTS[2]), output_attentions=True).attentions
     assert len(got.details["layers"]) == len(expected)
-    for told, layer in zip(got.details["layers"], expected, strict=True):
-        for head in told["heads"]:
+    for explained, layer in zip(got.details["layers"], expected, strict=True):
+        for head in explained["heads"]:
             weights = torch.zeros(length)
-            for one in head["top"]:
-                weights[one["index"]] = one["weight"]
+            for token in head["top"]:
+                weights[token["index"]] = token["weight"]
             assert (weights - layer[0, head["head"], length - 3]).abs().max() < 1e-4
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from service.core.plan import PlanKind
 from service.models import hook
 from service.models.hook import ForwardContext, Pattern
-from tests.models.common import plan
 
 WINDOW = 4
 FUNCTIONS: list[tuple[Callable[..., torch.Tensor], int | None, Pattern]] = [
@@ -28,7 +28,7 @@ FUNCTIONS: list[tuple[Callable[..., torch.Tensor], int | None, Pattern]] = [
 def read(
     function: Callable[..., torch.Tensor], local_size: int | None, length: int = 64, **arguments: object
 ) -> Pattern:
-    with hook.running(ForwardContext(plan())):
+    with hook.running(ForwardContext(PlanKind.DENSE)):
         return hook.mask(1, length, length, function, local_size=local_size, **arguments)  # type: ignore[arg-type]
 
 
@@ -71,10 +71,10 @@ def test_padding_masks_are_refused() -> None:
 
 def test_a_tensor_mask_is_refused_not_ignored() -> None:
     query = torch.zeros(1, 1, 2, 4)
-    with hook.running(ForwardContext(plan())), pytest.raises(NotImplementedError, match="mask of its own"):
+    with hook.running(ForwardContext(PlanKind.DENSE)), pytest.raises(NotImplementedError, match="mask of its own"):
         hook.attention(torch.nn.Module(), query, query, query, torch.ones(1, 1, 2, 2))  # type: ignore[arg-type]
     sinks = {"s_aux": torch.zeros(1)}
-    with hook.running(ForwardContext(plan())), pytest.raises(NotImplementedError, match="sinks"):
+    with hook.running(ForwardContext(PlanKind.DENSE)), pytest.raises(NotImplementedError, match="sinks"):
         hook.attention(torch.nn.Module(), query, query, query, Pattern(is_causal=True), **sinks)
 
 

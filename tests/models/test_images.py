@@ -41,11 +41,23 @@ FILES = {
     "progressive jpeg": encoded(NOISE, "JPEG", progressive=True),
     "webp": encoded(NOISE, "WEBP"),
     "lossless webp": encoded(NOISE, "WEBP", lossless=True),
+}
+
+REFUSED = {
     "gif": encoded(NOISE.quantize(16), "GIF"),
+    "animated gif": encoded(NOISE, "GIF", save_all=True, append_images=[NOISE.rotate(180)]),
     "bmp": encoded(NOISE, "BMP"),
     "tiff": encoded(NOISE, "TIFF"),
     "deflate tiff": encoded(NOISE, "TIFF", compression="tiff_deflate"),
     "big tiff": encoded(NOISE, "TIFF", big_tiff=True),
+    "group 4 tiff": encoded(NOISE.convert("1"), "TIFF", compression="group4"),
+    "CMYK tiff": encoded(NOISE.convert("CMYK"), "TIFF"),
+    "16-bit tiff": encoded(Image.fromarray(GREY16), "TIFF"),
+    "32-bit tiff": encoded(Image.new("I", (4, 4)), "TIFF"),
+    "float tiff": encoded(Image.new("F", (4, 4)), "TIFF"),
+    "ppm": encoded(NOISE, "PPM"),
+    "ico": encoded(NOISE, "ICO"),
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
 
 
@@ -75,24 +87,6 @@ def png(width: int, height: int, *more: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def tiff(tags: dict[int, int | list[int]], pixels: bytes) -> bytes:
-    """Little-endian, all values LONG; tag 273 or 324 is where the pixels are, as often as its list is long."""
-    after = 8 + 2 + 12 * len(tags) + 4
-    entries, lists = b"", b""
-    for tag, value in sorted(tags.items()):
-        if isinstance(value, list):
-            at = after + len(pixels) + len(lists)
-            lists += struct.pack("<I", after) * len(value)
-            entries += struct.pack("<HHII", tag, 4, len(value), at)
-        else:
-            entries += struct.pack("<HHII", tag, 4, 1, after if tag in (273, 324) else value)
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0" * 4 + pixels + lists
-
-
-def grey_tiff(side: int, **tags: int | list[int]) -> dict[int, int | list[int]]:
-    return {256: side, 257: side, 258: 8, 259: 1, 262: 1, 277: 1} | {int(tag[1:]): v for tag, v in tags.items()}
-
-
 # the right answer
 
 
@@ -119,12 +113,7 @@ MODES = {
     "P png": (encoded(CLEAR, "PNG"), CLEAR.convert("RGB")),
     "P png with one transparent entry": (encoded(CLEAR, "PNG", transparency=3), CLEAR.convert("RGB")),
     "P png with alpha": (encoded(CLEAR, "PNG", transparency=bytes(range(16))), CLEAR.convert("RGB")),
-    "P gif with a transparent entry": (encoded(CLEAR, "GIF", transparency=3), CLEAR.convert("RGB")),
-    "1 tiff": (
-        encoded(NOISE.convert("1"), "TIFF", compression="group4"),
-        NOISE.convert("1").convert("RGB"),
-    ),
-    "CMYK tiff": (encoded(CMYK, "TIFF"), CMYK.convert("RGB")),
+    "1 png": (encoded(NOISE.convert("1"), "PNG"), NOISE.convert("1").convert("RGB")),
 }
 
 
@@ -142,25 +131,20 @@ def test_cmyk_jpeg_is_as_pillow_reads_it() -> None:
     assert np.array_equal(np.asarray(decode(0, data, "RGB")), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-@pytest.mark.parametrize(("name", "order"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
-def test_16_bit_grey_keeps_its_high_byte(name: str, order: str) -> None:
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bit_grey_keeps_its_high_byte(order: str) -> None:
     mode = "I;16" if order == "<u2" else "I;16B"
     image = Image.frombytes(mode, (56, 40), GREY16.astype(order).tobytes())
     expected = np.repeat((GREY16 >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-    assert np.array_equal(np.asarray(decode(0, encoded(image, name), "RGB")), expected)
-
-
-def test_12_bit_grey_keeps_its_high_bits() -> None:
-    data = tiff(grey_tiff(2, t258=12, t273=0, t278=2, t279=6), bytes.fromhex("800fff000abc"))
-    assert np.asarray(decode(0, data, "L")).tolist() == [[0x80, 0xFF], [0x00, 0xAB]]
+    assert np.array_equal(np.asarray(decode(0, encoded(image, "PNG"), "RGB")), expected)
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
 def test_exif_turns_the_image_upright_once(name: str, turn: int) -> None:
     exif = Image.Exif()
     exif[274] = turn
-    data = encoded(NOISE, name, **({"tiffinfo": {274: turn}} if name == "TIFF" else {"exif": exif}))
+    data = encoded(NOISE, name, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     assert expected.size == ((56, 40) if turn < 5 else (40, 56))
     assert np.array_equal(np.asarray(decode(0, data, "RGB")), np.asarray(expected))
@@ -183,7 +167,7 @@ def test_exif_that_cannot_be_read_says_nothing(exif: bytes, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", ["GIF", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("name", ["WEBP", "PNG"])
 def test_of_several_frames_the_first_is_taken(name: str) -> None:
     first, second = Image.new("RGB", (20, 20), (255, 0, 0)), Image.new("RGB", (20, 20), (0, 0, 255))
     data = encoded(first, name, save_all=True, append_images=[second])
@@ -221,9 +205,7 @@ def test_a_header_that_claims_too_many_pixels_is_refused_undecoded() -> None:
     "data",
     [
         b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\xff\xff\xff\xff\xff" + b"VP8L\0\0\0\0",
-        b"GIF89a\1\0\1\0\0\0\0,\xff\xff\xff\xff\xff\xff\xff\xff\0\2\0;",
-        b"BM" + struct.pack("<IIIIiiHHIIIIII", 54, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
-        tiff(grey_tiff(60_000, t273=0, t278=60_000, t279=1), b"0"),
+        png(60_000, 60_000),
         FILES["jpeg"].replace(struct.pack(">HH", 40, 56), struct.pack(">HH", 60_000, 60_000), 1),
     ],
 )
@@ -257,22 +239,10 @@ def test_the_limit_itself_is_allowed_and_one_pixel_row_more_is_not(monkeypatch: 
             FILES["jpeg"][:2] + b"\xff\xe1\0\x08Exif\0\0" * 101 + FILES["jpeg"][2:],
             "the JPEG file has over 100 scans or blocks of EXIF",
         ),
-        (
-            tiff(grey_tiff(64, t273=[0] * 100_001, t278=63, t279=1), bytes(64 * 64)),
-            "the TIFF file has a tag of over 100000 values",
-        ),
-        (
-            tiff(grey_tiff(64, t259=8, t322=30_000, t323=30_000, t324=0, t325=1), b"0"),
-            "a tile of the TIFF file: 900000000 pixels is over the limit of 67108864 pixels",
-        ),
-        (
-            tiff(grey_tiff(64, t273=[0] * 1000, t278=63, t279=[0] * 1000), bytes(64 * 64)),
-            "the TIFF file stores its pixels over 8 times",
-        ),
-        (b"II*\0" + bytes(images.MAX_BYTES - 3), "33554433 bytes is over the limit of 33554432 bytes"),
+        (b"\x89PNG" + bytes(images.MAX_BYTES - 3), "33554433 bytes is over the limit of 33554432 bytes"),
     ],
 )
-def test_what_is_dear_to_decode_is_refused_undecoded(data: bytes, message: str) -> None:
+def test_what_is_expensive_to_decode_is_refused_undecoded(data: bytes, message: str) -> None:
     assert message in refusal(data).message
 
 
@@ -307,34 +277,33 @@ def test_truncated_files_are_refused(name: str, part: float) -> None:
     ("data", "message"),
     [
         (b"", "image 3 is empty"),
-        (b"my secret diary", "image 3 is not a PNG, JPEG, WebP, GIF, BMP or TIFF file"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image 3 is not a PNG, JPEG, WebP, GIF, BMP or TIFF file"),
-        (encoded(NOISE, "PPM"), "image 3 is not a PNG, JPEG, WebP, GIF, BMP or TIFF file"),
-        (b"BMy secret diary", "image 3: the BMP file is truncated, damaged or of an unsupported kind"),
+        (b"my secret diary", "image 3: expected a JPEG, PNG or WebP file"),
+        (b"BMy secret diary", "image 3: expected a JPEG, PNG or WebP file"),
         (b"RIFF....WAVEfmt secret", "image 3: the WEBP file is truncated, damaged or of an unsupported kind"),
         (png(0, 10), "image 3: the PNG file is truncated, damaged or of an unsupported kind"),
         (png(10, 10), "image 3: the PNG file is truncated, damaged or of an unsupported kind"),
         (png(10, 10, b"SEcr"), "image 3: the PNG file is truncated, damaged or of an unsupported kind"),
     ],
 )
-def test_what_is_no_image_is_refused_without_a_word_of_it(data: bytes, message: str) -> None:
+def test_other_bytes_are_refused_without_quoting_them(data: bytes, message: str) -> None:
     error = refusal(data)
     assert (error.kind, error.message) == (Kind.INVALID, message)
     assert error.__context__ is None or error.__suppress_context__
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_unknown_range_are_refused(mode: str) -> None:
-    error = refusal(encoded(Image.new(mode, (4, 4)), "TIFF"))
-    assert error.message.startswith("image 3 has 32-bit or signed pixels")
+@pytest.mark.usefixtures("no_decoding")
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_formats_are_refused_with_the_accepted_ones(name: str) -> None:
+    error = refusal(REFUSED[name])
+    assert (error.kind, error.message) == (Kind.INVALID, "image 3: expected a JPEG, PNG or WebP file")
 
 
-def test_no_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(self: Image.Image) -> None:
         raise MemoryError
 
     monkeypatch.setattr(ImageFile, "load", load)
-    assert refusal(FILES["bmp"]).kind is Kind.OUT_OF_MEMORY
+    assert refusal(FILES["png"]).kind is Kind.OUT_OF_MEMORY
 
 
 def test_damaged_bytes_give_an_image_or_a_refusal_and_print_nothing(
@@ -353,13 +322,14 @@ def test_damaged_bytes_give_an_image_or_a_refusal_and_print_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_odd_tag_is_no_reason_to_refuse_or_to_warn(capfd: pytest.CaptureFixture[str]) -> None:
-    data = tiff(grey_tiff(2, t273=0, t278=2, t279=4, t700=[0] * 3), b"abcd")
-    data = data.replace(struct.pack("<HHI", 700, 4, 3), struct.pack("<HHI", 700, 4, 3000))
+def test_an_odd_exif_tag_neither_refuses_nor_warns(capfd: pytest.CaptureFixture[str]) -> None:
+    tags = struct.pack("<HHII", 274, 3, 1, 3) + struct.pack("<HHII", 700, 4, 3000, 38)  # the second runs past the end
+    data = encoded(NOISE, "PNG", exif=b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + tags + bytes(4))
+    expected = np.asarray(NOISE)[::-1, ::-1]
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        assert np.asarray(decode(0, data, "L")).tolist() == [[97, 98], [99, 100]]
-    assert np.asarray(decode(0, data, "L")).tolist() == [[97, 98], [99, 100]]
+        assert np.array_equal(np.asarray(decode(0, data, "RGB")), expected)
+    assert np.array_equal(np.asarray(decode(0, data, "RGB")), expected)
     assert capfd.readouterr() == ("", "")
 
 
@@ -409,7 +379,7 @@ def test_older_files_are_read_without_a_word(
         ),
     ],
 )
-def test_a_processor_that_cannot_be_served_is_told_at_load(
+def test_a_processor_that_cannot_be_served_is_refused_at_load(
     tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

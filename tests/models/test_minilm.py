@@ -1,4 +1,4 @@
-"""The real model: equal to sentence-transformers, packed equal to single, lengths told, chunks merged, explained."""
+"""The real model: equal to sentence-transformers, packed equal to single, lengths counted, chunks merged, explained."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from service.core.plan import PlanKind
 from service.errors import FarsightError, Kind
 from service.models.files import directory_of
 from service.models.hook import ForwardContext
+from service.models.inputs.processor import InputProcessor
 from service.models.loading.load import load
 from service.models.model import Model
 from tests.conftest import MINILM
-from tests.models.common import SETTINGS, asked, plan, run
+from tests.models.common import SETTINGS, asked, run
 
 TEXTS = [
     "The animal didn't cross the street because it was tired.",
@@ -47,7 +48,7 @@ def test_embeddings_equal_sentence_transformers(model: Model) -> None:
 
 @pytest.mark.parametrize("kind", [PlanKind.DENSE, PlanKind.CHUNKED])
 def test_packed_equals_each_alone(model: Model, kind: PlanKind) -> None:
-    (together,) = run(model, asked("embed", *TEXTS), context=ForwardContext(plan(kind)))
+    (together,) = run(model, asked("embed", *TEXTS), context=ForwardContext(kind))
     alone = torch.cat([embed(model, text) for text in TEXTS])
     assert (together.tensors["embedding"] - alone).abs().max() < 1e-5
 
@@ -84,7 +85,8 @@ def test_chunks_overlap_and_are_merged_by_their_tokens(model: Model) -> None:
     for before, after in pairwise(rows):  # neighbours share 50 tokens inside [CLS] and [SEP]
         assert before.ids[-51:-1] == after.ids[1:51]
     inner = [rows[0].ids[1:-1], *(row.ids[51:-1] for row in rows[1:])]
-    whole = replace(model.inputs, max_length=100_000).rows(asked("embed", text)).rows[0].ids
+    longer = InputProcessor(replace(model.inputs.spec, max_length=100_000))
+    whole = longer.encode(asked("embed", text)).rows[0].ids
     assert sum(inner, ()) == whole[1:-1]
 
     got = embed(model, "short", text, truncate="chunk", chunk_overlap=50)
@@ -109,12 +111,12 @@ def test_an_overlap_that_leaves_no_room_is_refused(model: Model) -> None:
 
 
 def test_too_large_a_text_is_refused_before_it_is_tokenised(model: Model) -> None:
-    small = replace(model.inputs, max_text_bytes=100)
+    small = InputProcessor(replace(model.inputs.spec, max_text_bytes=100))
     with pytest.raises(FarsightError) as caught:
-        small.rows(asked("embed", "x" * 101, truncate="end"))
+        small.encode(asked("embed", "x" * 101, truncate="end"))
     assert caught.value.message == "input 0: 101 bytes is over the limit of 100 bytes"
     with pytest.raises(FarsightError, match="all texts together: 1700 bytes is over the limit of 1600 bytes"):
-        small.rows(asked("embed", *(f"{number:0100d}" for number in range(17))))
+        small.encode(asked("embed", *(f"{number:0100d}" for number in range(17))))
 
 
 @pytest.mark.parametrize(
@@ -140,23 +142,23 @@ def test_attention_runs_through_ours_and_a_checkpoint_stops_it(model: Model) -> 
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        run(model, asked("embed", *TEXTS), context=ForwardContext(plan(), checkpoint=checkpoint))
+        run(model, asked("embed", *TEXTS), context=ForwardContext(PlanKind.DENSE, checkpoint=checkpoint))
 
 
 def test_the_token_it_is_explained_in_words(model: Model) -> None:
     (computed,) = run(model, asked("explain", TEXTS[0], query="it", rollout=True))
-    told = computed.details
-    assert told["query"] == {"index": 10, "text": "it", "offsets": [43, 45]}
+    explanation = computed.details
+    assert explanation["query"] == {"index": 10, "text": "it", "offsets": [43, 45]}
     assert TEXTS[0][43:45] == "it"
-    assert len(told["layers"]) == 6
-    named = {one["text"] for layer in told["layers"] for head in layer["heads"] for one in head["top"]}
+    assert len(explanation["layers"]) == 6
+    named = {token["text"] for layer in explanation["layers"] for head in layer["heads"] for token in head["top"]}
     assert {"animal", "tired", "street", "[CLS]", "[SEP]"} <= named
-    for layer in told["layers"]:
+    for layer in explanation["layers"]:
         assert len(layer["heads"]) == 12
         for head in layer["heads"]:
-            assert sum(one["weight"] for one in head["top"]) <= 1 + 1e-5
+            assert sum(token["weight"] for token in head["top"]) <= 1 + 1e-5
             assert 0 <= head["entropy_bits"] <= 4
-    assert told["rollout"][0]["weight"] < 1
+    assert explanation["rollout"][0]["weight"] < 1
 
 
 def test_rollout_equals_the_product_of_whole_matrices(model: Model) -> None:
@@ -170,8 +172,8 @@ def test_rollout_equals_the_product_of_whole_matrices(model: Model) -> None:
     for layer in layers:
         flow = (0.5 * layer[0].mean(0) + 0.5 * torch.eye(len(row.ids))) @ flow
     (computed,) = run(model, asked("explain", TEXTS[0], query=10, rollout=True, top_k=100))
-    for one in computed.details["rollout"]:
-        assert one["weight"] == pytest.approx(flow[10, one["index"]].item(), abs=1e-5)
+    for token in computed.details["rollout"]:
+        assert token["weight"] == pytest.approx(flow[10, token["index"]].item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_a_model_whose_packing_is_broken_runs_unpacked(monkeypatch: pytest.Monke
     def blind(self: ForwardContext, *arguments: object, **fields: object) -> None:
         cu_seqlens = fields.get("cu_seqlens")
         if isinstance(cu_seqlens, tuple):
-            fields["cu_seqlens"] = (0, cu_seqlens[-1])  # everybody sees everybody
+            fields["cu_seqlens"] = (0, cu_seqlens[-1])  # every token sees every token
         original(self, *arguments, **fields)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ForwardContext, "__init__", blind)

@@ -1,13 +1,11 @@
-"""Packing by hand-checked examples."""
+"""Packing by examples."""
 
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from service.models.inputs.rows import EncodedInput
-from service.models.packing import pack, split_by_shape, split_by_tokens
+from service.models.packing import pack
 
 
 def test_packed_rows() -> None:
@@ -25,18 +23,3 @@ def test_types_of_pairs_and_the_first_position() -> None:
     assert packed.position_ids.tolist() == [[2, 3, 2, 3, 4]]
     assert packed.type_ids is not None
     assert packed.type_ids.tolist() == [[0, 0, 0, 1, 1]]
-
-
-def test_batches_of_equal_shape() -> None:
-    shapes = [(3, 0), (2, 1), (3, 0), (3, 0), (2, 1)]
-    assert split_by_shape(shapes, 6) == [[0, 2], [3], [1, 4]]
-    assert split_by_shape(shapes, 1) == [[0], [2], [3], [1], [4]]
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 50), max_size=30), limit=st.integers(1, 100))
-def test_runs_cover_everything_in_order_within_the_limit(lengths: list[int], limit: int) -> None:
-    runs = split_by_tokens(lengths, limit)
-    assert [index for run in runs for index in run] == list(range(len(lengths)))
-    for run in runs:
-        assert len(run) == 1 or sum(lengths[index] for index in run) <= limit

@@ -10,9 +10,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from service.core.plan import Cost, Plan, PlanKind
-from service.models import hook
-from service.models import preemption as slices
+from service.core.plan import PlanKind
+from service.models import hook, preemption
 
 
 class Layers(nn.Module):
@@ -32,8 +31,8 @@ class Layers(nn.Module):
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Layers:
     torch.manual_seed(0)
-    monkeypatch.setattr(slices, "slice_flops", lambda device: 2 * 96 * 5.0)  # five rows of the largest
-    monkeypatch.setattr(slices, "SLICE_ELEMENTS", 60)
+    monkeypatch.setattr(preemption, "slice_flops", lambda device: 2 * 96 * 5.0)  # five rows of the largest
+    monkeypatch.setattr(preemption, "SLICE_ELEMENTS", 60)
     return Layers()
 
 
@@ -41,7 +40,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Layers:
 def test_rows_are_computed_in_slices_and_come_out_the_same(layers: Layers) -> None:
     states = torch.randn(3, 17, 8)
     expected = layers(states)
-    slices.install(layers)
+    preemption.install_checkpoints(layers)
     assert torch.equal(layers(states), expected)  # without a context nothing is cut
     calls = 0
 
@@ -49,8 +48,7 @@ def test_rows_are_computed_in_slices_and_come_out_the_same(layers: Layers) -> No
         nonlocal calls
         calls += 1
 
-    plan = Plan(PlanKind.DENSE, Cost(0, 0, 0, 0), 0.0, "test")
-    with hook.running(hook.ForwardContext(plan, checkpoint=checkpoint)):
+    with hook.running(hook.ForwardContext(PlanKind.DENSE, checkpoint=checkpoint)):
         got = layers(states)
     assert torch.allclose(got, expected, atol=1e-6)
     assert got.shape == expected.shape
@@ -58,7 +56,7 @@ def test_rows_are_computed_in_slices_and_come_out_the_same(layers: Layers) -> No
 
 
 def test_a_checkpoint_stops_a_layer_between_its_rows(layers: Layers) -> None:
-    slices.install(layers)
+    preemption.install_checkpoints(layers)
     left = 3
 
     def checkpoint() -> None:
@@ -67,6 +65,5 @@ def test_a_checkpoint_stops_a_layer_between_its_rows(layers: Layers) -> None:
         if not left:
             raise InterruptedError
 
-    plan = Plan(PlanKind.DENSE, Cost(0, 0, 0, 0), 0.0, "test")
-    with hook.running(hook.ForwardContext(plan, checkpoint=checkpoint)), pytest.raises(InterruptedError):
+    with hook.running(hook.ForwardContext(PlanKind.DENSE, checkpoint=checkpoint)), pytest.raises(InterruptedError):
         layers(torch.randn(100, 8))

@@ -1,4 +1,4 @@
-"""Models come and go one by one: what cannot load says why, and what answers goes on answering."""
+"""Models are loaded and removed one by one: one that cannot load has a reason, and the others go on serving."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_rope_scaling_needs_its_type(tmp_path: Path) -> None:
     assert loaded(tmp_path, rope_scaling={"type": "linear", "factor": 4.0}).info.max_length == 128
 
 
-def test_reasons_tell_no_paths(tmp_path: Path) -> None:
+def test_reasons_contain_no_paths(tmp_path: Path) -> None:
     models = Registry(SETTINGS)
     (tmp_path / "config.json").write_text("{")
     entry = models.load(config(tmp_path))

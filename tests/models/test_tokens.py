@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from service.errors import FarsightError
-from service.models.inputs.processor import Inputs
+from service.models.inputs.processor import InputProcessor
+from service.models.inputs.spec import InputSpec
 from service.models.inputs.tokenizer import read_tokenizer
 from tests.models import zoo
 from tests.models.common import asked
@@ -28,10 +29,10 @@ def byte_level() -> Tokenizer:
     return made
 
 
-def inputs(tokenizer: Tokenizer, directory: Path, **fields: object) -> Inputs:
+def inputs(tokenizer: Tokenizer, directory: Path, **fields: object) -> InputProcessor:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"max_length": 64, "vocab_size": 1000, "max_text_bytes": 1 << 20, **fields}
-    return Inputs("m", tokenizer=read_tokenizer(directory), **settings)  # type: ignore[arg-type]
+    return InputProcessor(InputSpec("m", tokenizer=read_tokenizer(directory), **settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [byte_level, zoo.tokenizer, lambda: zoo.tokenizer(with_pair_types=True)])
@@ -39,46 +40,46 @@ def test_rows_equal_the_tokenizers_own(make: type, tmp_path: Path) -> None:
     tokenizer: Tokenizer = make()
     ours = inputs(tokenizer, tmp_path, has_types=True)
     texts = ["it was tired", "", "the  animal", "café"]
-    for text, row in zip(texts, ours.rows(asked("embed", *texts)).rows, strict=True):
+    for text, row in zip(texts, ours.encode(asked("embed", *texts)).rows, strict=True):
         assert row.ids == tuple(tokenizer.encode(text).ids)
     pairs = tuple((a, b) for a in texts for b in texts)
-    for (a, b), row in zip(pairs, ours.rows(asked("rerank", pairs=pairs)).rows, strict=True):
+    for (a, b), row in zip(pairs, ours.encode(asked("rerank", pairs=pairs)).rows, strict=True):
         expected = tokenizer.encode(a, b)
         assert row.ids == tuple(expected.ids)
         assert (row.types or (0,) * len(row.ids)) == tuple(expected.type_ids)
 
 
-def test_pieces_are_where_the_words_are(tmp_path: Path) -> None:
+def test_spans_are_where_the_words_are(tmp_path: Path) -> None:
     text = "the animal was"
-    row = inputs(byte_level(), tmp_path).rows(asked("explain", text, query="animal")).rows[0]
-    assert row.pieces is not None
-    inner = [piece for piece in row.pieces if not piece.is_special]
-    read = [text[piece.start : piece.end] for piece in inner]
+    row = inputs(byte_level(), tmp_path).encode(asked("explain", text, query="animal")).rows[0]
+    assert row.spans is not None
+    inner = [span for span in row.spans if not span.is_special]
+    read = [text[span.start : span.end] for span in inner]
     assert read == ["t", "h", "e", " ", "a", "n", "i", "m", "a", "l", " ", "w", "a", "s"]
     model = models.WordLevel({"Ġit": 3, "it": 4, "<s>": 0, "<pad>": 1, "</s>": 2}, unk_token="<pad>")
     spaced = byte_level()
     spaced.model = model
-    words = inputs(spaced, tmp_path).rows(asked("score", "it it it")).rows[0]
-    assert words.pieces is not None
-    assert [(piece.start, piece.end) for piece in words.pieces] == [(0, 0), (0, 2), (3, 5), (6, 8), (0, 0)]
+    words = inputs(spaced, tmp_path).encode(asked("score", "it it it")).rows[0]
+    assert words.spans is not None
+    assert [(span.start, span.end) for span in words.spans] == [(0, 0), (0, 2), (3, 5), (6, 8), (0, 0)]
 
 
-def test_a_word_of_its_own_is_meant_first(tmp_path: Path) -> None:
+def test_a_whole_word_is_preferred(tmp_path: Path) -> None:
     text = "with it, it was tired"
     ours = inputs(zoo.tokenizer(), tmp_path)
-    tokenized = ours.rows(asked("explain", text, query="it"))
+    tokenized = ours.encode(asked("explain", text, query="it"))
     assert tokenized.query is not None
-    assert tokenized.rows[0].pieces is not None
-    assert tokenized.rows[0].pieces[tokenized.query].start == 5
-    with pytest.raises(FarsightError, match=r"no token is there \(cut off\?\)"):
-        ours.rows(asked("explain", "it " * 100 + "tired", query="tired", truncate="end"))
+    assert tokenized.rows[0].spans is not None
+    assert tokenized.rows[0].spans[tokenized.query].start == 5
+    with pytest.raises(FarsightError, match=r"not in its tokens \(cut off\?\)"):
+        ours.encode(asked("explain", "it " * 100 + "tired", query="tired", truncate="end"))
 
 
 def test_a_long_document_costs_its_length_whatever_the_query(tmp_path: Path) -> None:
     ours = inputs(zoo.tokenizer(), tmp_path, max_length=512)
     document, query = "it " * 100_000, "was " * 500
     start = time.process_time()
-    (row,) = ours.rows(asked("rerank", pairs=((query, document),), truncate="end")).rows
+    (row,) = ours.encode(asked("rerank", pairs=((query, document),), truncate="end")).rows
     assert len(row) == 512
     assert time.process_time() - start < 10  # 500 tokens of query for each 9 of the document took minutes
 
@@ -86,7 +87,7 @@ def test_a_long_document_costs_its_length_whatever_the_query(tmp_path: Path) -> 
 def test_a_query_is_encoded_once_and_counts_once(tmp_path: Path) -> None:
     ours = inputs(zoo.tokenizer(), tmp_path, max_length=100_000, max_text_bytes=100_000)
     query = "it " * 30_000
-    rows = ours.rows(asked("rerank", pairs=tuple((query, f"{number}") for number in range(30)))).rows
+    rows = ours.encode(asked("rerank", pairs=tuple((query, f"{number}") for number in range(30)))).rows
     assert len(rows) == 30
     assert rows[0].ids[:1000] == rows[29].ids[:1000]
 
@@ -95,13 +96,13 @@ def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None
     tokenizer = zoo.tokenizer()
     tokenizer.add_tokens(["<extra>"])
     ours = inputs(tokenizer, tmp_path, vocab_size=tokenizer.get_vocab_size() - 1)
-    assert ours.rows(asked("embed", "it was"))
+    assert ours.encode(asked("embed", "it was"))
     with pytest.raises(FarsightError, match="is outside 0"):
-        ours.rows(asked("embed", "it <extra>"))
+        ours.encode(asked("embed", "it <extra>"))
 
 
 def test_a_source_and_a_target_that_are_cut_are_one_input(tmp_path: Path) -> None:
     ours = inputs(zoo.tokenizer(), tmp_path, has_target=True)
-    tokenized = ours.rows(asked("score", pairs=(("it " * 100, "was " * 90),), truncate="end"))
+    tokenized = ours.encode(asked("score", pairs=(("it " * 100, "was " * 90),), truncate="end"))
     assert (tokenized.truncated, tokenized.dropped_tokens) == (1, 100 + 90 - 2 * 62)
     assert len(tokenized.rows[0].ids) == len(tokenized.rows[0].target or ()) == 64

@@ -1,4 +1,4 @@
-"""Seconds from effort: the fit, what is measured, and the file that keeps it."""
+"""Seconds from cost features: the fit, what is measured, and the file that keeps it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from service.core.plan import PlanKind
-from service.planning import calibration
-from service.planning import profile_cache as profiles
+from service.planning import calibration, profile_cache
 from service.planning.attention_cost import CostFeatures
 from service.planning.calibration import DTYPES, fit, runs
 from service.planning.device_profile import DeviceProfile
@@ -27,19 +26,19 @@ PROFILE = DeviceProfile(
 
 @pytest.mark.parametrize("true", [(1e-4, 1e-5, 1e-9, 2e-9, 1e-11), (5e-4, 0.0, 0.0, 0.0, 2e-11)])
 def test_the_fit_finds_what_made_the_times(true: tuple[float, ...]) -> None:
-    efforts = [run.effort for run in runs("float32", thorough=True) if run.kind is PlanKind.CHUNKED]
-    seconds = [sum(each * count for each, count in zip(true, effort, strict=True)) for effort in efforts]
-    assert fit(efforts, seconds) == pytest.approx(true, rel=1e-3, abs=1e-13)
+    counted = [run.features for run in runs("float32", thorough=True) if run.kind is PlanKind.CHUNKED]
+    seconds = [sum(each * count for each, count in zip(true, features, strict=True)) for features in counted]
+    assert fit(counted, seconds) == pytest.approx(true, rel=1e-3, abs=1e-13)
 
 
 def test_the_fit_is_never_negative_and_weighs_relative_errors() -> None:
     draw = np.random.default_rng(0)
-    efforts = [CostFeatures(1, 0, int(n), int(n * n), int(128 * n * n)) for n in (16, 64, 256, 1024, 4096, 16384)]
-    seconds = [(1e-4 + 1e-11 * effort.flops) * float(np.exp(draw.normal(0, 0.1))) for effort in efforts]
-    found = fit(efforts, seconds)
+    counted = [CostFeatures(1, 0, int(n), int(n * n), int(128 * n * n)) for n in (16, 64, 256, 1024, 4096, 16384)]
+    seconds = [(1e-4 + 1e-11 * features.flops) * float(np.exp(draw.normal(0, 0.1))) for features in counted]
+    found = fit(counted, seconds)
     assert min(found) >= 0
-    told = [sum(each * count for each, count in zip(found, effort, strict=True)) for effort in efforts]
-    assert np.abs(np.log(np.array(told) / seconds)).max() < 0.3
+    predicted = [sum(each * count for each, count in zip(found, features, strict=True)) for features in counted]
+    assert np.abs(np.log(np.array(predicted) / seconds)).max() < 0.3
     assert found[1] == 0.0  # nothing was launched
 
 
@@ -50,7 +49,7 @@ def test_every_plan_and_dtype_is_measured_from_overhead_to_pairs() -> None:
             (kind, dtype) for kind in PlanKind for dtype in DTYPES
         }
         for kind in PlanKind:
-            counts = [run.effort.flops for run in planned if run.kind is kind]
+            counts = [run.features.flops for run in planned if run.kind is kind]
             assert max(counts) > 10 * min(counts)
     assert len(runs("float32", thorough=True)) > len(runs("float32", thorough=False))
 
@@ -65,7 +64,7 @@ def test_a_measurement_prices_every_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     assert shares == [index / 15 for index in range(15)]
     assert set(profile.attention_s_per) == {(kind, "float32") for kind in PlanKind}
     for run in runs("float32", False):
-        assert 1e-6 < profile.attention_s(run.kind, run.effort, "float32") < 60
+        assert 1e-6 < profile.attention_s(run.kind, run.features, "float32") < 60
     assert profile.linear_flops_per_s["float32"] > 0
     assert profile.free_bytes > 0
 
@@ -75,8 +74,8 @@ def test_nothing_is_predicted_to_take_no_time() -> None:
 
 
 def test_a_stored_profile_is_read_again(tmp_path: Path) -> None:
-    path = profiles.store(PROFILE, CPU, tmp_path)
-    found = profiles.load(CPU, tmp_path)
+    path = profile_cache.store(PROFILE, CPU, tmp_path)
+    found = profile_cache.load(CPU, tmp_path)
     assert found is not None
     assert found.free_bytes > 1000  # of now, not of then
     assert replace(found, free_bytes=123) == PROFILE
@@ -85,7 +84,7 @@ def test_a_stored_profile_is_read_again(tmp_path: Path) -> None:
 
 def damaged(**changes: object) -> str:
     """A stored profile with some of its entries replaced."""
-    document = profiles._document(PROFILE)
+    document = profile_cache._document(PROFILE)
     for name, value in changes.items():
         document[name] = {**document[name], **value} if isinstance(value, dict) and value else value
     return json.dumps({"profile": document})
@@ -102,20 +101,20 @@ BAD = [
 
 @pytest.mark.parametrize("text", BAD)
 def test_what_cannot_be_used_is_measured_again(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiles, "measure", lambda device: PROFILE)
-    profiles.path_of(CPU, tmp_path).write_text(text)
-    assert profiles.load(CPU, tmp_path) is None
-    assert profiles.load_or_measure(CPU, tmp_path) == PROFILE
-    assert profiles.load(CPU, tmp_path) is not None
+    monkeypatch.setattr(profile_cache, "measure", lambda device: PROFILE)
+    profile_cache.path_of(CPU, tmp_path).write_text(text)
+    assert profile_cache.load(CPU, tmp_path) is None
+    assert profile_cache.load_or_measure(CPU, tmp_path) == PROFILE
+    assert profile_cache.load(CPU, tmp_path) is not None
 
 
 def test_another_software_or_thread_count_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profiles.store(PROFILE, CPU, tmp_path)
-    assert profiles.load(CPU, tmp_path) is not None
-    known = profiles.identity(CPU)
+    profile_cache.store(PROFILE, CPU, tmp_path)
+    assert profile_cache.load(CPU, tmp_path) is not None
+    known = profile_cache.identity(CPU)
     for change in ({"torch": "0.0"}, {"device": "other, 1 threads"}, {"version": 0}):
-        monkeypatch.setattr(profiles, "identity", lambda device, change=change: known | change)
-        assert profiles.load(CPU, tmp_path) is None
+        monkeypatch.setattr(profile_cache, "identity", lambda device, change=change: known | change)
+        assert profile_cache.load(CPU, tmp_path) is None
     assert str(torch.get_num_threads()) in known["device"]
 
 
@@ -128,8 +127,8 @@ def test_replicas_that_start_together_measure_once(tmp_path: Path, monkeypatch: 
         started.wait(0.2)
         return PROFILE
 
-    monkeypatch.setattr(profiles, "measure", slow)
-    threads = [threading.Thread(target=profiles.load_or_measure, args=(CPU, tmp_path)) for _ in range(3)]
+    monkeypatch.setattr(profile_cache, "measure", slow)
+    threads = [threading.Thread(target=profile_cache.load_or_measure, args=(CPU, tmp_path)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -141,15 +140,15 @@ def test_a_directory_that_cannot_be_written_only_costs_the_measurement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(profiles, "measure", lambda device: PROFILE)
-    assert profiles.load_or_measure(CPU, tmp_path / "file" / "cache") == PROFILE
-    assert "calibration is not kept" in caplog.text
+    monkeypatch.setattr(profile_cache, "measure", lambda device: PROFILE)
+    assert profile_cache.load_or_measure(CPU, tmp_path / "file" / "cache") == PROFILE
+    assert "calibration not stored" in caplog.text
     monkeypatch.delenv("HOME", raising=False)
-    assert profiles.load_or_measure(CPU, Path("~nobody-of-that-name/cache")) == PROFILE
+    assert profile_cache.load_or_measure(CPU, Path("~nobody-of-that-name/cache")) == PROFILE
 
 
 def test_a_profile_is_read_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profiles.store(PROFILE, CPU, tmp_path)
-    monkeypatch.setattr(profiles, "measure", None)
-    monkeypatch.setattr(profiles, "exclusive", None)  # not even the lock is asked for
-    assert replace(profiles.load_or_measure(CPU, tmp_path), free_bytes=123) == PROFILE
+    profile_cache.store(PROFILE, CPU, tmp_path)
+    monkeypatch.setattr(profile_cache, "measure", None)
+    monkeypatch.setattr(profile_cache, "exclusive", None)  # not even the lock is asked for
+    assert replace(profile_cache.load_or_measure(CPU, tmp_path), free_bytes=123) == PROFILE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from service.core.options import AttentionOptions, Task
+from service.core.passes import split_by_shape, split_by_tokens
 from service.core.plan import PlanKind
 from service.core.request import AttentionShape
-from service.models.packing import split_by_shape, split_by_tokens
+from service.models.hook import ForwardContext
+from service.models.inputs.rows import EncodedInput
 from service.planning import attention_cost as cost
 from service.planning import forward_cost
 from tests.models import zoo
@@ -80,7 +81,7 @@ def test_dense_flops_equal_torchs_count() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         torch.nn.functional.scaled_dot_product_attention(query, key, value)
     for kind in (PlanKind.DENSE, PlanKind.CHUNKED):
-        work = cost.attention_cost(kind, shape, AttentionOptions(), block_size=128)
+        work = cost.attention_cost(kind, shape, AttentionOptions())
         assert work.flops == counter.get_total_flops()
 
 
@@ -110,7 +111,7 @@ def test_forward_flops_equal_torchs_count_of_eager_attention(name: str, tmp_path
     size = len(ids[0]), 0
     if kind == "vit":
         arguments, size = {"pixel_values": torch.rand(1, 3, 32, 32)}, (17, 0)
-    elif task == "score" and model.inputs.has_target:
+    elif task == "score" and model.inputs.spec.has_target:
         arguments["decoder_input_ids"], size = torch.tensor(target), (len(ids[0]), len(target[0]))
     called = eager
     if task == "hidden":
@@ -147,23 +148,47 @@ def test_forward_flops_of_batches_are_those_of_their_sequences_and_passes(tmp_pa
     assert flops(20, 7, 30, most=30) == flops(20) + flops(7) + flops(30) - once  # two
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_passes_are_those_that_models_make(packed: bool) -> None:
-    draw = random.Random(0)
-    for _ in range(100):
-        lengths = [draw.randrange(1, 12) for _ in range(draw.randrange(1, 20))]
-        most = draw.randrange(1, 40)
-        made = [sum(lengths[at] for at in one) for one in split_by_tokens(lengths, most)]
-        if not packed:
-            made = [sum(lengths[at] for at in one) for one in split_by_shape([(n, 0, 0) for n in lengths], most)]
+LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=20)
+TEXT = st.builds(EncodedInput, ids=LENGTHS.map(tuple), target=st.none() | LENGTHS.map(tuple))
+IMAGE = st.builds(EncodedInput, patches=st.integers(1, 12))  # a model takes one or the other
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(rows=st.lists(TEXT, max_size=20) | st.lists(IMAGE, max_size=20), packed=st.booleans(), most=st.integers(1, 40))
+def test_passes_are_those_of_the_packing_rules(rows: list[EncodedInput], packed: bool, most: int) -> None:
+    passes: Any = split_by_tokens([len(row) for row in rows], most)
+    if not packed:
+        passes = split_by_shape([(len(row.ids), len(row.target or ()), row.patches) for row in rows], most)
+    sizes = [(len(row.ids) + row.patches, len(row.target or ())) for row in rows]
+    expected = [sum(len(rows[index]) for index in indices) for indices in passes]
+    assert forward_cost.pass_tokens(replace(INFO, packed=packed), sizes, most) == expected
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_passes_are_those_that_models_run(kind: str, tmp_path: Path) -> None:
+    """Packed (BERT) or by equal length (T5)."""
+    zoo.save(kind, hf.AutoModel, tmp_path)
+    model = loaded(tmp_path)
+    assert model.info.packed == (kind == "bert")
+
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(lengths=LENGTHS, most=st.integers(1, 40))
+    def equal(lengths: list[int], most: int) -> None:
+        context = ForwardContext(PlanKind.DENSE)
+        rows = [EncodedInput(tuple(range(4, 4 + length))) for length in lengths]
+        with torch.inference_mode():
+            for _ in replace(model, max_batch_tokens=most).hidden_states(rows, context):
+                pass
         sizes = [(length, 0) for length in lengths]
-        assert sorted(forward_cost.pass_tokens(replace(INFO, packed=packed), sizes, most)) == sorted(made)
+        assert forward_cost.pass_tokens(model.info, sizes, most) == context.positions
+
+    equal()
 
 
 def test_sparse_counts_selection_beside_its_pairs() -> None:
     shape = AttentionShape(1, 2, 1, 16384, 16384, 64, 32)
-    dense = cost.attention_cost(PlanKind.DENSE, shape, AttentionOptions(), block_size=128)
-    sparse = cost.attention_cost(PlanKind.SPARSE, shape, AttentionOptions(), block_size=128)
+    dense = cost.attention_cost(PlanKind.DENSE, shape, AttentionOptions())
+    sparse = cost.attention_cost(PlanKind.SPARSE, shape, AttentionOptions())
     assert sparse.pairs < 0.2 * dense.pairs
     looked_at = 2 * 2048 * 128  # every 8th row of both heads with every block
     products = 2 * looked_at * (3 * 64 + 32) + 16384 * 2 * 64 * 64
@@ -176,26 +201,36 @@ def test_sparse_never_reads_more_than_there_is() -> None:
     assert cost.sparse_pairs(0, 0) == 0
 
 
-def test_the_effort_of_exact_plans_is_their_pairs() -> None:
+def test_the_features_of_exact_plans_are_their_pairs() -> None:
     shape = AttentionShape(2, 8, 2, 1000, 3000, 64, 32)
     options = AttentionOptions(is_causal=True)
     pairs = cost.attention_pairs(shape, options)
-    dense, chunked = (
-        cost.attention_features(kind, shape, options, block_size=128) for kind in (PlanKind.DENSE, PlanKind.CHUNKED)
-    )
+    dense, chunked = (cost.attention_features(kind, shape, options) for kind in (PlanKind.DENSE, PlanKind.CHUNKED))
     numbers = (2 * 8 * 1000 + 2 * 2 * 3000) * 96
     tiled = pairs + 2 * 8 * 1000 * 256  # half a tile of 512 keys a row is computed and hidden
     assert tuple(dense) == (1, 0, numbers, tiled, cost.pair_flops(tiled, 64, 32))
     assert tuple(chunked) == (1, 2 * 5, numbers, tiled, dense.flops)
-    whole = cost.attention_features(PlanKind.DENSE, shape, AttentionOptions(), block_size=128)
+    whole = cost.attention_features(PlanKind.DENSE, shape, AttentionOptions())
     assert whole.pairs == 2 * 8 * 1000 * 3000
     ragged = AttentionOptions(kv_lengths=(3000, 1000))
-    assert cost.attention_features(PlanKind.DENSE, shape, ragged, block_size=128).calls == 2
+    assert cost.attention_features(PlanKind.DENSE, shape, ragged).calls == 2
+
+
+def test_costs_and_features_count_the_same_audited_pairs() -> None:
+    shape, options = AttentionShape(1, 2, 2, 8192, 8192, 64, 64), AttentionOptions(is_causal=True)
+    few, many = (
+        (
+            cost.attention_cost(PlanKind.SPARSE, shape, options, cost.SparseSettings(audit_rows=rows)).pairs,
+            cost.attention_features(PlanKind.SPARSE, shape, options, cost.SparseSettings(audit_rows=rows)).pairs,
+        )
+        for rows in (59, 459)
+    )
+    assert many[0] - few[0] == many[1] - few[1] == pytest.approx(400 * 2 * 4096.5, abs=2)
 
 
 def test_peak_counts_an_output_far_larger_than_the_inputs() -> None:
     shape = AttentionShape(1, 1, 1, 100_000, 1, 1, 1_000_000)
-    work = cost.attention_cost(PlanKind.CHUNKED, shape, AttentionOptions(), block_size=128)
+    work = cost.attention_cost(PlanKind.CHUNKED, shape, AttentionOptions())
     assert work.peak_bytes > 4 * 100_000 * 1_000_000
 
 
@@ -213,7 +248,7 @@ def test_peaks_count_what_is_kept_and_no_more() -> None:
 
     def attention(**options: Any) -> int:
         found = AttentionOptions(is_causal=True, **options)
-        return cost.attention_cost(PlanKind.DENSE, shape, found, block_size=128).peak_bytes
+        return cost.attention_cost(PlanKind.DENSE, shape, found).peak_bytes
 
     tensors = 4 * 8 * 8192 * 64 * 4
     assert tensors < attention() < 1.2 * tensors

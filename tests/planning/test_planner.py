@@ -13,7 +13,7 @@ from service.core.options import AttentionOptions, EmbedOptions
 from service.core.plan import PlanKind
 from service.core.request import AttentionShape, ForwardRequest
 from service.errors import FarsightError, Kind
-from service.planning import forward_plan, planner
+from service.planning import attention_plan, forward_plan, planner
 from service.planning.correction import PredictionCorrector, uncorrected
 from service.planning.device_profile import DeviceProfile
 from service.planning.forward_cost import forward_cost
@@ -35,7 +35,7 @@ LONG = AttentionShape(1, 8, 8, 32768, 32768, 64, 64)
 
 
 def plan(shape: AttentionShape, **options: object) -> PlanKind:
-    return planner.plan_attention(shape, AttentionOptions.model_validate(options), PROFILE, Config()).kind
+    return attention_plan.plan_attention(shape, AttentionOptions.model_validate(options), PROFILE, Config()).kind
 
 
 def test_length_decides() -> None:
@@ -54,7 +54,7 @@ def test_a_mode_that_is_asked_for_is_kept(mode: str) -> None:
 
 
 def test_the_reason_names_all_three_predictions() -> None:
-    reason = planner.plan_attention(LONG, AttentionOptions(), PROFILE, Config()).reason
+    reason = attention_plan.plan_attention(LONG, AttentionOptions(), PROFILE, Config()).reason
     assert reason.startswith("32768 keys: dense ")
     assert "chunked " in reason
     assert "sparse " in reason
@@ -68,16 +68,24 @@ def test_what_does_not_fit_memory_is_refused_with_both_numbers() -> None:
     assert str(planner.max_peak_bytes(PROFILE, Config())) in caught.value.message
 
 
+@pytest.mark.parametrize("allowed", [0.0, 0.02])
+def test_a_refusal_names_an_exact_plan_unless_sparse_is_forced(allowed: float) -> None:
+    """Sparse is the fastest of those that do not fit, but for other reasons than the memory limit."""
+    options, config = AttentionOptions(max_error=allowed), Config(max_peak_bytes=1, sparse_min_tokens=10**6)
+    with pytest.raises(FarsightError, match=r"^(dense|chunked) attention needs \d+ bytes, over the limit of 1 bytes$"):
+        attention_plan.plan_attention(LONG, options, PROFILE, config)
+
+
 def test_a_plan_that_fits_replaces_a_faster_one_that_does_not() -> None:
     options = AttentionOptions()
-    priced = planner.candidates(LONG, options, PROFILE, Config())
+    priced = attention_plan.attention_candidates(LONG, options, PROFILE, Config())
     assert plan(LONG) is PlanKind.SPARSE
     between = (priced[PlanKind.DENSE].cost.peak_bytes + priced[PlanKind.SPARSE].cost.peak_bytes) // 2
     assert priced[PlanKind.SPARSE].cost.peak_bytes > between
     config = Config(max_peak_bytes=between)
-    assert planner.plan_attention(LONG, options, PROFILE, config).kind is PlanKind.DENSE
+    assert attention_plan.plan_attention(LONG, options, PROFILE, config).kind is PlanKind.DENSE
     # where dense attention is too large as well, chunked replaces a sparse answer that errs
-    priced = planner.candidates(LONG, options, PROFILE, config)
+    priced = attention_plan.attention_candidates(LONG, options, PROFILE, config)
     small = {kind: replace(one, fits=kind is PlanKind.CHUNKED) for kind, one in priced.items()}
     assert planner.exact_kind(priced, PredictionCorrector()) is PlanKind.DENSE
     assert planner.exact_kind(small, PredictionCorrector()) is PlanKind.CHUNKED
@@ -85,30 +93,45 @@ def test_a_plan_that_fits_replaces_a_faster_one_that_does_not() -> None:
 
 def test_what_was_learned_changes_a_choice_only_where_it_promises_much() -> None:
     shape, options = replace(LONG, query_length=8192, key_length=8192), AttentionOptions()
-    priced = planner.candidates(shape, options, PROFILE, Config())
+    priced = attention_plan.attention_candidates(shape, options, PROFILE, Config())
     sparse, dense = priced[PlanKind.SPARSE], priced[PlanKind.DENSE]
     equal = dense.predicted_s / sparse.predicted_s
     assert 1 < equal < 5  # corrections are bounded by 8
-    pace, kinds = PredictionCorrector(), []
+    corrector, kinds = PredictionCorrector(), []
     for slower in (1.0, 1.1 * equal, 0.9 * equal, 1.5 * equal):
         for _ in range(100):
-            pace.learn(dense.path, dense.predicted_s, dense.predicted_s)
-            pace.learn(sparse.path, sparse.predicted_s, slower * sparse.predicted_s)
-        kinds.append(planner.choose_attention(priced, shape, options, Config(), pace).kind)
+            corrector.learn(dense.path, dense.predicted_s, dense.predicted_s)
+            corrector.learn(sparse.path, sparse.predicted_s, slower * sparse.predicted_s)
+        kinds.append(attention_plan.choose_attention(priced, shape, options, Config(), corrector).kind)
     assert kinds == [PlanKind.SPARSE, PlanKind.SPARSE, PlanKind.SPARSE, PlanKind.DENSE]
 
 
 def test_a_plan_tells_what_was_learned_and_what_without() -> None:
-    pace = PredictionCorrector()
-    priced = planner.candidates(SHORT, AttentionOptions(), PROFILE, Config())
+    corrector = PredictionCorrector()
+    priced = attention_plan.attention_candidates(SHORT, AttentionOptions(), PROFILE, Config())
     dense = priced[PlanKind.DENSE]
     for _ in range(200):
-        pace.learn(dense.path, dense.predicted_s, 2 * dense.predicted_s)
-    found = planner.choose_attention(priced, SHORT, AttentionOptions(), Config(), pace)
+        corrector.learn(dense.path, dense.predicted_s, 2 * dense.predicted_s)
+    found = attention_plan.choose_attention(priced, SHORT, AttentionOptions(), Config(), corrector)
     assert found.predicted_s == pytest.approx(2 * dense.predicted_s, rel=0.05)
     assert found.shared_s == pytest.approx(2 * dense.shared_s, rel=0.05)
     assert uncorrected([found]) == (dense.path, pytest.approx(dense.predicted_s))
-    assert planner.corrected(priced, pace)[PlanKind.DENSE].predicted_s == pytest.approx(found.predicted_s)
+    assert planner.corrected(priced, corrector)[PlanKind.DENSE].predicted_s == pytest.approx(found.predicted_s)
+
+
+@pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
+def test_a_plan_keeps_the_dense_price_of_its_request(mode: str) -> None:
+    """With the correction that dense attention had when the request was planned."""
+    corrector = PredictionCorrector()
+    options = AttentionOptions.model_validate({"mode": mode, "returns": ("output", "weights"), "rows": (1, 2)})
+    priced = attention_plan.attention_candidates(LONG, options, PROFILE, Config())
+    dense = priced[PlanKind.DENSE]
+    for _ in range(200):
+        corrector.learn(dense.path, dense.predicted_s, 2 * dense.predicted_s)
+    found = attention_plan.choose_attention(priced, LONG, options, Config(), corrector)
+    assert found.cost == priced[PlanKind(mode)].cost
+    assert found.dense_cost == dense.cost
+    assert found.dense_s == pytest.approx(2 * dense.predicted_s, rel=0.05)
 
 
 EMBED = ForwardRequest("r", "m", "embed", EmbedOptions())
@@ -138,8 +161,18 @@ def test_long_forward_passes_are_sparse_unless_exact_is_asked_for() -> None:
     assert kind(4096) is not PlanKind.SPARSE
     assert kind(4096, mode="sparse") is PlanKind.SPARSE
     assert kind(64, mode="chunked") is PlanKind.CHUNKED
-    with pytest.raises(FarsightError, match="max_error 0 asks for an exact answer"):
+    with pytest.raises(FarsightError, match="got sparse: max_error 0 requires an exact answer"):
         kind(64, mode="sparse", max_error=0)
+
+
+def test_a_sparse_forward_plan_costs_what_it_reads_and_keeps_the_dense_price() -> None:
+    request, sizes = replace(EMBED, options=EmbedOptions(mode="sparse")), [(16384, 0)]
+    priced = forward_plan.forward_candidates(INFO, sizes, request, PROFILE, Config())
+    found = forward_plan.plan_forward(INFO, sizes, request, PROFILE, Config())
+    assert found.cost == priced[PlanKind.SPARSE].cost
+    assert found.dense_cost == priced[PlanKind.DENSE].cost
+    assert found.cost.pairs < 0.5 * found.dense_cost.pairs
+    assert found.dense_s == priced[PlanKind.DENSE].predicted_s
 
 
 def test_windowed_layers_cost_their_windows() -> None:
@@ -151,7 +184,7 @@ def test_windowed_layers_cost_their_windows() -> None:
 def test_epsilon_follows_the_error_that_is_allowed() -> None:
     def epsilon(allowed: float) -> float | None:
         options = AttentionOptions(max_error=allowed)
-        return planner.plan_attention(LONG, options, PROFILE, Config()).epsilon
+        return attention_plan.plan_attention(LONG, options, PROFILE, Config()).epsilon
 
     assert epsilon(0.02) == pytest.approx(0.4)
     found = [epsilon(allowed) for allowed in (0.001, 0.01, 0.02, 0.05, 1.0)]
@@ -164,7 +197,7 @@ def test_epsilon_follows_the_error_that_is_allowed() -> None:
 def test_more_audit_rows_cost_more() -> None:
     def predicted(rows: int) -> float:
         options = AttentionOptions(mode="sparse", audit_rows=rows)
-        return planner.plan_attention(LONG, options, PROFILE, Config()).predicted_s
+        return attention_plan.plan_attention(LONG, options, PROFILE, Config()).predicted_s
 
     extra_pairs = 400 * 8 * 32768
     assert predicted(459) - predicted(59) == pytest.approx(extra_pairs * (1e-9 + 2e-11 * 256))
@@ -173,7 +206,9 @@ def test_more_audit_rows_cost_more() -> None:
 def test_returned_weights_cost_time() -> None:
     for mode in ("dense", "chunked", "sparse"):
         plain, weighed = (
-            planner.plan_attention(SHORT, AttentionOptions(mode=mode, returns=returns), PROFILE, Config()).predicted_s
+            attention_plan.plan_attention(
+                SHORT, AttentionOptions(mode=mode, returns=returns), PROFILE, Config()
+            ).predicted_s
             for returns in (("output",), ("output", "weights"))
         )
         assert weighed > plain
@@ -182,7 +217,7 @@ def test_returned_weights_cost_time() -> None:
 def test_a_smaller_error_reads_more() -> None:
     def predicted(allowed: float) -> float:
         options = AttentionOptions(mode="sparse", max_error=allowed)
-        return planner.plan_attention(LONG, options, PROFILE, Config()).predicted_s
+        return attention_plan.plan_attention(LONG, options, PROFILE, Config()).predicted_s
 
     assert predicted(0.001) > 1.3 * predicted(0.02)
 
@@ -194,6 +229,6 @@ def test_forced_sparse_that_may_not_err_is_a_contradiction() -> None:
 
 
 def test_what_a_batch_pays_once_is_part_of_the_prediction() -> None:
-    plan = planner.plan_attention(SHORT, AttentionOptions(), PROFILE, Config())
+    plan = attention_plan.plan_attention(SHORT, AttentionOptions(), PROFILE, Config())
     assert plan.shared_s == 1e-4
     assert plan.predicted_s > plan.shared_s

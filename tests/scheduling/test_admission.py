@@ -70,8 +70,8 @@ def test_a_queue_that_is_full_for_one_tenant_is_open_to_others() -> None:
 def test_an_empty_queue_takes_any_request_for_what_others_have_may_never_end() -> None:
     admission, queue = Admission(Config(max_queue_s=10)), ("a", Priority.INTERACTIVE, False)
     refused(admission.admit, 1.0, 9.5, 100.0, queue=queue)
-    admission.admit(9.0, 9.0, 100.0, queue=queue, own_s=0.0)
-    refused(admission.admit, 9.0, 9.0, 100.0, queue=queue, own_s=0.1)
+    admission.admit(9.0, 9.0, 100.0, queue=queue, tenant_s=0.0)
+    refused(admission.admit, 9.0, 9.0, 100.0, queue=queue, tenant_s=0.1)
 
 
 def test_an_estimate_closes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Order, shares and batches, with time driven by hand."""
+"""Order, shares and batches, with a fake clock."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import pytest
 
 from service.config import Config
 from service.core.options import Priority
+from service.scheduling.backlog import PREEMPTION_S
+from service.scheduling.batch import Batch, idle_batch
 from service.scheduling.fair_shares import LONG_SHARE
-from service.scheduling.scheduler import (
-    PREEMPTION_S,
-    Batch,
-    Scheduler,
-    beneath,
-    response_ratio,
-)
+from service.scheduling.scheduler import Scheduler, response_ratio
 from service.simulate.cluster import Arrival, simulate
 
 
@@ -231,7 +227,7 @@ def test_measured_time_replaces_predicted_time_in_the_shares() -> None:
 
 def test_what_has_no_claim_gives_way_to_all() -> None:
     scheduler: Scheduler[Item] = Scheduler(batch_budget_s=0.05, max_bytes=100)
-    audit = beneath(Item("audit", "x", 0.01, peak_bytes=50))
+    audit = idle_batch(Item("audit", "x", 0.01, peak_bytes=50))
     scheduler.add(Item("long", "a", 10.0, priority=Priority.BATCH, peak_bytes=40))
     assert names(scheduler.next_batch(0.0, [audit])) == ["long"]
     scheduler.add(Item("large", "a", 1.0, peak_bytes=60))

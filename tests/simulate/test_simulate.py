@@ -29,8 +29,8 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         ("at_s,tokens\n1,x\n", "line 2"),
         ("at_s\n1\n", "line 2: 'tokens'"),
-        ("at_s,tokens\n2,1\n1,1\n", "line 3: at_s must not go back"),
-        ("at_s,tokens\n2,0\n", "tokens must be positive"),
+        ("at_s,tokens\n2,1\n1,1\n", "line 3: expected at_s of at least 2 and positive tokens, got 1 and 1"),
+        ("at_s,tokens\n2,0\n", "line 2: expected at_s of at least 0 and positive tokens, got 2 and 0"),
         ("at_s,tokens,priority\n2,1,high\n", "line 2"),
         ("at_s,tokens\nnan,1\n", "line 2"),
     ],
@@ -58,7 +58,7 @@ def even(count: int, gap_s: float, predicted_s: float) -> list[Arrival]:
 def test_an_idle_cluster_answers_in_the_predicted_time() -> None:
     trace = even(100, 1.0, 0.1)
     cluster = simulate(trace, 1, Config())
-    found = report.row(trace, cluster, Config(price_per_device_hour_usd=36.0))
+    found = report.simulation_row(trace, cluster, Config(price_per_device_hour_usd=36.0))
     assert (found.short_p50_s, found.short_p99_s) == (pytest.approx(0.1), pytest.approx(0.1))
     assert found.used == pytest.approx(10.0 / 99.1)
     assert found.used_usd == pytest.approx(0.01 * 10.0)
@@ -71,7 +71,7 @@ def test_two_replicas_do_twice_the_work() -> None:
     refused = []
     for replicas in (1, 2, 4):
         trace = even(4000, 0.05, 0.1)  # twice what one can do
-        refused.append(report.row(trace, simulate(trace, replicas, config), config).refused)
+        refused.append(report.simulation_row(trace, simulate(trace, replicas, config), config).refused)
     assert refused[0] == pytest.approx(0.5, abs=0.03)
     assert refused[1:] == [pytest.approx(0.0, abs=0.01), 0.0]
 
@@ -111,7 +111,7 @@ def test_long_work_gives_way_and_ends() -> None:
 
 def test_tenants_that_wait_unequally_are_unfair() -> None:
     answered = [Arrival(0.0, 1.0, tenant="a", finished_s=1.0), Arrival(0.0, 1.0, tenant="b", finished_s=9.0)]
-    assert report.jain(answered) == pytest.approx(100 / (2 * 82))
+    assert report.jain_index(answered) == pytest.approx(100 / (2 * 82))
 
 
 def test_the_command_prints_one_row_for_each_size(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_what_can_never_fit_is_refused_and_the_rest_runs(tmp_path: Path) -> None
 
 def test_the_command_refuses_what_makes_no_sense(tmp_path: Path) -> None:
     for arguments, says in (
-        (["--kind", "sometimes"], "not one of poisson"),
+        (["--kind", "sometimes"], "kind: expected one of poisson, bursts, heavy, diurnal, got 'sometimes'"),
         (["--replicas", "0"], "at least 1"),
         (["--trace", str(tmp_path / "none.csv")], "none.csv"),
     ):

@@ -12,9 +12,10 @@ import httpx
 import torch
 
 from service.api.grpc.methods import GrpcMethods
+from service.api.handler import Handler
 from service.api.http.app import App, create_app
-from service.device import pick_device
 from service.engine.engine import Engine
+from tests.engines import another, until_reported, until_started
 
 SMALL = {"query": [[[1.0, 0.0]]], "key": [[[1.0, 0.0], [0.0, 1.0]]], "value": [[[123.5, 2.0], [3.0, 4.0]]]}
 
@@ -24,8 +25,7 @@ def engine_like(engine: Engine, **changes: Any) -> Iterator[Engine]:
     """Another one with the same models and profile."""
     meter = changes.pop("meter", None)
     config = engine.config.model_copy(update=changes)
-    device = pick_device("cpu")
-    other = Engine(config, engine.metrics, engine.profile, engine.models, device, torch.get_num_threads(), meter=meter)
+    other = another(engine, config, threads=torch.get_num_threads(), meter=meter)
     try:
         yield other
     finally:
@@ -34,7 +34,7 @@ def engine_like(engine: Engine, **changes: Any) -> Iterator[Engine]:
 
 class Grpc(GrpcMethods):
     def __init__(self, engine: Engine) -> None:
-        self.door, self.trails = engine, engine.trails
+        self.handler = Handler(engine)
 
 
 async def ask(app: App, path: str, body: Any = SMALL, **headers: str) -> httpx.Response:
@@ -60,9 +60,8 @@ def long_body(length: int, heads: int = 8) -> dict[str, Any]:
 async def leave_while_it_runs(engine: Engine) -> None:
     """A caller over HTTP whose request has begun, and who goes."""
     task = asyncio.create_task(ask(create_app(engine), "/v1/attention", long_body(8192), x_request_id="left"))
-    while not engine._stack:  # noqa: ASYNC110 (the engine has no event for tests)
-        await asyncio.sleep(0.001)
+    await until_started(engine)
+    reported = asyncio.create_task(until_reported(engine))
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    while engine._stack or engine.trails._open:  # type: ignore[union-attr]  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await reported

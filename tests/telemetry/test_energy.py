@@ -14,7 +14,10 @@ import torch
 
 from service.core.answer import Answer
 from service.engine.engine import Engine
-from service.engine.runner import BatchRunner, Job, Outcome
+from service.engine.job import AnswerSink, Job
+from service.engine.runner import BatchRunner
+from service.engine.workloads.base import Outcome
+from service.engine.workloads.forward import ForwardWorkload
 from service.telemetry import energy
 from service.telemetry.energy import Energy, NoMeter, Nvml, Rapl, carbon_g, meter_for, nvml_meter, rapl_zones
 from tests.engine.test_engine import attention, embed, run
@@ -73,7 +76,7 @@ def test_what_cannot_be_read_is_not_measured(powercap: Path, monkeypatch: pytest
     assert meter_for(torch.device("cpu")) is None
 
 
-def test_a_counter_that_fails_later_ends_the_telling(powercap: Path) -> None:
+def test_a_counter_that_fails_later_ends_the_measurement(powercap: Path) -> None:
     account = Energy(Rapl(rapl_zones(powercap)))
     account.begin()
     (powercap / "intel-rapl:0/energy_uj").write_text("")
@@ -123,7 +126,7 @@ def test_a_gpu_is_found_by_what_it_is_not_by_its_place(nvml: Any) -> None:
 
 
 @pytest.mark.parametrize("uuid", ["bbbb", "a-part-of-it"])
-def test_a_part_of_a_gpu_is_not_told_the_whole(nvml: Any, uuid: str) -> None:
+def test_a_part_of_a_gpu_does_not_use_the_whole_gpus_counter(nvml: Any, uuid: str) -> None:
     with pytest.raises(NoMeter, match="divided"):
         nvml_meter(uuid, "00000000:c1:00.0")
 
@@ -194,7 +197,7 @@ class Watts:
 
 
 def test_requests_and_idle_time_add_up_to_the_counter(engine: Engine) -> None:
-    meter = Watts(engine._clock)
+    meter = Watts(engine.clock)
     with engine_like(engine, meter=meter, batch_budget_s=0.01, carbon_g_per_kwh=400.0) as other:
         assert other.energy is not None
         start_j = meter.last_j
@@ -213,7 +216,7 @@ def test_a_batch_shares_its_energy_by_work(engine: Engine) -> None:
     async def together(other: Engine) -> list[Answer]:
         return list(await asyncio.gather(*(other.submit(embed("word " * (5 + 40 * one))) for one in range(4))))
 
-    meter = Watts(engine._clock)
+    meter = Watts(engine.clock)
     with engine_like(engine, meter=meter) as other:
         answers = run(together(other))
     assert max(answer.batch_requests for answer in answers) > 1
@@ -223,40 +226,42 @@ def test_a_batch_shares_its_energy_by_work(engine: Engine) -> None:
 
 
 def test_failed_runs_are_paid_like_their_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = BatchRunner._forward
+    original = ForwardWorkload.run
 
-    def poisoned(self: BatchRunner, jobs: list[Job], checkpoint: Any) -> list[Outcome]:
-        outcomes = original(self, jobs, checkpoint)
-        if any(job.request.texts == ("bad",) for job in jobs):  # type: ignore[union-attr]
+    def poisoned(self: ForwardWorkload, works: Any, checkpoint: Any) -> list[Outcome]:
+        outcomes = original(self, works, checkpoint)
+        if any(work.prepared.request.texts == ("bad",) for work in works):  # type: ignore[union-attr]
             raise ValueError("secret")
         return outcomes
 
     async def jobs() -> list[Job]:
         requests = [embed("first"), embed("bad"), embed("second")]
-        return [await engine._job(one, engine._clock(), engine._clock() + 60) for one in requests]
+        deadline_s = engine.clock() + 60
+        planned = [await engine.pricing.plan(request, engine.clock(), deadline_s, None) for request in requests]
+        return [Job(each, AnswerSink()) for each in planned]
 
-    monkeypatch.setattr(BatchRunner, "_forward", poisoned)
-    meter = Watts(engine._clock)
+    monkeypatch.setattr(ForwardWorkload, "run", poisoned)
+    meter = Watts(engine.clock)
     account = Energy(meter)
     start_j = meter.last_j
-    results = BatchRunner(engine.config, torch.device("cpu"), engine._clock, energy=account).run(run(jobs()))
+    results = BatchRunner(torch.device("cpu"), engine.clock, account).run(run(jobs())).results
     assert [isinstance(one.outcome, Exception) for one in results] == [False, True, False]
     for one in results:
-        assert one.joules == pytest.approx(250 * one.device_s, rel=0.05, abs=0.25)
-        assert [ran.is_failed for ran in one.runs] == [True, isinstance(one.outcome, Exception)]
-    used_j = sum(one.joules or 0.0 for one in results)
+        assert one.stats.joules == pytest.approx(250 * one.stats.device_s, rel=0.05, abs=0.25)
+        assert [ran.is_failed for ran in one.stats.runs] == [True, isinstance(one.outcome, Exception)]
+    used_j = sum(one.stats.joules or 0.0 for one in results)
     assert used_j + (account.idle_j or 0.0) == pytest.approx(meter.last_j - start_j, rel=1e-9)
 
 
-def test_joules_are_told_only_where_they_are_measured(engine: Engine) -> None:
+def test_joules_are_reported_only_if_they_are_measured(engine: Engine) -> None:
     unmeasured = post(engine, "/v1/attention")
     assert "x-energy-joules" not in unmeasured.headers
     assert not {"joules", "carbon_g"} & set(unmeasured.json()["usage"])
-    with engine_like(engine, meter=Watts(engine._clock)) as other:
+    with engine_like(engine, meter=Watts(engine.clock)) as other:
         measured = post(other, "/v1/attention")
-    told = measured.json()["usage"]["joules"]
-    assert float(measured.headers["x-energy-joules"]) == pytest.approx(told, abs=1e-6)
-    assert told > 0
+    joules = measured.json()["usage"]["joules"]
+    assert float(measured.headers["x-energy-joules"]) == pytest.approx(joules, abs=1e-6)
+    assert joules > 0
     assert "carbon_g" not in measured.json()["usage"]
     assert carbon_g(3.6e6, 400.0) == 400.0
     assert carbon_g(None, 400.0) is None

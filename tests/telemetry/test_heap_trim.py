@@ -1,4 +1,4 @@
-"""What is free goes back, and nothing is held that nobody needs."""
+"""Freed memory returns to the system, and nothing unused is kept alive."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from dataclasses import dataclass
 
-from service.scheduling.device_thread import Executor
+from service.core.options import Priority
+from service.scheduling.device_loop import DeviceLoop
+from service.scheduling.device_thread import DeviceThread, DeviceWork
+from service.scheduling.scheduler import Scheduler
 
 PROGRAM = """
 import psutil, time
@@ -43,21 +47,34 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert after <= before + 50
 
 
-class Work:
-    """A task that carries something."""
+class Request:
+    """Something that waits and carries something."""
 
-    def __call__(self) -> None:
-        """Nothing to do."""
+    key, priority, tenant = "attention", Priority.INTERACTIVE, "default"
+    predicted_s = arrived_s = 0.001
+    shared_s, peak_bytes = 0.0, 0
 
 
-def test_an_idle_device_holds_no_task() -> None:
-    work = Work()
+@dataclass(frozen=True)
+class Used:
+    used_s: float = 0.001
+
+
+def test_an_idle_device_holds_no_batch() -> None:
+    request = Request()
     gone = threading.Event()
-    weakref.finalize(work, gone.set)
-    tasks: list[Callable[[], None]] = [work]
-    del work
-    executor = Executor(1, lambda: tasks.pop() if tasks else None, lambda: None)
+    weakref.finalize(request, gone.set)
+    loop: DeviceLoop[Request] = DeviceLoop(Scheduler(0.2), 0.0)
+    work: DeviceWork[Request, Used] = DeviceWork(
+        run=lambda batch, yield_hook: Used(),
+        on_started=lambda batch: None,
+        on_finished=lambda batch, outcome: None,
+        on_death=lambda: None,
+    )
+    thread = DeviceThread(loop, time.perf_counter, work)
     try:
+        thread.submit(request)
+        del request
         assert gone.wait(10)
     finally:
-        executor.stop()
+        thread.stop()

@@ -13,7 +13,7 @@ import pytest
 
 from service.api.http.app import create_app
 from service.engine.engine import Engine
-from service.engine.runner import BatchRunner
+from service.engine.workloads.attention import AttentionWorkload
 from service.telemetry.logging import JsonFormatter
 from tests.api import test_grpc as grpc
 from tests.telemetry.followed import SMALL, Grpc, ask, engine_like, leave_while_it_runs, long_body, post
@@ -85,7 +85,7 @@ def test_every_line_about_a_bug_has_the_request_id(
     def broken(*_: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr(BatchRunner, "_attend", broken)
+    monkeypatch.setattr(AttentionWorkload, "_attend", broken)
     with logged(engine, caplog) as (other, lines):
         assert post(other, "/v1/attention", x_request_id="mine").status_code == 500
         asyncio.run(Grpc(other).ModelInfer(grpc.attention(), grpc.Context(x_request_id="mine")))
@@ -138,7 +138,7 @@ def test_a_device_that_dies_leaves_no_request_untold(
     def lost(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(BatchRunner, "_attend", lost)
+    monkeypatch.setattr(AttentionWorkload, "_attend", lost)
     with logged(engine, caplog) as (other, lines):
         assert post(other, "/v1/attention", x_request_id="mine").status_code == 503
     assert [(line["message"], line["code"]) for line in lines if line.get("request_id") == "mine"] == [("failed", 503)]

@@ -113,7 +113,7 @@ def test_what_a_dead_process_held_or_knew_of_budgets_goes_with_it(tmp_path: Path
     assert sample(exporter.text(tmp_path).decode(), ratio) == 0.9
     kill(process)
     text = exporter.text(tmp_path).decode()
-    assert sample(text, ratio) is None  # the budget refills, and nobody would tell
+    assert sample(text, ratio) is None  # the budget refills, and no process would report it
     assert sample(text, "farsight_resident_memory_bytes") is None
 
 
@@ -159,8 +159,8 @@ def test_scrapes_at_the_same_time_never_see_a_counter_go_back(tmp_path: Path) ->
     assert counted(tmp_path) == expected(31)
 
 
-def test_a_dead_process_is_dead_whoever_has_its_pid_now(tmp_path: Path) -> None:
-    """Nothing in the folder is named after a pid; files that are (of an earlier version) belong to nobody living."""
+def test_an_ended_process_is_ended_even_if_its_pid_is_reused(tmp_path: Path) -> None:
+    """No file is named after a pid; files of an earlier version that are belong to no running process."""
     process = start(tmp_path, 10)
     assert not [name for name in names(tmp_path) if str(process.pid) in name]
     kill(process)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.billing.tenants import Tenants
+from service.config import Config, TenantConfig
 from service.core.answer import (
     Answer,
     ErrorReport,
@@ -34,11 +36,8 @@ def answer(tokens: int = 100, kind: PlanKind = PlanKind.SPARSE, joules: float | 
     )
 
 
-def of_acme(registry: CollectorRegistry) -> Metrics:
-    """With one tenant."""
-    metrics = Metrics(registry)
-    metrics.tenants = ("acme",)
-    return metrics
+# names of tenants as labels, as the engine and the usage meter make them
+label = Tenants(Config(tenants=(TenantConfig(name="acme", key_sha256=("0" * 64,)),))).label
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_failures_have_no_length(registry: CollectorRegistry) -> None:
 
 
 def test_tokens_and_energy_are_counted_by_tenant_model_and_plan(registry: CollectorRegistry) -> None:
-    metrics = of_acme(registry)
+    metrics = Metrics(registry)
     metrics.answered("attention", answer(100), "acme")
     metrics.spent("attention", "sparse", "acme", 0.5, 2e-6)
     labels = {"tenant": "acme", "model": "attention", "plan": "sparse"}
@@ -79,7 +78,7 @@ def test_tokens_and_energy_are_counted_by_tenant_model_and_plan(registry: Collec
 
 
 def test_what_a_device_costs_whether_it_works_or_not(registry: CollectorRegistry) -> None:
-    metrics = of_acme(registry)
+    metrics = Metrics(registry)
     value = registry.get_sample_value
     metrics.idle(2.0)
     assert value("farsight_idle_energy_joules_total") is None, "not measured is not zero"
@@ -88,7 +87,7 @@ def test_what_a_device_costs_whether_it_works_or_not(registry: CollectorRegistry
     metrics.allocated(0.5)
     metrics.budget_used("acme", "month", 0.8)
     metrics.budget_refused("acme")
-    metrics.budget_refused("nobody knows them")
+    metrics.budget_refused(label("nobody knows them"))
     assert value("farsight_device_idle_seconds_total") == 5
     assert value("farsight_idle_energy_joules_total") == 40
     assert value("farsight_allocated_cost_usd_total") == 0.5
@@ -114,18 +113,18 @@ def series(registry: CollectorRegistry) -> int:
 
 
 def test_made_up_tenants_are_one_series(registry: CollectorRegistry) -> None:
-    metrics = of_acme(registry)
+    metrics = Metrics(registry)
     for tenant in ("acme", "default", "made up"):
         for tokens in (1, 513, 4097):
-            metrics.answered("attention", answer(tokens), tenant)
-        metrics.spent("attention", "sparse", tenant, 0.1, 1e-6)
-        metrics.budget_refused(tenant)
+            metrics.answered("attention", answer(tokens), label(tenant))
+        metrics.spent("attention", "sparse", label(tenant), 0.1, 1e-6)
+        metrics.budget_refused(label(tenant))
     before = series(registry)
     for index in range(10_000):
-        metrics.answered("attention", answer(index), "made up")
-        metrics.answered("attention", answer(), f"tenant {index}")
-        metrics.spent("attention", "sparse", f"tenant {index}", 0.1, 1e-6)
-        metrics.budget_refused(f"tenant {index}")
+        metrics.answered("attention", answer(index), label("made up"))
+        metrics.answered("attention", answer(), label(f"tenant {index}"))
+        metrics.spent("attention", "sparse", label(f"tenant {index}"), 0.1, 1e-6)
+        metrics.budget_refused(label(f"tenant {index}"))
     assert series(registry) == before
     labels = {"tenant": "unknown", "model": "attention", "plan": "sparse"}
     assert registry.get_sample_value("farsight_tokens_total", labels) == 4611 + 100 * 10_000 + sum(range(10_000))

@@ -20,10 +20,12 @@ from service.api.http.app import create_app
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.config import Config
 from service.engine.engine import Engine
-from service.engine.runner import BatchRunner
+from service.engine.replica import recorder_for
+from service.engine.workloads.attention import AttentionWorkload
 from service.telemetry import tracing
-from service.telemetry.request_record import RequestRecord, RequestRecorder
+from service.telemetry.request_record import Received, RequestRecord
 from tests.api import test_grpc as grpc
+from tests.engines import until_started
 from tests.telemetry.followed import SMALL, Grpc, ask, engine_like, leave_while_it_runs, long_body, post
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -176,8 +178,7 @@ def test_pauses_are_seen_inside_the_execution(engine: Engine, collector: Collect
     async def beside(other: Engine) -> Any:
         app = create_app(other)
         long = asyncio.create_task(ask(app, "/v1/attention", long_body(8192), x_request_id="long"))
-        while not other._stack:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+        await until_started(other)
         await ask(app, "/v1/attention", traceparent=UNSAMPLED)
         return (await long).json()
 
@@ -194,14 +195,14 @@ def test_pauses_are_seen_inside_the_execution(engine: Engine, collector: Collect
 
 
 def test_every_failed_run_is_seen(engine: Engine, collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = BatchRunner._attend
+    original = AttentionWorkload._attend
 
-    def greedy(self: BatchRunner, job: Any, request: Any, checkpoint: Any) -> Any:
-        if job.plan.kind != "chunked":
+    def greedy(self: AttentionWorkload, work: Any, request: Any, checkpoint: Any) -> Any:
+        if work.plan.kind != "chunked":
             raise MemoryError
-        return original(self, job, request, checkpoint)
+        return original(self, work, request, checkpoint)
 
-    monkeypatch.setattr(BatchRunner, "_attend", greedy)
+    monkeypatch.setattr(AttentionWorkload, "_attend", greedy)
     with traced(engine, collector) as other:
         assert post(other, "/v1/attention", {**SMALL, "mode": "dense"}).status_code == 200
     stages = collector.inside(collector.root)
@@ -270,9 +271,9 @@ def test_probes_are_not_followed(engine: Engine, collector: Collector) -> None:
 # -- the collector's troubles ---------------------------------------------------------------------------------------
 
 
-def trail(number: int) -> RequestRecord:
+def refused(number: int) -> RequestRecord:
     """Of a request that was refused at once."""
-    return RequestRecord(f"r{number}", "http", "attention", "POST /v1/attention", float(number))
+    return RequestRecord(Received(f"r{number}", "http", "attention", "POST /v1/attention", float(number)))
 
 
 def test_a_collector_that_hangs_costs_spans_and_nothing_else(
@@ -281,20 +282,20 @@ def test_a_collector_that_hangs_costs_spans_and_nothing_else(
     monkeypatch.setattr(tracing, "MAX_WAITING", 512)
     collector.let_go.clear()
     with traced(engine, collector) as other:
-        trails = other.trails
-        assert trails is not None
-        assert trails._tracing is not None
+        recorder = other.recorder
+        assert recorder is not None
+        assert recorder._spans is not None
         for number in range(256):  # two spans each: a batch
-            with trails.follow(trail(number)):
+            with recorder.follow(refused(number)):
                 pass
         assert collector.asked.wait(10)  # it has them, and does not answer
         for number in range(2000):
-            with trails.follow(trail(number)):
+            with recorder.follow(refused(number)):
                 pass
         assert post(other, "/v1/attention").status_code == 200
         assert collector.spans == []
         collector.let_go.set()
-        assert trails._tracing._sender.force_flush()
+        assert recorder._spans._sender.force_flush()
         assert 512 <= len(collector.spans) <= 1024  # of over 4,500
 
 
@@ -320,7 +321,7 @@ def test_without_the_exporter_the_start_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     config = Config(otlp_endpoint="http://127.0.0.1:4318/v1/traces")
     with pytest.raises(RuntimeError, match=r"exporter-otlp-proto-http \(extra `tracing`\)"):
-        RequestRecorder.of(config, lambda: 0.0, 0.1)
+        recorder_for(config, lambda: 0.0, 0.1)
 
 
 def test_rays_own_provider_stays_the_global_one(engine: Engine, collector: Collector) -> None:
@@ -330,13 +331,13 @@ def test_rays_own_provider_stays_the_global_one(engine: Engine, collector: Colle
 
 
 def test_nothing_is_imported_or_kept_while_it_is_off(engine: Engine) -> None:
-    assert engine.trails is None
+    assert engine.recorder is None
     code = (
         "import sys, service.engine.engine, service.api.http.endpoint, service.api.grpc.methods\n"
-        "from service.telemetry.request_record import RequestRecorder\n"
+        "from service.engine.replica import recorder_for\n"
         "from service.config import Config\n"
-        "assert RequestRecorder.of(Config(), lambda: 0.0, 0.1) is None\n"
-        "RequestRecorder.of(Config(request_log=True), lambda: 0.0, 0.1)\n"
+        "assert recorder_for(Config(), lambda: 0.0, 0.1) is None\n"
+        "recorder_for(Config(request_log=True), lambda: 0.0, 0.1)\n"
         "kept_out = 'opentelemetry.exporter.otlp', 'service.telemetry.tracing'\n"
         "print([name for name in sys.modules if name.startswith(kept_out)])"
     )

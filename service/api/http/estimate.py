@@ -1,14 +1,24 @@
-"""`POST /v1/estimate`: what a request would cost."""
+"""`POST /v1/estimate`: what a request would cost under each plan. Nothing runs."""
 
 from __future__ import annotations
 
-from service.api.schema import ShapeBody, validated
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from service.api.handler import INLINE_BYTES
+from service.api.http import attention, text
+from service.api.http.endpoint import HttpCall, HttpRoutes
+from service.api.http.responses import JSON, WORK_ERRORS
+from service.api.schema import EstimateBody, ShapeBody, validated
+from service.api.service import InferenceService
 from service.core.options import AttentionOptions
 from service.core.request import AttentionShape
+from service.engine.pricing import Estimate
 from service.errors import invalid
 
 
 def shape_of(body: ShapeBody) -> tuple[AttentionShape, AttentionOptions]:
+    """The sizes and options of an estimate without tensors. Raises FarsightError (422)."""
     kv_heads = body.kv_heads or body.heads
     if body.heads % kv_heads:
         raise invalid(f"heads: expected a multiple of kv_heads {kv_heads}, got {body.heads}", param="heads")
@@ -24,3 +34,37 @@ def shape_of(body: ShapeBody) -> tuple[AttentionShape, AttentionOptions]:
     )
     options = body.model_dump(include={"is_causal", "window", "mode", "max_error"})
     return shape, validated(AttentionOptions, options)
+
+
+async def estimated(service: InferenceService, call: HttpCall) -> Estimate:
+    """The price of what the body describes: sizes, or a real request with its endpoint. Raises FarsightError."""
+
+    def parse() -> EstimateBody:
+        return validated(EstimateBody, call.json(service.config.max_json_bytes))
+
+    body = await service.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
+    if (body.attention is None) == (body.request is None) or (body.request is None) != (body.endpoint is None):
+        raise invalid("expected either `attention`, or `endpoint` with `request`")
+    if body.attention is not None:
+        return service.estimate(*shape_of(body.attention), call.tenant.name)
+    assert body.request is not None, "bug: an estimate without a request"
+    if body.endpoint == attention.PATH:
+        request, _ = await service.off_loop(attention.attention_from_json, call, body.request)
+        return await service.priced(request)
+    endpoint = text.ENDPOINTS[body.endpoint or ""]
+    return await service.priced(await service.off_loop(endpoint.build, call, body.request))
+
+
+def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
+    async def estimate(call: HttpCall) -> Response:
+        return routes.price_response(await estimated(routes.service, call))
+
+    app.add_api_route(
+        "/v1/estimate",
+        routes.route("estimate", estimate),
+        methods=["POST"],
+        tags=["cost"],
+        summary="Price a request without running it",
+        responses=WORK_ERRORS,
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: routes.body_schema(EstimateBody)}}},
+    )

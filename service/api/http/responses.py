@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from starlette.responses import Response
@@ -11,17 +10,16 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.codec import dump_json, error_document
 from service.errors import CODES, FarsightError, Kind, retry_after
+from service.scheduling.admission import HeldBytes
 
 JSON = "application/json"
-
-
 BLOCK_BYTES = 1024 * 1024  # of an answer that is sent
 
 
-class Answered(Response):
-    """A response whose headers are all ours: encoded once, without Starlette's look at each of them.
+class PartsResponse(Response):
+    """A response whose headers are all ours: encoded once, without Starlette's check of each of them.
 
-    A body in parts is sent block by block, as fast as the caller reads: only a block of it lies in memory twice.
+    A body in parts is sent block by block, as fast as the caller reads: only one block of it is in memory twice.
     """
 
     def __init__(
@@ -30,26 +28,37 @@ class Answered(Response):
         self.parts = [memoryview(body)] if isinstance(body, bytes) else body
         self.status_code, self.background = status, None
         self.size = sum(part.nbytes for part in self.parts)
-        self.held = ExitStack()  # until it is sent
+        self.held: HeldBytes | None = None  # until it is sent
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         raw += [(b"content-type", media_type.encode()), (b"content-length", str(self.size).encode())]
         self.raw_headers = raw
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.held is None:
+            await self._send(send)
+            return
         with self.held:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            left = self.size
-            for part in self.parts:
-                for start in range(0, part.nbytes, BLOCK_BYTES):
-                    # bytes: Serve's own proxy, which stands in while replicas change, pickles them
-                    block = bytes(part[start : start + BLOCK_BYTES])
-                    left -= len(block)
-                    await send({"type": "http.response.body", "body": block, "more_body": left > 0})
-            if not self.size:
-                await send({"type": "http.response.body", "body": b""})
+            await self._send(send)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        left = self.size
+        for part in self.parts:
+            for start in range(0, part.nbytes, BLOCK_BYTES):
+                # bytes: Serve's own proxy, which stands in while replicas change, pickles them
+                block = bytes(part[start : start + BLOCK_BYTES])
+                left -= len(block)
+                await send({"type": "http.response.body", "body": block, "more_body": left > 0})
+        if not self.size:
+            await send({"type": "http.response.body", "body": b""})
+
+
+def json_response(document: dict[str, Any] | list[Any], headers: dict[str, str] | None = None) -> Response:
+    return Response(dump_json(document), 200, headers, JSON)
 
 
 def error_response(error: FarsightError, *, v2: bool = False) -> Response:
+    """The one answer of a request that failed; `v2`: in the form of the Open Inference Protocol."""
     after_s = error.retry_after_s
     headers = {} if after_s is None else {"retry-after": retry_after(after_s)}
     if error.kind is Kind.UNAUTHENTICATED:
@@ -58,14 +67,10 @@ def error_response(error: FarsightError, *, v2: bool = False) -> Response:
     return Response(dump_json(body), CODES[error.kind].http, headers, JSON)
 
 
-def json_response(document: dict[str, Any] | list[Any], headers: dict[str, str] | None = None) -> Response:
-    return Response(dump_json(document), 200, headers, JSON)
-
-
 def error_responses(*kinds: Kind) -> dict[int | str, dict[str, object]]:
-    """For the OpenAPI text of one route."""
+    """The OpenAPI text of a route's errors."""
     return {CODES[kind].http: {"description": CODES[kind].meaning} for kind in kinds}
 
 
-# what any route that takes work may answer
+# any route that takes work may answer these
 WORK_ERRORS = error_responses(*(kind for kind in Kind if kind not in (Kind.METHOD_NOT_ALLOWED, Kind.CANCELLED)))

@@ -1,4 +1,4 @@
-"""The HTTP body of the Open Inference Protocol: JSON and raw tensors in one."""
+"""HTTP bodies of the Open Inference Protocol: JSON, followed by raw tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import orjson
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from service.api import answer as answers
 from service.api.codec import Body
-from service.api.open_inference import metadata, tensors
-from service.api.open_inference import protocol as oip
-from service.api.open_inference.parameters import refusal
+from service.api.open_inference import tensors
+from service.api.open_inference.inputs import InferInput
+from service.api.open_inference.metadata import MODEL_VERSION
+from service.api.open_inference.protocol import InferRequest, outputs
+from service.api.schema import validated
 from service.core.answer import Answer
 from service.core.request import Request
 from service.errors import invalid, malformed, too_large
@@ -51,63 +53,62 @@ def parse_http(
     model: str,
     model_version: str = "",
     max_json_bytes: int | None = None,
-) -> oip.Infer:
+) -> InferRequest:
     """The body of `POST /v2/models/{model}/infer`: JSON, then the raw tensors of its inputs in their order.
 
-    `header_length` is the header Inference-Header-Content-Length: how much of the body is JSON, None = all.
-    Tensors share the memory of `body`.
+    `header_length` is the header Inference-Header-Content-Length, the bytes of JSON in the body; None = all of it.
+    Tensors share the memory of `body`. Raises MALFORMED, INVALID or TOO_LARGE.
     """
     view = memoryview(body)
     if header_length is not None and not 0 < header_length <= view.nbytes:
-        raise malformed(
-            f"Inference-Header-Content-Length {header_length} is not within the body of {view.nbytes} bytes"
-        )
+        raise malformed(f"Inference-Header-Content-Length: expected 1 to {view.nbytes} bytes, got {header_length}")
     head = view[:header_length]
     if max_json_bytes is not None and head.nbytes > max_json_bytes:
         raise too_large("JSON part of the body", head.nbytes, max_json_bytes, "bytes; send tensors as binary data")
     try:
-        document = _RequestJson.model_validate(orjson.loads(head))
+        values = orjson.loads(head)
     except orjson.JSONDecodeError as error:
         raise malformed(f"the JSON part of the body cannot be parsed: {error.msg} at character {error.pos}") from error
-    except ValidationError as error:
-        raise refusal(error) from error
+    document = validated(_RequestJson, values)
     parameters = document.parameters or {}
-    return oip.Infer(
+    return InferRequest(
         model=model,
         version=model_version,
         id=document.id or "",
-        inputs=_http_inputs(document.inputs, view[head.nbytes :]),
+        inputs=_inputs(document.inputs, view[head.nbytes :]),
         parameters=parameters,
-        outputs=_http_outputs(document.outputs or []),
+        outputs=_requested(document.outputs or []),
         binary=_flag(parameters, "binary_data_output") or False,
     )
 
 
-def _http_inputs(entries: Sequence[_InputJson], raw: memoryview) -> tuple[oip.Input, ...]:
+def _inputs(entries: Sequence[_InputJson], raw: memoryview) -> tuple[InferInput, ...]:
+    """Inputs with their data from the JSON or, if they give its size, from `raw`."""
     inputs, at = [], 0
     for entry in entries:
         parameters = dict(entry.parameters or {})
         size = parameters.pop("binary_data_size", None)
-        _no_more(entry.name, parameters)
+        _no_others(entry.name, parameters)
         if (size is None) == (entry.data is None):
-            raise invalid(f"{entry.name}: give exactly one of data and binary_data_size", param=entry.name)
+            raise invalid(f"{entry.name}: expected exactly one of data and binary_data_size", param=entry.name)
         if size is None:
             value = tensors.from_list(entry.name, entry.datatype, entry.shape, entry.data)
         else:
             if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-                raise invalid(f"{entry.name}: binary_data_size is not a number of bytes", param=entry.name)
+                raise invalid(f"{entry.name}: binary_data_size: expected a number of bytes", param=entry.name)
             if at + size > raw.nbytes:
                 left = raw.nbytes - at
                 raise malformed(f"{entry.name}: expected {size} binary bytes, got {left}", param=entry.name)
             value = tensors.from_raw(entry.name, entry.datatype, entry.shape, raw[at : at + size])
             at += size
-        inputs.append(oip.Input(entry.name, entry.datatype, tuple(entry.shape), value))
+        inputs.append(InferInput(entry.name, entry.datatype, tuple(entry.shape), value))
     if at != raw.nbytes:
-        raise malformed(f"inputs name {at} binary bytes, got {raw.nbytes}")
+        raise malformed(f"inputs: expected {at} binary bytes, got {raw.nbytes}")
     return tuple(inputs)
 
 
-def _http_outputs(entries: Sequence[_OutputJson]) -> dict[str, bool | None]:
+def _requested(entries: Sequence[_OutputJson]) -> dict[str, bool | None]:
+    """Requested outputs: as raw bytes, as JSON, or None for the default."""
     requested: dict[str, bool | None] = {}
     for entry in entries:
         if entry.name in requested:
@@ -115,7 +116,7 @@ def _http_outputs(entries: Sequence[_OutputJson]) -> dict[str, bool | None]:
         parameters = dict(entry.parameters or {})
         requested[entry.name] = _flag(parameters, "binary_data")
         parameters.pop("binary_data", None)
-        _no_more(entry.name, parameters)
+        _no_others(entry.name, parameters)
     return requested
 
 
@@ -126,20 +127,22 @@ def _flag(parameters: Mapping[str, Any], name: str) -> bool | None:
     return value
 
 
-def _no_more(name: str, parameters: Mapping[str, Any]) -> None:
+def _no_others(name: str, parameters: Mapping[str, Any]) -> None:
     for unknown in parameters:
-        raise invalid(f"{name[:96]}: parameter {unknown[:96]!r} is unknown", param=name[:96])
+        raise invalid(f"{name[:96]}: unknown parameter {unknown[:96]!r}", param=name[:96])
 
 
-def render_http(answer: Answer, request: Request, infer: oip.Infer) -> tuple[bytes | Sequence[memoryview], int | None]:
-    """Body of the answer, and its Inference-Header-Content-Length: None when all of it is JSON.
+def render_http(
+    answer: Answer, request: Request, infer: InferRequest
+) -> tuple[bytes | Sequence[memoryview], int | None]:
+    """The body of an answer, and its Inference-Header-Content-Length: None if all of it is JSON.
 
-    Binary tensors are parts of it, not copied. As JSON numbers a 16-bit float tensor is FP32, exactly, and -inf (the
-    lse of a row without keys, the score of a hidden key) is null.
+    Binary tensors are parts of the body, not copied. As JSON numbers a 16-bit float tensor is FP32, exactly, and -inf
+    (the lse of a row without keys, the score of a masked key) is null.
     """
     entries: list[dict[str, Any]] = []
     raw: list[memoryview] = []
-    for name, tensor in oip.outputs(answer, request).items():
+    for name, tensor in outputs(answer, request).items():
         entry: dict[str, Any] = {"name": name, "datatype": tensors.datatype_of(tensor), "shape": list(tensor.shape)}
         if infer.is_binary(name):
             raw.append(tensors.to_raw(tensor))
@@ -148,7 +151,7 @@ def render_http(answer: Answer, request: Request, infer: oip.Infer) -> tuple[byt
             numbers = tensors.to_numbers(tensor)
             entry |= {"datatype": tensors.datatype_of(torch.from_numpy(numbers)), "data": numbers}
         entries.append(entry)
-    document: dict[str, Any] = {"model_name": infer.model, "model_version": metadata.MODEL_VERSION}
+    document: dict[str, Any] = {"model_name": infer.model, "model_version": MODEL_VERSION}
     if infer.id:
         document["id"] = infer.id
     document |= {"parameters": answers.headers(answer), "outputs": entries}

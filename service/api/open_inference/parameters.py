@@ -1,4 +1,4 @@
-"""Parameters of the Open Inference Protocol into options."""
+"""Parameters of an infer request to options."""
 
 from __future__ import annotations
 
@@ -8,45 +8,28 @@ from typing import Any, TypeVar
 import orjson
 from pydantic import ValidationError
 
-from service.core.options import (
-    AttentionOptions,
-    ClassifyOptions,
-    EmbedOptions,
-    ForwardOptions,
-    HiddenOptions,
-    Priority,
-    ScoreOptions,
-    Task,
-)
-from service.errors import FarsightError, invalid
-
-TASK_OPTIONS: dict[Task, type[ForwardOptions]] = {
-    "embed": EmbedOptions,
-    "classify": ClassifyOptions,
-    "rerank": ClassifyOptions,
-    "score": ScoreOptions,
-    "hidden": HiddenOptions,
-}
-
-
-_LIST_OPTIONS = frozenset(
-    {"window", "kv_lengths", "returns", "rows", "positions"}
-)  # JSON text where parameters have no lists
-
-
-_SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
-
+from service.api.schema import first_error
+from service.core.options import AttentionOptions, ForwardOptions, Priority
+from service.errors import invalid
 
 Options = TypeVar("Options", AttentionOptions, ForwardOptions)
 
+# gRPC parameters and KServe's client have no lists: these may be JSON text
+_LIST_OPTIONS = frozenset({"window", "kv_lengths", "returns", "rows", "positions"})
+_SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 
-def parse_options(model: type[Options], parameters: Mapping[str, Any], timeout_s: float | None) -> Options:
-    """Validated options of one model, with the parameters that Triton's clients know translated or ignored."""
+
+def parse_options(options: type[Options], parameters: Mapping[str, Any], timeout_s: float | None) -> Options:
+    """Options from parameters; those that Triton's clients send (sequence, priority, timeout) are translated.
+
+    The shortest of `timeout_s`, the option of that name and Triton's `timeout` (microseconds) counts. Raises INVALID,
+    naming the first wrong parameter.
+    """
     given = {name: value for name, value in parameters.items() if value is not None}
-    given.pop("binary_data_output", None)  # HTTP has read it; gRPC is always raw
+    given.pop("binary_data_output", None)  # read by http_body; gRPC answers are always raw
     for name in _SEQUENCE:
         if given.pop(name, 0) not in (0, "", "0", False):
-            raise invalid(f"{name}: sequences are not served", param=name)
+            raise invalid(f"{name}: sequences are not supported", param=name)
     timeout_us = given.pop("timeout", 0)
     if not isinstance(timeout_us, int) or timeout_us < 0:
         raise invalid("timeout: expected microseconds, an integer of 0 or more", param="timeout")
@@ -54,21 +37,26 @@ def parse_options(model: type[Options], parameters: Mapping[str, Any], timeout_s
         given["priority"] = _priority(given["priority"])
     for name in given.keys() & _LIST_OPTIONS:
         given[name] = _list(name, given[name])
-    unknown = sorted(given.keys() - model.model_fields.keys())
-    if unknown:
-        known = ", ".join(model.model_fields)
-        raise invalid(f"parameter {unknown[0][:96]!r} is unknown; there are: {known}", param=unknown[0][:96])
-    try:
-        options = model.model_validate(given)
-    except ValidationError as error:
-        raise refusal(error) from error
-    limits = [options.timeout_s, timeout_us / 1e6 or None, timeout_s]
+    parsed = _validated(options, given)
+    limits = [parsed.timeout_s, timeout_us / 1e6 or None, timeout_s]
     shortest = min((limit for limit in limits if limit is not None), default=None)
-    return options.model_copy(update={"timeout_s": shortest})
+    return parsed.model_copy(update={"timeout_s": shortest})
+
+
+def _validated(options: type[Options], given: dict[str, Any]) -> Options:
+    unknown = sorted(given.keys() - options.model_fields.keys())
+    if unknown:
+        known = ", ".join(options.model_fields)
+        raise invalid(f"unknown parameter {unknown[0][:96]!r}; expected one of {known}", param=unknown[0][:96])
+    try:
+        return options.model_validate(given)
+    except ValidationError as error:
+        field, message = first_error(error)
+        raise invalid(message, param=field.partition(".")[0]) from error
 
 
 def _priority(level: int) -> Priority:
-    """Triton counts from 1, the most urgent; 0 is the default."""
+    """Triton's levels start at 1, the most urgent; 0 is the default."""
     if isinstance(level, bool) or level < 0:
         raise invalid("priority: expected 'interactive', 'batch', or an integer of 0 or more", param="priority")
     return Priority.INTERACTIVE if level <= 1 else Priority.BATCH
@@ -80,11 +68,4 @@ def _list(name: str, value: Any) -> Any:
     try:
         return orjson.loads(value)
     except orjson.JSONDecodeError as error:
-        raise invalid(f"{name}: expected a list, as JSON text where parameters are strings", param=name) from error
-
-
-def refusal(error: ValidationError) -> FarsightError:
-    """The first thing that pydantic found, without the value that it found."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return invalid(f"{where}: {first['msg']}", param=str(first["loc"][0]) if first["loc"] else None)
+        raise invalid(f"{name}: expected a list, or a list as JSON text", param=name) from error

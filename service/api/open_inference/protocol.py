@@ -1,104 +1,116 @@
-"""The Open Inference Protocol (KServe v2) without a transport: what its requests mean, and what answers carry."""
+"""The Open Inference Protocol (KServe v2) without a transport: infer requests, and the outputs of their answers.
+
+https://github.com/kserve/open-inference-protocol
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from service.api.open_inference.metadata import ATTENTION_INPUTS, find_model, model_inputs, model_outputs, takes
-from service.api.open_inference.parameters import TASK_OPTIONS, parse_options
-from service.api.open_inference.tensors import Value
+from service.api.open_inference.inputs import InferInput, by_name, forward_inputs, numbers
+from service.api.open_inference.metadata import find_model, input_names, output_names
+from service.api.open_inference.parameters import parse_options
 from service.attention.validate import check_attention
 from service.core.answer import Answer
 from service.core.model_info import ModelInfo
 from service.core.options import (
     AttentionOptions,
+    ClassifyOptions,
+    EmbedOptions,
+    ForwardOptions,
+    HiddenOptions,
     Returned,
+    ScoreOptions,
     Task,
 )
 from service.core.request import AttentionRequest, ForwardRequest, Request
 from service.errors import invalid
 
-_RETURNED: dict[str, Returned] = {
+_OPTIONS: dict[Task, type[ForwardOptions]] = {
+    "embed": EmbedOptions,
+    "classify": ClassifyOptions,
+    "rerank": ClassifyOptions,
+    "score": ScoreOptions,
+    "hidden": HiddenOptions,
+}
+ENDPOINT = "infer"  # as metrics, ledger and log line name the route
+_HIDDEN_OUTPUTS = ("hidden_states", "lengths")
+_RETURNED: dict[str, Returned] = {  # output of attention: what has to be in `returns` for it
     "output": "output",
     "lse": "lse",
     "weights": "weights",
     "top_weights": "top_weights",
     "top_indices": "top_weights",
 }
-_HIDDEN = ("hidden_states", "lengths")
-MAX_IDS = 4 * 1024**2  # of one request: each becomes a Python integer
 
 
 @dataclass(frozen=True, slots=True)
-class Input:
-    """One named tensor of a request; `value` is a list of strings where `datatype` is BYTES."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    value: Value
-
-
-@dataclass(frozen=True, slots=True)
-class Infer:
-    """What both transports make of an infer request before anything is known of the model."""
+class InferRequest:
+    """An infer request as both transports parse it, before it is checked against the model."""
 
     model: str
     version: str
-    id: str  # the caller's, echoed; may be empty
-    inputs: tuple[Input, ...]
+    id: str  # chosen by the caller and echoed; may be empty
+    inputs: tuple[InferInput, ...]
     parameters: Mapping[str, Any]
-    outputs: Mapping[str, bool | None] = field(default_factory=dict)  # requested: as raw bytes? None = default
-    binary: bool = False  # HTTP: the default of `outputs`
+    outputs: Mapping[str, bool | None] = field(default_factory=dict)  # requested: as raw bytes? None: as `binary`
+    binary: bool = False  # HTTP: whether outputs are raw bytes by default
 
     def is_binary(self, output: str) -> bool:
+        """Whether `output` is sent as raw bytes; `top_weights` and `top_indices` follow one another."""
         pair = "top_weights" if output == "top_indices" else "top_indices" if output == "top_weights" else output
-        asked = self.outputs.get(output, self.outputs.get(pair))
-        return self.binary if asked is None else asked
-
-
-# models and metadata
-
-
-# request
+        requested = self.outputs.get(output, self.outputs.get(pair))
+        return self.binary if requested is None else requested
 
 
 def parse_infer(
-    infer: Infer,
+    infer: InferRequest,
     infos: Sequence[ModelInfo],
     *,
     request_id: str,
     timeout_s: float | None = None,
     tenant: str = "default",
 ) -> Request:
-    """The request of the engine; `timeout_s` is the transport's own limit, the shorter one counts."""
+    """The engine's request. `timeout_s` is the transport's own limit; the shorter one counts.
+
+    Raises NOT_FOUND for an unknown model, INVALID for wrong inputs, outputs or parameters.
+    """
     info = find_model(infer.model, infer.version, infos)
-    return (
-        _attention(infer, request_id, timeout_s, tenant)
-        if info is None
-        else _forward(infer, info, request_id, timeout_s, tenant)
-    )
+    accepted, returned = input_names(info), output_names(info)
+    named = by_name(infer.inputs, accepted, infer.model)
+    for name in infer.outputs:
+        if name not in returned:
+            raise invalid(
+                f"unknown output {name[:96]!r} of {infer.model!r}; expected one of {', '.join(returned)}",
+                param="outputs",
+            )
+    if info is None:
+        return _attention_request(infer, named, request_id, timeout_s, tenant)
+    task = _task(infer, info)
+    options = parse_options(_OPTIONS[task], infer.parameters, timeout_s)
+    inputs = forward_inputs(named, accepted, task)
+    return ForwardRequest(request_id, info.name, task, options, tenant=tenant, endpoint=ENDPOINT, **inputs)
 
 
-def _attention(infer: Infer, request_id: str, timeout_s: float | None, tenant: str) -> AttentionRequest:
-    values = _inputs(infer, allowed=[name for name, _, _ in ATTENTION_INPUTS])
+def _attention_request(
+    infer: InferRequest, named: Mapping[str, InferInput], request_id: str, timeout_s: float | None, tenant: str
+) -> AttentionRequest:
     for name in ("query", "key", "value"):
-        if name not in values:
+        if name not in named:
             raise invalid(f"input {name!r} is missing", param=name)
-    given = {name: _numbers(entry) for name, entry in values.items()}
+    tensors = {name: numbers(entry) for name, entry in named.items()}
     options = parse_options(AttentionOptions, infer.parameters, timeout_s)
-    _check_outputs(infer, _RETURNED)
     if infer.outputs:
-        asked = options.returns if infer.parameters.get("returns") is not None else ()
-        union = dict.fromkeys([*asked, *(_RETURNED[name] for name in infer.outputs)])
+        explicit = options.returns if infer.parameters.get("returns") is not None else ()
+        union = dict.fromkeys([*explicit, *(_RETURNED[name] for name in infer.outputs)])
         options = options.model_copy(update={"returns": tuple(union)})
-    attn_mask = given.get("attn_mask")
-    query, key, value = check_attention(given["query"], given["key"], given["value"], attn_mask, options)
-    rank = given["query"].ndim
+    attn_mask = tensors.get("attn_mask")
+    query, key, value = check_attention(tensors["query"], tensors["key"], tensors["value"], attn_mask, options)
+    rank = tensors["query"].ndim
     if rank == 3 and attn_mask is not None and attn_mask.ndim == 3:
         attn_mask = attn_mask[None]
     return AttentionRequest(
@@ -110,141 +122,24 @@ def _attention(infer: Infer, request_id: str, timeout_s: float | None, tenant: s
         attn_mask=attn_mask,
         rank=rank,
         tenant=tenant,
+        endpoint=ENDPOINT,
     )
 
 
-def _forward(infer: Infer, info: ModelInfo, request_id: str, timeout_s: float | None, tenant: str) -> ForwardRequest:
-    """The model's own task, or the hidden states where those outputs are asked for (or `layer` is given)."""
-    values = _inputs(infer, allowed=[name for name, _, _ in model_inputs(info)])
-    _check_outputs(infer, [name for name, _, _ in model_outputs(info)])
-    asked = [name in _HIDDEN for name in infer.outputs]
-    if any(asked) and not all(asked):
-        raise invalid(f"outputs: {' and '.join(_HIDDEN)} come without the model's other outputs", param="outputs")
-    task: Task = "hidden" if any(asked) or "layer" in infer.parameters else info.task
-    options = parse_options(TASK_OPTIONS[task], infer.parameters, timeout_s)
-    given = _given(values, info, task)
-    return ForwardRequest(request_id, info.name, task, options, tenant=tenant, **given)
-
-
-def _given(values: Mapping[str, Input], info: ModelInfo, task: Task) -> dict[str, Any]:
-    """The inputs as `ForwardRequest` names them; exactly one kind of them."""
-    kinds = [name for name in ("text", "input_ids", "image", "pixel_values") if name in values]
-    if len(kinds) != 1:
-        known = [name for name in ("text", "input_ids", "image", "pixel_values") if takes(info, name)]
-        raise invalid(f"give exactly one of the inputs {' and '.join(map(repr, known))}", param=known[0])
-    kind = kinds[0]
-    if kind != "input_ids" and "attention_mask" in values:
-        raise invalid(f"'attention_mask' belongs to 'input_ids', not to {kind!r}", param="attention_mask")
-    match kind:
-        case "input_ids":
-            return {"token_ids": _token_ids(values["input_ids"], values.get("attention_mask"))}
-        case "pixel_values":
-            return {"pixel_values": _numbers(values["pixel_values"])}
-        case "image":
-            return {"images": tuple(_bytes(values["image"]))}
-    texts = _texts(values["text"])
-    if not texts:
-        raise invalid("text: expected at least one", param="text")
-    for other in ("query", "target"):
-        if other in values and task != "hidden":
-            more = _texts(values[other])
-            if len(more) == 1 and other == "query":
-                more *= len(texts)
-            if len(more) != len(texts):
-                raise invalid(f"{other}: expected as many as text, {len(texts)}, got {len(more)}", param=other)
-            return {
-                "pairs": tuple(zip(more, texts, strict=True) if other == "query" else zip(texts, more, strict=True))
-            }
-    if task == "rerank":
-        raise invalid("input 'query' is missing", param="query")
-    return {"texts": texts}
-
-
-def _inputs(infer: Infer, *, allowed: Sequence[str]) -> dict[str, Input]:
-    values: dict[str, Input] = {}
-    for entry in infer.inputs:
-        if entry.name not in allowed:
-            raise invalid(
-                f"input {entry.name[:96]!r} is unknown; {infer.model!r} takes {', '.join(allowed)}",
-                param=entry.name[:96],
-            )
-        if entry.name in values:
-            raise invalid(f"input {entry.name!r} is given twice", param=entry.name)
-        values[entry.name] = entry
-    return values
-
-
-def _check_outputs(infer: Infer, allowed: Iterable[str]) -> None:
-    for name in infer.outputs:
-        if name not in allowed:
-            raise invalid(
-                f"output {name[:96]!r} is unknown; {infer.model!r} gives {', '.join(allowed)}", param="outputs"
-            )
-
-
-def _numbers(entry: Input) -> torch.Tensor:
-    if isinstance(entry.value, list):
-        raise invalid(f"{entry.name}: datatype BYTES is not a tensor of numbers", param=entry.name)
-    return entry.value
-
-
-def _bytes(entry: Input) -> list[bytes]:
-    """BYTES [n] or [n, 1]."""
-    name = entry.name
-    if not isinstance(entry.value, list):
-        raise invalid(f"{name}: expected datatype BYTES, got {entry.datatype}", param=name)
-    if len(entry.shape) != 1 and not (len(entry.shape) == 2 and entry.shape[1] == 1):
-        raise invalid(f"{name}: expected shape [n] or [n, 1], got {list(entry.shape)}", param=name)
-    return entry.value
-
-
-def _texts(entry: Input) -> tuple[str, ...]:
-    """UTF-8."""
-    try:
-        return tuple(text.decode() for text in _bytes(entry))
-    except UnicodeDecodeError as error:
-        raise invalid(f"{entry.name}: an element is not valid UTF-8", param=entry.name) from error
-
-
-def _token_ids(entry: Input, mask: Input | None) -> tuple[tuple[int, ...], ...]:
-    """INT64 [n, L], cut to the ids that `attention_mask` marks: padding never reaches the model."""
-    ids = _numbers(entry)
-    if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2:
-        raise invalid(f"input_ids: expected INT64 [n, L], got {entry.datatype} {list(entry.shape)}", param="input_ids")
-    if not len(ids) or ids.numel() > MAX_IDS:
-        raise invalid(f"input_ids: expected 1 to {MAX_IDS} ids, got {ids.numel()}", param="input_ids")
-    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else _padding(mask, ids)
-    if not bool(valid.any(dim=1).all()):
-        raise invalid("input_ids: a row has no valid id", param="input_ids")
-    return tuple(tuple(row[keep].tolist()) for row, keep in zip(ids, valid, strict=True))
-
-
-def _padding(entry: Input, ids: torch.Tensor) -> torch.Tensor:
-    """The mask as bool [n, L]; ones must be one run at the left or the right of each row."""
-    mask = _numbers(entry)
-    if mask.shape != ids.shape or mask.is_floating_point():
-        raise invalid(
-            f"attention_mask: expected INT64 or BOOL {list(ids.shape)}, got {entry.datatype} {list(entry.shape)}",
-            param="attention_mask",
-        )
-    steps = mask.to(torch.int64).diff(dim=1)
-    binary = bool(((mask == 0) | (mask == 1)).all())
-    if not binary or not bool(((steps <= 0).all(dim=1) | (steps >= 0).all(dim=1)).all()):
-        raise invalid("attention_mask: each row must be ones and then zeros, or the reverse", param="attention_mask")
-    return mask.bool()
-
-
-# parameters
-
-
-# answer
+def _task(infer: InferRequest, info: ModelInfo) -> Task:
+    """The model's own task, or `hidden` if its outputs (or `layer`) are requested. Raises INVALID for a mixture."""
+    hidden = [name in _HIDDEN_OUTPUTS for name in infer.outputs]
+    if any(hidden) and not all(hidden):
+        names = " and ".join(_HIDDEN_OUTPUTS)
+        raise invalid(f"outputs: expected {names} without the model's other outputs", param="outputs")
+    return "hidden" if any(hidden) or "layer" in infer.parameters else info.task
 
 
 def outputs(answer: Answer, request: Request) -> dict[str, torch.Tensor]:
-    """The tensors to send, by name; without the batch axis where the request came without it."""
+    """The tensors to send, by name; without the batch axis if the request came without it."""
     if isinstance(request, ForwardRequest):
         return dict(answer.tensors)
     wanted = {name: tensor for name, tensor in answer.tensors.items() if _RETURNED[name] in request.options.returns}
     if request.rank == 3:
-        return {name: one[0] for name, one in wanted.items()}
+        return {name: tensor[0] for name, tensor in wanted.items()}
     return wanted

@@ -1,8 +1,7 @@
-"""Open Inference Protocol tensors: raw little-endian bytes, or lists of numbers, to torch tensors and back."""
+"""Tensors of the Open Inference Protocol: raw little-endian bytes, or lists of numbers, to torch tensors and back."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 import sys
@@ -11,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from service.errors import invalid
 
-assert sys.byteorder == "little", "bug: raw tensors are little endian and are not swapped here"
+assert sys.byteorder == "little", "bug: raw tensors are little endian, and bytes are not swapped here"
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -26,20 +26,20 @@ DTYPES: dict[str, torch.dtype] = {
     "FP64": torch.float64,
 }
 DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()}
-RAW_ONLY = frozenset({"FP16", "BF16"})  # no form as JSON numbers and no typed field in gRPC
-_KINDS = {"BOOL": "b", "INT32": "iu", "INT64": "iu", "FP32": "fiu", "FP64": "fiu"}  # numpy kinds a list may hold
+RAW_ONLY = frozenset({"FP16", "BF16"})  # no JSON form, no typed field in gRPC
+_KINDS = {"BOOL": "b", "INT32": "iu", "INT64": "iu", "FP32": "fiu", "FP64": "fiu"}  # NumPy kinds a list may have
 
 MAX_RANK = 8
 MAX_ELEMENTS = 2**62  # torch computes strides in int64
 COPY_BELOW_BYTES = 4096  # CPython shares tiny bytes objects between unrelated owners; a copy is cheap there
 
-Value = torch.Tensor | list[bytes]  # the latter: BYTES
+Value = torch.Tensor | list[bytes]  # list: BYTES
 
 
 def element_count(name: str, shape: Sequence[int]) -> int:
-    """Product of the dimensions, in Python integers, which do not overflow."""
+    """Product of the dimensions, in Python integers, which do not overflow. Raises INVALID."""
     if len(shape) > MAX_RANK:
-        raise invalid(f"{name}: {len(shape)} dimensions, at most {MAX_RANK} are served", param=name)
+        raise invalid(f"{name}: expected at most {MAX_RANK} dimensions, got {len(shape)} dimensions", param=name)
     if any(size < 0 for size in shape):
         raise invalid(f"{name}: shape {list(shape)} has a negative dimension", param=name)
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
@@ -48,23 +48,25 @@ def element_count(name: str, shape: Sequence[int]) -> int:
 
 
 def dtype_of(name: str, datatype: str) -> torch.dtype:
-    """The torch dtype of a datatype other than BYTES."""
+    """The torch dtype of a datatype other than BYTES. Raises INVALID if it is unknown."""
     if datatype not in DTYPES:
-        raise invalid(f"{name}: datatype {datatype!r} is not one of {[*DTYPES, 'BYTES']}", param=name)
+        raise invalid(
+            f"{name}: datatype: expected one of {', '.join([*DTYPES, 'BYTES'])}, got {datatype[:32]!r}", param=name
+        )
     return DTYPES[datatype]
 
 
 def claimed_bytes(name: str, datatype: str, shape: Sequence[int]) -> int:
-    """Size of the raw tensor by its own description; for BYTES the length prefixes only."""
+    """Bytes of the raw tensor by its own description; of BYTES, the length prefixes only. Raises INVALID."""
     count = element_count(name, shape)
     return count * (4 if datatype == "BYTES" else dtype_of(name, datatype).itemsize)
 
 
 def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> Value:
-    """Tensor of `shape` over `data`, or the strings of a BYTES tensor.
+    """Raw bytes -> tensor of `shape`, or the strings of a BYTES tensor.
 
-    Nothing is allocated before the size is known to be right. The tensor shares the memory of `data` (and keeps it
-    alive) wherever the alignment allows it: its user must not write to it.
+    Nothing is allocated before the size is known to be right. The tensor shares the memory of `data`, and keeps it
+    alive, if its alignment allows it: callers must not write to it. Raises INVALID.
     """
     count = element_count(name, shape)
     if datatype == "BYTES":
@@ -78,47 +80,25 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | bytea
     flat = _view(data, torch.uint8 if dtype == torch.bool else dtype)
     if dtype == torch.bool:
         if int(flat.max()) > 1:
-            raise invalid(f"{name}: BOOL bytes must be 0 or 1", param=name)
+            raise invalid(f"{name}: expected BOOL bytes of 0 or 1", param=name)
         flat = flat.view(torch.bool)
     return flat.reshape(tuple(shape))
 
 
 def _view(data: bytes | bytearray | memoryview, dtype: torch.dtype) -> torch.Tensor:
-    """data -> [n], sharing memory. Writable buffers go to torch as they are, bytes by their address.
-
-    `torch.frombuffer` warns of read-only buffers, once per process and from whichever thread is first.
-    """
+    """data -> [n], sharing and keeping its memory where that is safe and aligned; else a copy."""
     view = memoryview(data)
-    if view.readonly:
-        owner = view.obj
-        if not isinstance(owner, bytes) or view.nbytes < COPY_BELOW_BYTES:
-            return _aligned(bytearray(view), dtype)
-        window = (ctypes.c_char * view.nbytes).from_address(_address(owner) + _offset(view, owner))
-        window.owner = owner  # type: ignore[attr-defined]  # the tensor holds the window, the window the bytes
-        return _aligned(window, dtype)
-    return _aligned(view, dtype)
-
-
-def _aligned(buffer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A JSON header of any length may precede the tensors of a body: kernels want them on their own boundary."""
-    octets = torch.frombuffer(buffer, dtype=torch.uint8)
+    # read-only memory that is not of `bytes` may still be written to by its owner
+    if view.readonly and (not isinstance(view.obj, bytes) or view.nbytes < COPY_BELOW_BYTES):
+        view = memoryview(bytearray(view))
+    # neither torch.frombuffer nor torch.from_numpy: both warn about read-only memory
+    octets: torch.Tensor = from_dlpack(np.frombuffer(view, np.uint8))
+    # a JSON header of any length may precede the tensors of a body: kernels need them on their own boundary
     return (octets if octets.data_ptr() % dtype.itemsize == 0 else octets.clone()).view(dtype)
 
 
-def _address(owner: bytes) -> int:
-    address = ctypes.cast(ctypes.c_char_p(owner), ctypes.c_void_p).value
-    assert address is not None, "bug: a bytes object without an address"
-    return address
-
-
-def _offset(view: memoryview, owner: bytes) -> int:
-    """Where `view` starts in `owner`; numpy tells a read-only buffer's address without copying it."""
-    address: int = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
-    return address - _address(owner)
-
-
 def _strings(name: str, count: int, data: memoryview) -> list[bytes]:
-    """Each element is its length, 4 bytes little endian, and then that many bytes."""
+    """Elements of a BYTES tensor: each is its length, 4 bytes little endian, then that many bytes."""
     if count * 4 > data.nbytes:
         raise invalid(f"{name}: {count} BYTES elements take at least {count * 4} bytes, got {data.nbytes}", param=name)
     strings, at = [], 0
@@ -139,7 +119,7 @@ def _strings(name: str, count: int, data: memoryview) -> list[bytes]:
 
 
 def from_list(name: str, datatype: str, shape: Sequence[int], data: Any) -> Value:
-    """Tensor of `shape` from numbers (or strings of a BYTES tensor), flat or nested in row-major order."""
+    """Numbers, flat or nested in row-major order -> tensor of `shape`; strings -> a BYTES tensor. Raises INVALID."""
     count = element_count(name, shape)
     if datatype in RAW_ONLY:
         raise invalid(f"{name}: {datatype} has no form as a list of numbers; send it as raw bytes", param=name)
@@ -151,15 +131,15 @@ def from_list(name: str, datatype: str, shape: Sequence[int], data: Any) -> Valu
     try:
         array = np.asarray(data)
     except ValueError as error:  # ragged
-        raise invalid(f"{name}: data is not a list of numbers of one shape", param=name) from error
+        raise invalid(f"{name}: data: expected lists of numbers of one shape", param=name) from error
     _check_count(name, datatype, shape, count, array.size)
     if array.size and array.dtype.kind not in _KINDS[datatype]:
-        raise invalid(f"{name}: data is not all {datatype}", param=name)
+        raise invalid(f"{name}: data: expected all {datatype}", param=name)
     if datatype == "INT32" and array.size and not (-(2**31) <= array.min() <= array.max() < 2**31):
-        raise invalid(f"{name}: a value is outside of INT32", param=name)
+        raise invalid(f"{name}: a value is outside the range of INT32", param=name)
     if datatype == "INT64" and array.dtype == np.uint64:
-        raise invalid(f"{name}: a value is outside of INT64", param=name)
-    with np.errstate(over="ignore"):  # 1e39 becomes infinity, which is refused where numbers are checked
+        raise invalid(f"{name}: a value is outside the range of INT64", param=name)
+    with np.errstate(over="ignore"):  # 1e39 becomes infinity, which `check_attention` refuses
         array = array.astype(str(dtype).removeprefix("torch."))
     return torch.from_numpy(array).reshape(tuple(shape))
 
@@ -170,8 +150,9 @@ def _check_count(name: str, datatype: str, shape: Sequence[int], count: int, got
 
 
 def _flat(name: str, data: Any, depth: int = 0) -> list[bytes]:
+    """Strings nested at most MAX_RANK deep, in row-major order."""
     if depth > MAX_RANK:
-        raise invalid(f"{name}: data is nested deeper than {MAX_RANK} lists", param=name)
+        raise invalid(f"{name}: data: nested deeper than {MAX_RANK} lists", param=name)
     if isinstance(data, bytes):
         return [data]
     if isinstance(data, str):
@@ -181,22 +162,23 @@ def _flat(name: str, data: Any, depth: int = 0) -> list[bytes]:
             raise invalid(f"{name}: a string is not valid UTF-8", param=name) from error
     if isinstance(data, list):
         return [string for item in data for string in _flat(name, item, depth + 1)]
-    raise invalid(f"{name}: data is not all BYTES (strings)", param=name)
+    raise invalid(f"{name}: data: expected all BYTES (strings)", param=name)
 
 
 def datatype_of(tensor: torch.Tensor) -> str:
+    """The protocol's name of a tensor's dtype."""
     return DATATYPES[tensor.dtype]
 
 
 def to_raw(tensor: torch.Tensor) -> memoryview:
-    """Row-major little-endian bytes; shares the tensor's memory where it is contiguous and on the CPU."""
+    """Row-major little-endian bytes; they share the tensor's memory if it is contiguous and on the CPU."""
     octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     data: memoryview = octets.numpy().data
     return data
 
 
 def to_numbers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Flat, row major, for the JSON writer, which makes null of what JSON has not (infinity)."""
+    """[n], row-major, for orjson, which writes infinities as null. 16-bit floats become FP32."""
     tensor = tensor.detach().cpu()
     widened = tensor.float() if datatype_of(tensor) in RAW_ONLY else tensor
     numbers: np.ndarray[Any, Any] = widened.contiguous().reshape(-1).numpy()

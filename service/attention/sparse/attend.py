@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
+from service.attention.geometry import RISKY_ROWS, SPARSE_TILE_BYTES
 from service.attention.masks import MaskSpec, bias_at
 from service.attention.merge import Partial, merge, shares
-from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, Scratch, cap, default_scale, exponentiate, fitting, lse_of, normalise
+from service.attention.output import DEFAULT_SCORING, AttentionOutput, Checkpoint, Scoring, no_checkpoint
+from service.attention.scores import LOG2_E, Scratch, cap, exponentiate, fitting, lse_of, normalise
 from service.attention.sparse.layout import Layout
 from service.attention.sparse.moments import Moments
 from service.attention.sparse.selection import Selection, SummarizedBlocks
-
-RISKY_ROWS = 4  # per head, reported for the audit to check apart
-TILE_BYTES = 4 * 2**20  # of one tile of scores: read four times, so it should stay in the cache
 
 
 def attend(
@@ -26,8 +25,7 @@ def attend(
     mask: MaskSpec,
     selection: Selection,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
 ) -> AttentionOutput:
     """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv], lse [B, Hq, Lq]."""
@@ -37,28 +35,27 @@ def attend(
     lse_read = torch.empty_like(lse)
     layout, group = selection.layout, heads // key.shape[1]
     pause, scratch = checkpoint or no_checkpoint, Scratch(query.device)
-    for b in range(batch):
-        for h in range(heads):
-            pause()
-            if h % group == 0:
-                keys, values = (
-                    _in_blocks(x[b, h // group], layout.block_size, scratch, name)
-                    for name, x in (("key", key), ("value", value))
-                )
-            q = _in_blocks(query[b, h], layout.rows.shape[1], scratch, "query")
-            q *= default_scale(scale, head_dim) * LOG2_E
-            head = _Head(layout, selection.keep[b, h], mask, (b, h), softcap, scratch)
-            near, near_lse = head.near(q, keys, values, pause)
-            whole = read = near_lse
-            if selection.moments:
-                far, far_lse, outlier_lse = head.far(
-                    q, keys, values, selection.moments[b][h], selection.beside[b][h], pause
-                )
-                of_near, of_far, whole = shares(near_lse, far_lse)
-                near.mul_(of_near[..., None]).addcmul_(far, of_far[..., None])
-                read = shares(near_lse, outlier_lse)[2]
-            out[b, h] = near.flatten(0, 1)[:query_length]
-            lse[b, h], lse_read[b, h] = (x.flatten()[:query_length] for x in (whole, read))
+    bits = scoring.scale_for(head_dim) * LOG2_E
+    for b, h in product(range(batch), range(heads)):
+        pause()
+        if h % group == 0:
+            keys, values = (
+                _in_blocks(x[b, h // group], layout.block_size, scratch, name)
+                for name, x in (("key", key), ("value", value))
+            )
+        q = _in_blocks(query[b, h], layout.rows.shape[1], scratch, "query")
+        q *= bits
+        head = QueryHead(layout, selection.keep[b, h], mask, (b, h), scoring.softcap, scratch)
+        head_out, whole = head.read(q, keys, values, pause)
+        read = whole
+        if selection.moments:
+            parts = selection.summarized[b][h]
+            rest, rest_lse, outlier_lse = head.summarized(q, keys, values, selection.moments[b][h], parts, pause)
+            read_share, rest_share, both = shares(whole, rest_lse)
+            head_out.mul_(read_share[..., None]).addcmul_(rest, rest_share[..., None])
+            whole, read = both, shares(whole, outlier_lse)[2]
+        out[b, h] = head_out.flatten(0, 1)[:query_length]
+        lse[b, h], lse_read[b, h] = (x.flatten()[:query_length] for x in (whole, read))
     return AttentionOutput(out, lse, selection.density, selection.pairs, _risky_rows(lse, lse_read), lse_read)
 
 
@@ -81,23 +78,23 @@ def _in_blocks(rows: torch.Tensor, size: int, scratch: Scratch, name: str) -> to
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
+class QueryHead:
     """One query head of one sequence."""
 
     layout: Layout
     keep: torch.Tensor  # [nQ, nK] bool
     mask: MaskSpec
-    which: tuple[int, int]
+    index: tuple[int, int]  # sequence, head
     softcap: float | None
     scratch: Scratch
 
-    def near(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pause: Checkpoint) -> Partial:
+    def read(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pause: Checkpoint) -> Partial:
         """q [nQ, R, D] in bits, keys and values [nK, B, x] -> out [nQ, R, Dv], lse [nQ, R] over the kept blocks."""
-        out = self.scratch.take("near", *q.shape[:2], values.shape[2]).zero_()
+        out = self.scratch.take("read", *q.shape[:2], values.shape[2]).zero_()
         lse = q.new_full(q.shape[:2], -torch.inf)
         for tasks, columns, partial in self._groups():
             result: Partial | None = None
-            step = fitting(TILE_BYTES, q.shape[1] * self.layout.block_size * len(tasks), q.device)
+            step = fitting(SPARSE_TILE_BYTES, q.shape[1] * self.layout.block_size * len(tasks), q.device)
             for start in range(0, columns.shape[1], step):
                 pause()
                 part = columns[:, start : start + step]
@@ -121,7 +118,7 @@ class _Head:
         for (partial, whole), run in zip(shapes.T.tolist(), runs.tolist(), strict=True):
             width = partial + whole
             if width:
-                step = fitting(TILE_BYTES, layout.rows.shape[1] * layout.block_size * width, self.keep.device)
+                step = fitting(SPARSE_TILE_BYTES, layout.rows.shape[1] * layout.block_size * width, self.keep.device)
                 for start in range(first, first + run, step):
                     tasks = order[start : min(start + step, first + run)]
                     columns = [
@@ -153,7 +150,7 @@ class _Head:
         if self.mask.attn_mask is not None:
             at = (blocks[..., None] * size + torch.arange(size, device=blocks.device)).flatten(1)[:, None]
             rows = self.layout.rows[tasks][:, :, None]
-            bias = bias_at(self.mask.attn_mask, *self.which, rows, at.clamp(max=self.layout.key_length - 1))
+            bias = bias_at(self.mask.attn_mask, *self.index, rows, at.clamp(max=self.layout.key_length - 1))
             scores.add_(bias, alpha=LOG2_E)
         if edge:
             seen = scores[:, :, : edge * size].view(count, -1, edge, size)
@@ -173,24 +170,24 @@ class _Head:
         )
         return (at < lo) | (at >= hi)
 
-    def far(
+    def summarized(
         self,
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         moments: Moments,
-        beside: Sequence[SummarizedBlocks],
+        parts: Sequence[SummarizedBlocks],
         pause: Checkpoint,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Outliers of blocks that are not kept, and moments for their other keys.
 
         -> out [nQ, R, Dv], lse [nQ, R] of both and of the outliers alone.
         """
-        out = self.scratch.take("far", *q.shape[:2], values.shape[2]).zero_()
+        out = self.scratch.take("summarized", *q.shape[:2], values.shape[2]).zero_()
         lse, read = (q.new_full(q.shape[:2], -torch.inf) for _ in range(2))
         own_k, own_v = (x.flatten(0, 1)[moments.outliers] for x in (keys, values))
-        for part in beside:
-            step = fitting(TILE_BYTES, q.shape[1] * max(len(part.columns), len(own_k)), q.device)
+        for part in parts:
+            step = fitting(SPARSE_TILE_BYTES, q.shape[1] * max(len(part.columns), len(own_k)), q.device)
             for start in range(part.blocks.start, part.blocks.stop, step):
                 pause()
                 blocks = slice(start, min(start + step, part.blocks.stop))
@@ -220,7 +217,7 @@ class _Head:
         scores = cap(q @ key[some].T, self.softcap)
         if self.mask.attn_mask is not None:
             rows = layout.rows[blocks][..., None]
-            scores.add_(bias_at(self.mask.attn_mask, *self.which, rows, positions[some]), alpha=LOG2_E)
+            scores.add_(bias_at(self.mask.attn_mask, *self.index, rows, positions[some]), alpha=LOG2_E)
         return scores.add_(_minus_inf_unless(others[:, some])[:, None]), value[some]
 
     def _centroids(self, q: torch.Tensor, moments: Moments, blocks: slice, columns: torch.Tensor) -> Partial:

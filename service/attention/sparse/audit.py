@@ -15,12 +15,14 @@ import sys
 from dataclasses import dataclass, replace
 from math import isfinite
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 
-from service.attention.masks import MaskSpec, bounds_at
+from service.attention.geometry import AUDIT_ROWS
+from service.attention.inputs import AttentionInputs
 from service.attention.output import AttentionOutput, Checkpoint
-from service.attention.rows import attend_rows
+from service.attention.rows import RowSet, attend_rows
 from service.core.answer import ErrorReport
 
 CONFIDENCE = 0.975  # of one look: a rejected answer is tried once more, and both together must keep 95 %
@@ -35,13 +37,12 @@ class Measured:
     pairs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Squared error and squared exact norm of rows, the share of softmax mass that was read; all [n] float64."""
+class Sample(NamedTuple):
+    """What was measured of rows; all [Hq, R] or [n], float64."""
 
-    error: torch.Tensor
-    norm: torch.Tensor
-    recall: torch.Tensor
+    error: torch.Tensor  # squared
+    norm: torch.Tensor  # squared, of the exact output
+    recall: torch.Tensor  # share of softmax mass that was read
     lse: torch.Tensor  # absolute error of the log-sum-exp
 
     @property
@@ -52,58 +53,42 @@ class Sample:
         return torch.where(zero, (self.error > 0).double(), ratio)
 
 
-def audit(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: AttentionOutput,
-    mask: MaskSpec,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    rows: int = 59,
-    seed: int = 0,
-    checkpoint: Checkpoint | None = None,
-) -> ErrorReport:
-    """Exact attention of `rows` rows a head, drawn uniformly from `seed`, against `output`."""
-    return measure(
-        query, key, value, output, mask, scale=scale, softcap=softcap, rows=rows, seed=seed, checkpoint=checkpoint
-    ).report
-
-
 def measure(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    inputs: AttentionInputs,
     output: AttentionOutput,
-    mask: MaskSpec,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    rows: int = 59,
+    rows: int = AUDIT_ROWS,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
 ) -> Measured:
-    """`audit` and what it cost."""
-    batch, heads, query_length, _ = query.shape
+    """Compare `output` with exact attention of `rows` rows of each head, drawn uniformly from `seed`.
+
+    Args:
+        inputs: what `output` was computed from.
+        output: out [B, Hq, Lq, Dv], lse [B, Hq, Lq]; its risky rows are audited as well.
+        rows: number of rows of each head, at least 2.
+        seed: of the draw; callers choose it after selection, so that selection cannot know the rows.
+        checkpoint: called between blocks of keys; may raise to stop the work.
+
+    Returns:
+        The report, and the pairs that were scored to write it.
+    """
+    batch, heads, query_length, _ = inputs.query.shape
     count = min(max(rows, 2), query_length)
     draw = torch.Generator().manual_seed(seed)
-    samples: list[Sample] = []
-    risky: list[Sample] = []
+    drawn_samples: list[Sample] = []
+    risky_samples: list[Sample] = []
     pairs = 0
     for b in range(batch):
         drawn = torch.stack([torch.randperm(query_length, generator=draw)[:count] for _ in range(heads)])
-        suspects = _risky(output, b, heads)
-        chosen = torch.cat((drawn, suspects), 1).to(query.device)
-        exact, lse = attend_rows(
-            query, key, value, mask, b, chosen, scale=scale, softcap=softcap, checkpoint=checkpoint
-        )
-        samples.append(_compare(output, b, chosen[:, :count], exact[:, :count], lse[:, :count]))
-        risky.append(_compare(output, b, chosen[:, count:], exact[:, count:], lse[:, count:]))
-        lo, hi = bounds_at(mask, chosen[None], query_length, key.shape[2])
-        which = b if lo.shape[0] > 1 else 0
-        pairs += int((hi[which] - lo[which]).sum())
-    report = _report(_join(samples), _join(risky), count, query_length)
+        chosen = RowSet(b, torch.cat((drawn, _risky(output, b, heads)), 1).to(inputs.query.device))
+        exact, lse = attend_rows(*inputs.tensors, inputs.mask, chosen, scoring=inputs.scoring, checkpoint=checkpoint)
+        sample = _compare(output, chosen, exact, lse)
+        drawn_samples.append(Sample(*(field[:, :count] for field in sample)))
+        risky_samples.append(Sample(*(field[:, count:] for field in sample)))
+        lo, hi = chosen.limits(inputs.mask, query_length, inputs.key.shape[2])
+        pairs += int((hi - lo).sum())
+    report = _report(_join(drawn_samples), _join(risky_samples), count, query_length)
     if not all(isfinite(bound) for bound in torch.aminmax(output.out)):  # in a row that was not drawn
         report = replace(report, relative_l2_upper=sys.float_info.max)
     return Measured(report, pairs)
@@ -121,23 +106,25 @@ def _risky(output: AttentionOutput, b: int, heads: int) -> torch.Tensor:
     return torch.stack([rows[torch.arange(most) % len(rows)] for rows in found])
 
 
-def _compare(output: AttentionOutput, b: int, rows: torch.Tensor, exact: torch.Tensor, lse: torch.Tensor) -> Sample:
-    """rows [Hq, R], exact [Hq, R, Dv], lse [Hq, R] against the output's own."""
-    told = output.out[b].gather(1, rows[..., None].expand(-1, -1, exact.shape[2])).double()
+def _compare(output: AttentionOutput, rows: RowSet, exact: torch.Tensor, lse: torch.Tensor) -> Sample:
+    """exact [Hq, R, Dv], lse [Hq, R] of rows, against those of the output -> a sample [Hq, R]."""
+    measured = rows.take(output.out).double()
     read = output.lse if output.lse_read is None else output.lse_read
-    kept = read[b].gather(1, rows).double()
+    kept = read[rows.sequence].gather(1, rows.index).double()
     full = lse.double().masked_fill(lse == -torch.inf, 0.0)
-    share = torch.where(lse == -torch.inf, 1.0, torch.exp(kept - full)).clamp(max=1.0)
-    error = (told - exact.double()).square().sum(-1)
-    told_lse = output.lse[b].gather(1, rows).double()
-    off = torch.where(told_lse == lse, 0.0, (told_lse - lse).abs())  # -inf - -inf is NaN
-    norm = exact.double().square().sum(-1)
-    return Sample(error.flatten(), norm.flatten(), share.flatten(), off.flatten())
+    recall = torch.where(lse == -torch.inf, 1.0, torch.exp(kept - full)).clamp(max=1.0)
+    measured_lse = output.lse[rows.sequence].gather(1, rows.index).double()
+    return Sample(
+        error=(measured - exact.double()).square().sum(-1),
+        norm=exact.double().square().sum(-1),
+        recall=recall,
+        lse=torch.where(measured_lse == lse, 0.0, (measured_lse - lse).abs()),  # -inf - -inf is NaN
+    )
 
 
 def _join(parts: list[Sample]) -> Sample:
-    fields = ((part.error, part.norm, part.recall, part.lse) for part in parts)
-    return Sample(*(torch.cat(tensors) for tensors in zip(*fields, strict=True)))
+    """[Hq, R] each -> [n]."""
+    return Sample(*(torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*parts, strict=True)))
 
 
 def _report(sample: Sample, risky: Sample, drawn: int, query_length: int) -> ErrorReport:

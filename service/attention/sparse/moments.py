@@ -12,6 +12,7 @@ from math import log
 import torch
 from torch.nn.functional import normalize, pad
 
+from service.attention.geometry import MOMENTS_BYTES
 from service.attention.output import Checkpoint
 from service.attention.scores import LOG2_E, Scratch, cap
 
@@ -23,7 +24,6 @@ POWER_STEPS = 4
 BITS = log(2) / 2  # bits of mass that a score variance of 1 bit^2 adds: log2(E[2^x]) of a Gaussian x
 TWO_POINTS = 0.5  # bits: sqrt(E[w^2]) / E[w] of a block of which one half has all the weight is sqrt(2)
 TINY, LOWEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
-MOMENTS_BYTES = 2 * 2**20  # of keys at a time: read ten times, so they should stay in the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,29 +6,37 @@ the block's keys, the coefficient of variation sqrt(E[w^2] / E[w]^2 - 1) of thei
 more the row's values cancel (rows of diffuse attention are averages close to zero). A block is read where this risk is
 over epsilon for any of the sampled rows, or where rows see only a part of it.
 
-The lightest blocks of all, a NEGLIGIBLE part of any sampled row together, are left out altogether. Every STRIDE-th row
-is looked at; outliers are attended exactly by all rows, looked at or not.
+The lightest blocks of all, a NEGLIGIBLE part of any sampled row together, are left out altogether. Every
+SAMPLE_STRIDE-th row is looked at; outliers are attended exactly by all rows, looked at or not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import log2
 
 import torch
 
+from service.attention import DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON
+from service.attention.geometry import ESTIMATE_TILE_BYTES, SAMPLE_STRIDE
 from service.attention.masks import MaskSpec, as_bias, bias_at, cut, four
-from service.attention.output import Checkpoint, no_checkpoint
-from service.attention.scores import LOG2_E, Scratch, cap, default_scale, fitting
+from service.attention.output import DEFAULT_SCORING, Checkpoint, Scoring, no_checkpoint
+from service.attention.scores import LOG2_E, Scratch, cap, fitting
 from service.attention.sparse.layout import Layout, layout_of
 from service.attention.sparse.moments import Moments, moments_of
 
-STRIDE = 8  # rows
 NEGLIGIBLE = 0.3  # of epsilon: the share of a row that blocks left out altogether may have
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys [nO, D] and values [nO, Dv]
 
-TILE_BYTES = 2 * 2**20  # of one tile of estimates: read twenty times, so it should stay in the cache
+
+@dataclass(frozen=True, slots=True)
+class SelectionSettings:
+    """What decides how much is read."""
+
+    block_size: int = DEFAULT_BLOCK_SIZE
+    epsilon: float = DEFAULT_EPSILON
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ class Selection:
     layout: Layout
     keep: torch.Tensor  # [B, Hq, nQ, nK] bool
     moments: Sequence[Sequence[Moments]]  # [B][Hq]; empty: blocks that are not kept are dropped
-    beside: Sequence[Sequence[Sequence[SummarizedBlocks]]]  # [B][Hq]; all rows in order
+    summarized: Sequence[Sequence[Sequence[SummarizedBlocks]]]  # [B][Hq]; all rows in order
     by_row: bool  # an attn_mask differs from row to row: moments cannot hold it, and none stand beside
     pairs: int  # visible pairs of the kept blocks, of outliers and of centroids, over all heads
     visible: int  # visible pairs, over all heads
@@ -61,40 +69,42 @@ def select(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: MaskSpec,
-    block_size: int,
-    epsilon: float,
-    scale: float | None = None,
-    softcap: float | None = None,
+    settings: SelectionSettings,
+    *,
+    scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
 ) -> Selection:
-    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> the blocks to read, and their moments."""
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> the blocks to read, and their moments.
+
+    `mask` has no kv_lengths and no packing (`segments.split`).
+    """
     pause = checkpoint or no_checkpoint
     batch, heads, query_length, head_dim = query.shape
     group, key_length = heads // key.shape[1], key.shape[2]
-    layout = layout_of(mask, query_length, key_length, block_size, query.device)
+    layout = layout_of(mask, query_length, key_length, settings.block_size, query.device)
     keep = torch.zeros(batch, heads, layout.q_blocks, layout.k_blocks, dtype=torch.bool, device=query.device)
     by_row = mask.attn_mask is not None and four(mask.attn_mask).shape[2] > 1
     by_head = mask.attn_mask is not None and four(mask.attn_mask).shape[1] > 1
-    moments: list[list[Moments]] = []
-    beside: list[list[list[SummarizedBlocks]]] = []
+    moments: list[list[Moments]] = [[] for _ in range(batch)]
+    summarized: list[list[list[SummarizedBlocks]]] = [[] for _ in range(batch)]
     scratch = Scratch(query.device)
+    bits = scoring.scale_for(head_dim) * LOG2_E
     pairs = 0
-    for b in range(batch):
-        moments.append([])
-        beside.append([])
-        for h in range(heads):
-            if h % group == 0 or by_head:
-                keys = scratch.float32("keys", key[b, h // group])
-                values = scratch.float32("values", value[b, h // group])
-                own = moments_of(keys, values, _key_bias(mask, b, h, key_length), block_size, pause)
-            rule = BlockSelector(layout, own, mask if by_row else None, (b, h), epsilon, softcap, scratch)
-            q = scratch.float32("query", query[b, h]).mul_(default_scale(scale, head_dim) * LOG2_E)
-            keep[b, h], stand = rule.choose(q, keys, values, pause)
-            moments[b].append(own)
-            beside[b].append(stand)
-            pairs += read_pairs(layout, keep[b, h]) + beside_pairs(layout, keep[b, h], own, stand)
+    for b, h in product(range(batch), range(heads)):
+        if h % group == 0 or by_head:
+            keys = scratch.float32("keys", key[b, h // group])
+            values = scratch.float32("values", value[b, h // group])
+            own = moments_of(keys, values, _key_bias(mask, b, h, key_length), settings.block_size, pause)
+        selector = BlockSelector(
+            layout, own, mask if by_row else None, (b, h), settings.epsilon, scoring.softcap, scratch
+        )
+        q = scratch.float32("query", query[b, h]).mul_(bits)
+        keep[b, h], parts = selector.choose(q, keys, values, pause)
+        moments[b].append(own)
+        summarized[b].append(parts)
+        pairs += read_pairs(layout, keep[b, h]) + summarized_pairs(layout, keep[b, h], own, parts)
     visible = batch * heads * mask.visible_pairs(query_length, key_length)
-    return Selection(layout, keep, moments, beside, by_row, pairs, visible)
+    return Selection(layout, keep, moments, summarized, by_row, pairs, visible)
 
 
 def read_pairs(layout: Layout, keep: torch.Tensor) -> int:
@@ -109,12 +119,14 @@ def read_pairs(layout: Layout, keep: torch.Tensor) -> int:
     return int((count * rows).sum() + (inside * real).sum())
 
 
-def beside_pairs(layout: Layout, keep: torch.Tensor, moments: Moments, beside: Sequence[SummarizedBlocks]) -> int:
+def summarized_pairs(
+    layout: Layout, keep: torch.Tensor, moments: Moments, summarized: Sequence[SummarizedBlocks]
+) -> int:
     """Of one head: a pair for each row and outlier, and for each row and centroid that stands for keys."""
     rows, others = layout.row_counts(), layout.whole() & ~keep
     of_block = torch.bincount(moments.outliers // layout.block_size, minlength=layout.k_blocks)
     count = (others * of_block).sum(1)
-    for part in beside:
+    for part in summarized:
         count[part.blocks] += others[part.blocks, part.columns].sum(1)
     return int((count * rows).sum())
 
@@ -126,7 +138,7 @@ class BlockSelector:
     layout: Layout
     moments: Moments
     row_mask: MaskSpec | None  # with an attn_mask of its own for every row: moments cannot hold it
-    which: tuple[int, int]
+    index: tuple[int, int]  # sequence, head
     epsilon: float
     softcap: float | None
     scratch: Scratch
@@ -135,7 +147,7 @@ class BlockSelector:
     def looked_at(self) -> torch.Tensor:
         """[samples] places within a block of rows: its ends, where topics change unseen, and evenly between them."""
         size = self.layout.rows.shape[1]
-        return torch.linspace(0, size - 1, -(-size // STRIDE), device=self.layout.rows.device).round().long()
+        return torch.linspace(0, size - 1, -(-size // SAMPLE_STRIDE), device=self.layout.rows.device).round().long()
 
     def choose(
         self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pause: Checkpoint
@@ -143,11 +155,11 @@ class BlockSelector:
         """q [Lq, D] in bits, key [Lk, D], value [Lk, Dv] -> keep [nQ, nK] and what stands beside it."""
         layout = self.layout
         keep = torch.zeros(layout.q_blocks, layout.k_blocks, dtype=torch.bool, device=q.device)
-        beside: list[SummarizedBlocks] = []
+        summarized: list[SummarizedBlocks] = []
         outliers = key[self.moments.outliers], value[self.moments.outliers]
         columns = layout.key_length if self.row_mask is not None else layout.k_blocks + len(outliers[0])
         sampled = layout.rows[:, self.looked_at]
-        step = fitting(TILE_BYTES, sampled.shape[1] * columns, q.device)
+        step = fitting(ESTIMATE_TILE_BYTES, sampled.shape[1] * columns, q.device)
         for start in range(0, layout.q_blocks, step):
             pause()
             blocks = slice(start, min(start + step, layout.q_blocks))
@@ -155,8 +167,8 @@ class BlockSelector:
             if seen.stop == seen.start:
                 continue
             keep[blocks, seen], stand = self._blocks(q[sampled[blocks].flatten()], outliers, blocks, seen)
-            beside.append(SummarizedBlocks(blocks, stand))
-        return keep, beside
+            summarized.append(SummarizedBlocks(blocks, stand))
+        return keep, summarized
 
     def _blocks(self, q: torch.Tensor, outliers: Pair, blocks: slice, seen: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """q [n, D], of the sampled rows of a few blocks -> kept [blocks, seen] and the columns that stand beside."""
@@ -211,7 +223,7 @@ class BlockSelector:
     def _bias(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         assert self.row_mask is not None, "bug: no mask of every row's own"
         assert self.row_mask.attn_mask is not None, "bug: a mask without a mask"
-        return bias_at(self.row_mask.attn_mask, *self.which, rows, keys) * LOG2_E
+        return bias_at(self.row_mask.attn_mask, *self.index, rows, keys) * LOG2_E
 
     def _row_bias(self, blocks: slice, seen: slice) -> torch.Tensor:
         """[n, seen]: log2 of the mean of exp(bias) over each block, for masks that differ from row to row."""

@@ -1,4 +1,4 @@
-"""Encoded inputs: token ids, segments and spans of one sequence, or the pixels of one image."""
+"""What a model computes: token ids of one sequence or the pixels of one image, and all of them for one request."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
-TOTAL_TEXTS = 16  # times max_text_bytes: all texts of one request
-
-
-MAX_TOLD = 20_000  # next tokens that one request may ask for: each is named on the device's thread
-
-
 @dataclass(frozen=True, slots=True)
 class TokenSpan:
-    """One token as the tokenizer named it; `start:end` are its characters, without surrounding spaces."""
+    """One token: its name in the vocabulary, and its characters `start:end` without surrounding spaces."""
 
     name: str
     start: int
@@ -30,14 +24,14 @@ class TokenSpan:
 
 @dataclass(frozen=True, slots=True)
 class EncodedInput:
-    """One sequence of the model, special tokens included; an image has patches instead of ids."""
+    """One sequence, special tokens included, or one image, which has patches instead of ids."""
 
     ids: tuple[int, ...] = ()
-    types: tuple[int, ...] | None = None  # segment of each token, where the row is a pair
-    target: tuple[int, ...] | None = None  # of encoder-decoder models
+    types: tuple[int, ...] | None = None  # token type (segment) of each id, if the input is a pair
+    target: tuple[int, ...] | None = None  # target ids, encoder-decoder models only
     pixels: torch.Tensor | None = None  # [C, H, W] float32
     patches: int = 0
-    pieces: tuple[TokenSpan, ...] | None = None  # of the target, or of ids; kept where tokens are told by name
+    spans: tuple[TokenSpan, ...] | None = None  # for `target`, else for `ids`; only for tasks that report tokens
 
     def __len__(self) -> int:
         """Tokens that the model computes."""
@@ -46,27 +40,30 @@ class EncodedInput:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """The rows of all inputs in order; input i has `rows_per_input[i]` of them, more than one where it was chunked."""
+    """All rows of one request, in order. Input i has `rows_per_input[i]` rows: more than one if it was chunked."""
 
     rows: tuple[EncodedInput, ...]
     rows_per_input: tuple[int, ...]
     truncated: int = 0  # inputs that were cut
     dropped_tokens: int = 0
-    query: int | None = None  # explain: the token that looks
+    query: int | None = None  # explain: index of the query token
 
     @property
     def chunks(self) -> int:
-        """Of inputs that did not fit in one."""
+        """Number of chunks, over all inputs that were chunked."""
         return sum(count for count in self.rows_per_input if count > 1)
 
 
 def score_positions(options: ScoreOptions, length: int) -> list[int]:
-    """Where the next tokens are told, of a row of `length` tokens, without repetition. Raises FarsightError (422)."""
+    """Positions of a row of `length` tokens at which the next tokens are reported: distinct, in the caller's order.
+
+    Raises FarsightError (422) if a position is outside the row.
+    """
     if options.top_k == 0:
         return []
-    found = []
+    positions = []
     for position in (-1,) if options.positions is None else options.positions:
         if not -length <= position < length:
             raise invalid(f"positions: {position} is outside the {length} tokens", param="positions")
-        found.append(position % length)
-    return list(dict.fromkeys(found))
+        positions.append(position % length)
+    return list(dict.fromkeys(positions))

@@ -1,4 +1,4 @@
-"""What one model takes: its tokenizer or image processor, and its limits."""
+"""What one model accepts as input: text or images, and its limits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """Lengths in tokens; a model takes either texts (with a tokenizer) or images."""
+    """The inputs of one model. It has a tokenizer (text models) or an image processor, never both."""
 
-    model: str
-    max_length: int
+    model: str  # its name, for error messages
+    max_length: int  # tokens of one row
     vocab_size: int
-    max_text_bytes: int
-    tokenizer: TextTokenizer | None = None  # None: the model takes images
-    images: ImageProcessor | None = None
-    patches: int = 0
-    has_types: bool = False
-    has_target: bool = False
+    max_text_bytes: int  # bytes of one text
+    tokenizer: TextTokenizer | None = None
+    image_processor: ImageProcessor | None = None
+    patches: int = 0  # tokens of one image
+    has_types: bool = False  # the model distinguishes the two texts of a pair by token types
+    has_target: bool = False  # the model scores a target given its source

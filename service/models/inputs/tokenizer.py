@@ -10,47 +10,54 @@ from tokenizers import Encoding, Tokenizer
 
 from service.models.inputs.rows import TokenSpan
 
-ENCODE_BYTES = 4 * 1024**2  # of the texts that are encoded together: an encoding takes ~500 bytes a token
+ENCODE_BYTES = 4 * 1024**2  # of texts that are encoded together: an encoding takes ~500 bytes a token
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Where a tokenizer puts special tokens: (id, type) each, or None for the next of the sequences."""
+    """Where special tokens go around one or two sequences.
+
+    `parts`: a special token as (id, token type), or None where the next sequence goes.
+    """
 
     parts: tuple[tuple[int, int] | None, ...]
-    types: tuple[int, ...]  # of each sequence
+    types: tuple[int, ...]  # token type of each sequence
 
     @property
     def special(self) -> int:
+        """Number of special tokens."""
         return sum(part is not None for part in self.parts)
 
     def filled(self, *sequences: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(ids, types) of one row."""
+        """(ids, token types) of one row: `sequences` with the special tokens around them."""
         ids: list[int] = []
         types: list[int] = []
-        given = iter(zip(sequences, self.types, strict=True))
+        remaining = iter(zip(sequences, self.types, strict=True))
         for part in self.parts:
             if part is not None:
                 ids.append(part[0])
                 types.append(part[1])
             else:
-                sequence, kind = next(given)
+                sequence, token_type = next(remaining)
                 ids += sequence
-                types += [kind] * len(sequence)
+                types += [token_type] * len(sequence)
         return tuple(ids), tuple(types)
 
 
 @dataclass(frozen=True, slots=True)
 class TextTokenizer:
-    """A tokenizer without its post-processor, and where that one would put special tokens. Its own truncation keeps
-    all that it cuts, and its offsets are wrong where it runs twice."""
+    """A tokenizer without its post-processor, and templates of what the post-processor adds.
+
+    The post-processor itself is not used: its truncation keeps everything that it cuts, and offsets are wrong if it
+    runs twice.
+    """
 
     plain: Tokenizer
     single: Template
     pair: Template
 
     def encode(self, texts: Sequence[str]) -> Iterator[Encoding]:
-        """Without special tokens; a few texts at a time."""
+        """Encode without special tokens, at most ENCODE_BYTES of text at a time."""
         batch: list[str] = []
         size = 0
         for text in texts:
@@ -61,45 +68,53 @@ class TextTokenizer:
             size += len(text)
         yield from self.plain.encode_batch(batch, add_special_tokens=False)
 
-    def pieces(self, encoding: Encoding, text: str, count: int) -> tuple[TokenSpan, ...]:
-        """The tokens of one sequence that was cut to `count`, special ones included."""
-        own = zip(encoding.tokens[:count], encoding.offsets[:count], strict=True)
-        found: list[TokenSpan] = []
+    def spans(self, encoding: Encoding, text: str, count: int) -> tuple[TokenSpan, ...]:
+        """The first `count` tokens of `text`, with the special tokens of one sequence around them."""
+        tokens = list(zip(encoding.tokens[:count], encoding.offsets[:count], strict=True))
+        spans: list[TokenSpan] = []
         for part in self.single.parts:
             if part is not None:
-                found.append(TokenSpan(self.plain.id_to_token(part[0]) or "", 0, 0, is_special=True))
-                continue
-            for name, (start, end) in own:
-                piece = text[start:end]
-                spaces = len(piece) - len(piece.lstrip()) if piece.strip() else 0
-                found.append(TokenSpan(name, start + spaces, start + len(piece.rstrip()) if spaces else end, False))
-        return tuple(found)
+                spans.append(TokenSpan(self.plain.id_to_token(part[0]) or "", 0, 0, is_special=True))
+            else:
+                spans += [TokenSpan(name, *_trimmed(text, *offsets), is_special=False) for name, offsets in tokens]
+        return tuple(spans)
 
     def name(self, token: int) -> str:
-        """As a person reads it."""
+        """A token id as readable text."""
         return self.plain.decode([token], skip_special_tokens=False)
 
 
 def read_tokenizer(directory: Path) -> TextTokenizer:
-    """tokenizer.json without its own truncation and padding: both would hide what was cut."""
-    whole = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    whole.no_truncation()
-    whole.no_padding()
-    plain = Tokenizer.from_str(whole.to_str())
+    """Read tokenizer.json, without its truncation and padding: both would hide what was cut.
+
+    Raises Exception (the library has no other class) if the file cannot be read.
+    """
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    plain = Tokenizer.from_str(tokenizer.to_str())
     plain.post_processor = None
     sample = plain.encode("a", add_special_tokens=False)
     return TextTokenizer(
-        plain, _template(whole.post_process(sample)), _template(whole.post_process(sample, plain.encode("b")))
+        plain, _template(tokenizer.post_process(sample)), _template(tokenizer.post_process(sample, plain.encode("b")))
     )
 
 
 def _template(processed: Encoding) -> Template:
+    """Where the post-processor put special tokens in a sample of one or two sequences."""
     parts: list[tuple[int, int] | None] = []
     types: dict[int, int] = {}
-    for sequence, token, kind in zip(processed.sequence_ids, processed.ids, processed.type_ids, strict=True):
+    for sequence, token, token_type in zip(processed.sequence_ids, processed.ids, processed.type_ids, strict=True):
         if sequence is None:
-            parts.append((token, kind))
+            parts.append((token, token_type))
         elif sequence not in types:
             parts.append(None)
-            types[sequence] = kind
+            types[sequence] = token_type
     return Template(tuple(parts), tuple(types[at] for at in sorted(types)))
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """(start, end) without leading spaces, nor trailing ones if there are leading ones; only spaces: unchanged."""
+    piece = text[start:end]
+    spaces = len(piece) - len(piece.lstrip()) if piece.strip() else 0
+    return (start + spaces, start + len(piece.rstrip())) if spaces else (start, end)

@@ -1,4 +1,4 @@
-"""What a model multiplies and who sees whom in it, as passes show; and its warm-up."""
+"""Measures a loaded model by passes: the matrices it multiplies, who attends to whom in it, and its shortest pass."""
 
 from __future__ import annotations
 
@@ -12,71 +12,96 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from service.core.model_info import LayerKind, MatrixSizes, ModelInfo
-from service.models import hook
+from service.core.model_info import LayerKind, MatrixSizes
+from service.models.hook import ForwardContext
 from service.models.inputs.rows import EncodedInput
-from service.models.loading.probe import CHECK_PLAN, probe_inputs
+from service.models.loading.probe import probe_context, probe_rows
 from service.models.model import Model
 
-WARM_REPEATS, WARM_S = 12, 0.25  # of the check's sequence: about 200 tokens; passes longer than this are warm enough
+WARM_REPEATS = 12  # of the probe's first row: about 200 tokens
+WARM_S = 0.25  # a device is warm after a pass of this length
 
-
-Passes = Callable[[hook.ForwardContext, list[EncodedInput]], None]
+_Pass = Callable[[list[EncodedInput], ForwardContext], None]
 
 
 @torch.inference_mode()
-def counted(model: Model, rows: list[EncodedInput]) -> ModelInfo:
-    """What a pass multiplies, and who sees whom, layer by layer, as passes show: closed forms for any architecture."""
+def counted(model: Model) -> Model:
+    """`model` with the sizes of its matrices and the kinds of its attention layers, as passes show them.
 
-    def states(context: hook.ForwardContext, rows: list[EncodedInput]) -> None:
-        list(model.states(rows, context))
+    That works for every architecture, and makes closed forms of what any pass costs.
+    """
 
-    def task(context: hook.ForwardContext, rows: list[EncodedInput]) -> None:
+    def states(rows: list[EncodedInput], context: ForwardContext) -> None:
+        list(model.hidden_states(rows, context))
+
+    def task(rows: list[EncodedInput], context: ForwardContext) -> None:
         match model.info.task:
             case "classify" | "rerank":
                 model.classify(rows, context)
             case "score":
-                for _, found, _ in model.scored_states(rows, context):
-                    model.logits(found)
-            case _:
-                states(context, rows)
+                for part in model.scored_states(rows, context):
+                    model.logits(part.states)
+            case "embed":
+                states(rows, context)
 
-    return replace(
+    rows = probe_rows(model)
+    info = replace(
         model.info,
-        weights=_weights(model, rows, states),
-        task_weights=_weights(model, rows, task),
-        attention=_layers(rows[:1], states),
-        task_attention=_layers(rows[:1], task),
+        weights=_matrix_sizes(model, rows, states),
+        task_weights=_matrix_sizes(model, rows, task),
+        attention=_layer_kinds(rows[:1], states),
+        task_attention=_layer_kinds(rows[:1], task),
     )
+    return replace(model, info=info)
 
 
-def _weights(model: Model, rows: list[EncodedInput], work: Passes) -> MatrixSizes:
-    """A matrix is known by the rows that it is given: as many as there are tokens, sequences, or one in each pass."""
+def warmed(model: Model) -> Model:
+    """`model` with the time of its shortest pass: four tokens, the fastest of five passes.
+
+    Then runs ever larger passes, as requests will: what libraries prepare at the first pass of a size (kernels, memory)
+    must not be part of the first caller's time.
+    """
+    row = probe_rows(model)[0]
+    short = replace(row, ids=row.ids[:4])
+    smallest_s = min(_pass_s(model, [short]) for _ in range(5))
+    row = replace(row, ids=(row.ids * WARM_REPEATS)[: model.info.max_length])
+    count = 1
+    while count * len(row) <= model.max_batch_tokens and _pass_s(model, [row] * count) < WARM_S:
+        count *= 2
+    return replace(model, info=replace(model.info, smallest_pass_s=smallest_s))
+
+
+def _matrix_sizes(model: Model, rows: list[EncodedInput], run: _Pass) -> MatrixSizes:
+    """Numbers in the matrices that `run` multiplies, by what they are multiplied with.
+
+    A matrix shows that by the number of rows it is given: tokens, sequences, or one in each pass.
+    """
     rows = rows if model.info.packed else rows[:1]
     calls: list[tuple[int, int]] = []  # rows and numbers of each matrix
 
-    def note(module: Any, _: Any, output: torch.Tensor) -> None:
+    def record(module: Any, _: Any, output: torch.Tensor) -> None:
         width = module.out_channels if isinstance(module, nn.Conv2d) else output.shape[-1]
         calls.append((output.numel() // width, module.weight.numel()))
 
-    matrices = [one for one in model.module.modules() if isinstance(one, nn.Linear | Conv1D | nn.Conv2d)]
-    handles = [one.register_forward_hook(note) for one in matrices]
-    work(hook.ForwardContext(CHECK_PLAN), rows)
+    matrices = [layer for layer in model.module.modules() if isinstance(layer, nn.Linear | Conv1D | nn.Conv2d)]
+    handles = [matrix.register_forward_hook(record) for matrix in matrices]
+    run(rows, probe_context())
     for handle in handles:
         handle.remove()
-    if model.info.inputs == "image":  # all of one size
-        return MatrixSizes(0, sequence=sum(count * weights for count, weights in calls))
+    if model.info.inputs == "image":  # all images have one size
+        return MatrixSizes(0, sequence=sum(count * numbers for count, numbers in calls))
     source, target = sum(len(row.ids) for row in rows), sum(len(row.target or ()) for row in rows)
     names = {1: "once", len(rows): "sequence", target: "target", source: "source"}
-    found = dict.fromkeys(("source", "target", "sequence", "once"), 0)
-    for count, weights in calls:
-        found[names.get(count, "once")] += weights if count in names else count * weights
-    return MatrixSizes(**found)
+    sizes = dict.fromkeys(("source", "target", "sequence", "once"), 0)
+    for count, numbers in calls:
+        sizes[names.get(count, "once")] += numbers if count in names else count * numbers
+    return MatrixSizes(**sizes)
 
 
-def _layers(rows: list[EncodedInput], work: Passes) -> tuple[LayerKind, ...]:
-    context = hook.ForwardContext(CHECK_PLAN)
-    work(context, rows)
+def _layer_kinds(rows: list[EncodedInput], run: _Pass) -> tuple[LayerKind, ...]:
+    """The attention layers of a pass over one row, equal ones counted together."""
+    context = probe_context()
+    run(rows, context)
     target = len(rows[0].target or ())
     return tuple(
         LayerKind(
@@ -90,25 +115,9 @@ def _layers(rows: list[EncodedInput], work: Passes) -> tuple[LayerKind, ...]:
     )
 
 
-def warmed(model: Model) -> Model:
-    """With the fastest of a few passes of four tokens: what every pass costs, however short.
-
-    Then ever larger passes, as requests will make them: what libraries prepare at the first pass of a size (kernels,
-    memory) is not the first caller's time.
-    """
-    row = probe_inputs(model)[0]
-    short = replace(row, ids=row.ids[:4])
-    smallest_s = min(_pass_s(model, [short]) for _ in range(5))
-    row = replace(row, ids=(row.ids * WARM_REPEATS)[: model.info.max_length])
-    count = 1
-    while count * len(row) <= model.max_batch_tokens and _pass_s(model, [row] * count) < WARM_S:
-        count *= 2
-    return replace(model, info=replace(model.info, smallest_pass_s=smallest_s))
-
-
 @torch.inference_mode()
 def _pass_s(model: Model, rows: list[EncodedInput]) -> float:
     start = time.perf_counter()
-    for _, states, _ in model.states(rows, hook.ForwardContext(CHECK_PLAN)):
-        states[-1].cpu()  # waits for the device
+    for part in model.hidden_states(rows, probe_context()):
+        part.states[-1].cpu()  # waits for the device
     return time.perf_counter() - start

@@ -1,31 +1,35 @@
-"""The inputs and the plan that a model is proven and measured with at load."""
+"""Small inputs and a context that a model is verified and measured with at load."""
 
 from __future__ import annotations
 
 import torch
 
-from service.core.plan import Cost, Plan, PlanKind
+from service.core.plan import PlanKind
+from service.models.hook import ForwardContext
 from service.models.inputs.rows import EncodedInput
 from service.models.model import Model
 
-CHECK_PLAN = Plan(PlanKind.DENSE, Cost(0, 0, 0, 0), 0.0, "start-up check")
+PROBE_LENGTHS = (17, 5)  # tokens of the two sequences
 
 
-CHECK_LENGTHS = (17, 5)  # tokens of the two sequences of the check
+def probe_context() -> ForwardContext:
+    """A context of exact attention. A new one for each pass: passes write into it."""
+    return ForwardContext(PlanKind.DENSE)
 
 
-def probe_inputs(model: Model) -> list[EncodedInput]:
+def probe_rows(model: Model) -> list[EncodedInput]:
+    """Two random inputs, always the same for one model: images, or token sequences of PROBE_LENGTHS."""
     draw = torch.Generator().manual_seed(0)
-    if model.inputs.images is not None:
-        height, width = model.inputs.images.size
-        pixels = torch.randn(2, model.inputs.images.channels, height, width, generator=draw)
-        return [EncodedInput(pixels=one, patches=model.inputs.patches) for one in pixels]
-    lengths = [min(length, model.info.max_length) for length in CHECK_LENGTHS]
-    # not the special tokens at the start of most vocabularies: some models look for them
+    spec = model.inputs.spec
+    if spec.image_processor is not None:
+        pixels = torch.randn(2, spec.image_processor.channels, *spec.image_processor.size, generator=draw)
+        return [EncodedInput(pixels=image, patches=spec.patches) for image in pixels]
+    lengths = [min(length, model.info.max_length) for length in PROBE_LENGTHS]
+    # not the first ids, which most vocabularies use for special tokens: some models look for those
     low = min(10, model.info.vocab_size - 1)
     ids = [tuple(torch.randint(low, model.info.vocab_size, (n,), generator=draw).tolist()) for n in lengths]
-    hf = model.module.config
-    if hf.is_encoder_decoder and hf.eos_token_id is not None:  # classifiers look for it
-        ids = [(*one[:-1], hf.eos_token_id) for one in ids]
-    target = ids[1] if model.inputs.has_target else None
-    return [EncodedInput(one, target=target) for one in ids]
+    hf_config = model.module.config
+    if hf_config.is_encoder_decoder and hf_config.eos_token_id is not None:  # classifiers need an end token
+        ids = [(*row[:-1], hf_config.eos_token_id) for row in ids]
+    target = ids[1] if spec.has_target else None
+    return [EncodedInput(row, target=target) for row in ids]

@@ -1,4 +1,4 @@
-"""Embeddings: hidden states pooled to one vector per sequence, as the sentence-transformers files of the model say."""
+"""Embeddings: hidden states pooled to one vector per sequence, as the model's sentence-transformers files say."""
 
 from __future__ import annotations
 
@@ -12,55 +12,73 @@ import torch
 
 from service.models.heads import first_of, last_of, mean_of
 
-POOLS = {"mean": mean_of, "cls": first_of, "last": last_of}
+PoolMode = Literal["mean", "cls", "last"]
+
+_POOLS = {"mean": mean_of, "cls": first_of, "last": last_of}
+_MODES: dict[str, PoolMode] = {  # settings of sentence-transformers before version 6
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How one vector is made of a sequence's hidden states."""
+    """How the hidden states of a sequence become one vector."""
 
-    mode: Literal["mean", "cls", "last"] = "mean"
+    mode: PoolMode = "mean"
     normalize: bool = False
 
 
 def read_pooling(directory: Path) -> Pooling:
-    """From modules.json and its Pooling folder; a model without them is mean-pooled and normalised."""
+    """Read modules.json and the Pooling folder it names. A model without them is mean-pooled and normalized.
+
+    Raises ValueError for modules or a pooling that are not supported.
+    """
     modules_file = directory / "modules.json"
     if not modules_file.is_file():
         return Pooling("mean", normalize=True)
     modules = json.loads(modules_file.read_text())
-    kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ValueError(f"{modules_file}: modules {sorted(unknown)} are not served")
-    settings = json.loads((directory / kinds["Pooling"] / "config.json").read_text())
-    if settings.get("pooling_mode") in POOLS:  # as sentence-transformers 6 writes it
-        return Pooling(settings["pooling_mode"], normalize="Normalize" in kinds)
-    modes = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
-    chosen = [mode for mode, name in modes.items() if settings.get(name)]
-    wanted = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
-    if len(chosen) != 1 or len(wanted) != 1:
-        raise ValueError(f"{directory}: pooling {wanted} is not served; one of {sorted(modes)} is")
-    mode: Literal["mean", "cls", "last"] = chosen[0]  # type: ignore[assignment]
-    return Pooling(mode, normalize="Normalize" in kinds)
+    paths = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+    expected = {"Transformer", "Pooling", "Normalize"}
+    if unknown := set(paths) - expected:
+        raise ValueError(f"{modules_file}: expected modules of {sorted(expected)}, got {sorted(unknown)}")
+    settings = json.loads((directory / paths["Pooling"] / "config.json").read_text())
+    normalize = "Normalize" in paths
+    if settings.get("pooling_mode") in _POOLS:  # as sentence-transformers 6 writes it
+        return Pooling(settings["pooling_mode"], normalize)
+    chosen = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    if len(chosen) != 1 or chosen[0] not in _MODES:
+        raise ValueError(f"{directory}: pooling: expected one of {sorted(_POOLS)}, got {chosen}")
+    return Pooling(_MODES[chosen[0]], normalize)
 
 
 def pool(states: torch.Tensor, bounds: torch.Tensor, pooling: Pooling, dimensions: int | None = None) -> torch.Tensor:
-    """states [T, H] of S sequences -> [S, H or dimensions] float32; cut to `dimensions` before it is normalised."""
-    vectors = POOLS[pooling.mode](states.float(), bounds)
+    """states [T, H], bounds [S + 1] -> [S, dimensions or H] float32, cut to `dimensions` before it is normalized."""
+    vectors = _POOLS[pooling.mode](states.float(), bounds)
     if dimensions is not None:
         vectors = vectors[:, :dimensions]
     return torch.nn.functional.normalize(vectors, dim=-1) if pooling.normalize else vectors
 
 
 def merge_chunks(vectors: torch.Tensor, tokens: Sequence[int], counts: Sequence[int], pooling: Pooling) -> torch.Tensor:
-    """vectors [rows, D] -> [inputs, D]: the mean of an input's chunks, weighted by their tokens."""
+    """vectors [rows, D] -> [inputs, D]: for each input the mean of its chunks, weighted by their tokens.
+
+    Args:
+        vectors: one vector for each row, float32.
+        tokens: of each row.
+        counts: rows of each input.
+        pooling: whether the mean is normalized again.
+
+    Returns:
+        One vector for each input; that of an input of one row is unchanged.
+    """
     weights = torch.tensor(tokens, dtype=vectors.dtype)[:, None]
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     sums = vectors.new_zeros(len(counts), vectors.shape[1]).index_add_(0, owner, vectors * weights)
     merged = sums / weights.new_zeros(len(counts), 1).index_add_(0, owner, weights)
-    alone = torch.tensor(counts)[:, None] == 1
     if pooling.normalize:
         merged = torch.nn.functional.normalize(merged, dim=-1)
+    is_single = torch.tensor(counts)[:, None] == 1
     first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
-    return torch.where(alone, vectors[first], merged)  # what is one chunk is not rounded again
+    return torch.where(is_single, vectors[first], merged)  # a single chunk must not be rounded again

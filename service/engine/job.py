@@ -1,0 +1,158 @@
+"""A request in the queue, and what its run gives back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from service.core.answer import Answer
+from service.core.options import Priority
+from service.core.request import Request
+from service.core.run import RunStats
+from service.engine.workloads.base import Outcome, PlannedWork, Workload
+from service.errors import FarsightError, Kind
+from service.telemetry.request_record import RequestRecord
+
+if TYPE_CHECKING:
+    import torch
+
+    from service.billing.metering import Accepted
+
+
+class AnswerSink:
+    """Where the one answer of a request goes: the event loop that waits for it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[Answer] = self._loop.create_future()
+
+    @property
+    def is_done(self) -> bool:
+        """Answered, or its caller left, or its loop has ended."""
+        return self._future.done() or self._loop.is_closed()
+
+    def put(self, answer: Answer) -> None:
+        self._future.set_result(answer)
+
+    def fail(self, error: FarsightError) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+
+    async def get(self) -> Answer:
+        return await self._future
+
+    def call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call `function` on the event loop, from any thread; a loop that has ended has no caller waiting."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """A request that is planned and ready to wait. Times are on the engine's clock."""
+
+    workload: Workload[Any, Any]
+    work: PlannedWork[Any]
+    key: Hashable  # requests with equal keys may share a run
+    arrived_s: float  # first byte received
+    queued_s: float  # parsed, planned, ready to wait
+    deadline_s: float
+
+    @property
+    def request(self) -> Request:
+        request: Request = self.work.prepared.request
+        return request
+
+    @property
+    def label(self) -> str:
+        """The model's name as a metric label."""
+        return self.workload.label(self.request)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A planned request in the queue. The device thread reads `cancelled` and sets `has_begun`; the rest belongs to the
+    event loop."""
+
+    planned: PlannedRequest
+    sink: AnswerSink
+    accepted: Accepted | None = None  # None: there is no ledger
+    record: RequestRecord | None = None
+    answered: Mapping[str, torch.Tensor] | None = None  # only of an audit: what the request was answered
+    cancelled: bool = False
+    has_begun: bool = False  # the device will report its end, even if no caller is left
+    failed_as: Kind | None = None  # why its caller has been answered already
+    is_settled: bool = False
+
+    @property
+    def work(self) -> PlannedWork[Any]:
+        return self.planned.work
+
+    @property
+    def request(self) -> Request:
+        return self.planned.request
+
+    # what the scheduler asks
+
+    @property
+    def key(self) -> Hashable:
+        return self.planned.key
+
+    @property
+    def arrived_s(self) -> float:
+        return self.planned.arrived_s
+
+    @property
+    def predicted_s(self) -> float:
+        return self.planned.work.plan.predicted_s
+
+    @property
+    def shared_s(self) -> float:
+        return self.planned.work.plan.shared_s
+
+    @property
+    def priority(self) -> Priority:
+        return self.request.options.priority
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.planned.work.plan.cost.peak_bytes
+
+    def is_abandoned(self, now_s: float) -> bool:
+        """Its caller left, or its deadline passed."""
+        return self.cancelled or now_s > self.planned.deadline_s
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An outcome, or the error that replaces it, with this job's part of the runs."""
+
+    outcome: Outcome | Exception
+    stats: RunStats
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """One result per job, in order."""
+
+    results: Sequence[Result]
+
+    @property
+    def used_s(self) -> float:
+        """Device seconds of all runs of the batch."""
+        return sum(result.stats.device_s for result in self.results)
+
+    @property
+    def is_one_success(self) -> bool:
+        """All members succeeded in one run: what was stopped took less, what was retried took more."""
+        return all(
+            isinstance(result.outcome, Outcome) and result.stats.batch_requests == len(self.results)
+            for result in self.results
+        )

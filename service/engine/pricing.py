@@ -1,0 +1,96 @@
+"""Requests into plans, and into estimates of what they would cost. Nothing runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from service.core.options import AttentionOptions, ForwardOptions
+from service.core.plan import Plan, PlanKind
+from service.core.request import AttentionRequest, AttentionShape, ForwardRequest, Request
+from service.engine.job import PlannedRequest
+from service.engine.workloads.attention import AttentionWorkload
+from service.engine.workloads.base import PlannedWork, Workload
+from service.engine.workloads.forward import ForwardWorkload
+from service.errors import FarsightError
+from service.planning.correction import PredictionCorrector
+from service.planning.planner import Candidates, corrected
+from service.telemetry.request_record import Planned, RequestRecord
+
+Admitted = tuple[float, FarsightError | None]  # predicted device seconds ahead, and why it would be refused
+Choose = Callable[[Candidates, PredictionCorrector], Plan]
+Options = AttentionOptions | ForwardOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The price of a request under each plan. `queue_s` are predicted device seconds before it could start."""
+
+    candidates: Candidates
+    chosen: PlanKind | None
+    reason: str
+    queue_s: float
+    would_admit: bool
+    retry_after_s: float | None = None
+
+
+class Pricing:
+    """Knows the workload of each kind of request, and what was learned of earlier predictions."""
+
+    def __init__(self, attention: AttentionWorkload, forward: ForwardWorkload, clock: Callable[[], float]) -> None:
+        self.attention, self.forward, self.clock, self.corrector = attention, forward, clock, PredictionCorrector()
+        self._workloads: Mapping[type[Request], Workload[Any, Any]] = {
+            AttentionRequest: attention,
+            ForwardRequest: forward,
+        }
+
+    def workload(self, request: Request) -> Workload[Any, Any]:
+        """The kind of work that this request is."""
+        return self._workloads[type(request)]
+
+    async def plan(
+        self, request: Request, arrived_s: float, deadline_s: float, record: RequestRecord | None
+    ) -> PlannedRequest:
+        """Prepare, price and choose. Raises FarsightError. Times are on the engine's clock."""
+        workload = self.workload(request)
+        prepared = await workload.prepare(request, deadline_s)
+        if record is not None:
+            record.tokenized_s = prepared.tokenized_s
+        candidates = await workload.price(prepared)
+        plan = workload.choose(prepared, candidates, self.corrector)
+        work = PlannedWork(prepared, plan, workload.exact_kind(plan, candidates, self.corrector))
+        now_s = self.clock()
+        if record is not None:
+            record.planned = Planned(plan, now_s)
+        return PlannedRequest(workload, work, workload.batch_key(prepared, plan), arrived_s, now_s, deadline_s)
+
+    async def estimate(self, request: Request, admits: Callable[[Plan, Options, str], Admitted]) -> Estimate:
+        """The price of this request. Its inputs are tokenised; the device is not touched.
+
+        `admits(plan, options, tenant)`: what admission would say now.
+        """
+        workload = self.workload(request)
+        prepared = await workload.prepare(request, float("inf"))
+        candidates = await workload.price(prepared, everything=True)
+        choose = partial(workload.choose, prepared)
+        return self._estimate(candidates, choose, lambda plan: admits(plan, request.options, request.tenant))
+
+    def estimate_shape(
+        self, shape: AttentionShape, options: AttentionOptions, admits: Callable[[Plan], Admitted]
+    ) -> Estimate:
+        """The price of an attention request of these sizes."""
+        candidates = self.attention.price_shape(shape, options)
+        return self._estimate(candidates, partial(self.attention.choose_shape, shape, options), admits)
+
+    def _estimate(self, candidates: Candidates, choose: Choose, admits: Callable[[Plan], Admitted]) -> Estimate:
+        shown = corrected(candidates, self.corrector)
+        try:
+            plan = choose(candidates, self.corrector)
+        except FarsightError as error:
+            return Estimate(shown, None, error.message, 0.0, would_admit=False)
+        ahead_s, refusal = admits(plan)
+        if refusal is not None:
+            return Estimate(shown, plan.kind, refusal.message, ahead_s, False, refusal.retry_after_s)
+        return Estimate(shown, plan.kind, plan.reason, ahead_s, would_admit=True)

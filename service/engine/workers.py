@@ -1,0 +1,32 @@
+"""Threads next to the event loop for host work: parsing, tokenising, decoding images, encoding answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple, Unpack
+
+from service.device import side_pool
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+
+
+class Workers:
+    """Two threads for text and bytes, one for images: an image may take seconds, and texts must not wait for it."""
+
+    def __init__(self) -> None:
+        self._parsers = side_pool(2, "parse")
+        self._decoders = side_pool(1, "decode")
+
+    async def run(self, function: Callable[[Unpack[Arguments]], Result], *arguments: *Arguments) -> Result:
+        """Run parsing, tokenising or encoding off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, function, *arguments)
+
+    async def run_decoder(self, function: Callable[[Unpack[Arguments]], Result], *arguments: *Arguments) -> Result:
+        """Run the decoding of images off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
+
+    def close(self) -> None:
+        self._parsers.shutdown()
+        self._decoders.shutdown()

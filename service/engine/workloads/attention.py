@@ -1,0 +1,254 @@
+"""Attention over the caller's own tensors."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import torch
+
+from service.attention import masks, weights
+from service.attention.dispatch import attend
+from service.attention.masks import MaskSpec
+from service.attention.output import Scoring
+from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
+from service.config import Config
+from service.core.answer import ErrorReport
+from service.core.options import AttentionOptions
+from service.core.plan import Plan, PlanKind
+from service.core.request import AttentionRequest, AttentionShape
+from service.engine.workloads.base import Checkpoint, InputCounts, MeasuredWork, Outcome, PlannedWork, Workload
+from service.engine.workloads.finite_check import check_finite
+from service.errors import FarsightError, Kind
+from service.planning import attention_plan, planner
+from service.planning.attention_cost import pair_flops, returned_rows, weights_bytes
+from service.planning.correction import PredictionCorrector
+from service.planning.device_profile import DeviceProfile
+from service.planning.planner import Candidates
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedAttention:
+    """A validated attention request and its sizes."""
+
+    request: AttentionRequest
+    shape: AttentionShape
+    tokenized_s: None = None
+
+    @property
+    def counts(self) -> InputCounts:
+        return InputCounts(tokens=self.shape.batch * self.shape.query_length)
+
+
+Work = PlannedWork[PreparedAttention]
+
+
+class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
+    """Requests of equal sizes and options run as one call over the joined batch axis; sparse ones run alone."""
+
+    def __init__(self, config: Config, profile: DeviceProfile, device: torch.device) -> None:
+        self._config, self._profile, self._device = config, profile, device
+        # the profile does not change: equal sizes and options have equal prices, but for what was learned
+        self._cached_candidates = lru_cache(4096)(
+            partial(attention_plan.attention_candidates, profile=profile, config=config)
+        )
+
+    async def prepare(self, request: AttentionRequest, deadline_s: float) -> PreparedAttention:
+        return PreparedAttention(request, request.shape)
+
+    async def price(self, prepared: PreparedAttention, *, everything: bool = False) -> Candidates:
+        return self.price_shape(prepared.shape, prepared.request.options)
+
+    def price_shape(self, shape: AttentionShape, options: AttentionOptions) -> Candidates:
+        """All three plans for these sizes."""
+        if options.rows is None and options.kv_lengths is None:
+            return self._cached_candidates(shape, options)
+        # lists of the caller's length are not kept as cache keys
+        return attention_plan.attention_candidates(shape, options, self._profile, self._config)
+
+    def choose(self, prepared: PreparedAttention, priced: Candidates, corrector: PredictionCorrector) -> Plan:
+        return self.choose_shape(prepared.shape, prepared.request.options, priced, corrector)
+
+    def choose_shape(
+        self, shape: AttentionShape, options: AttentionOptions, priced: Candidates, corrector: PredictionCorrector
+    ) -> Plan:
+        """The plan for these sizes. Raises FarsightError if nothing fits or the weights asked for are too large."""
+        self._check_weights(shape, options)
+        return attention_plan.choose_attention(priced, shape, options, self._config, corrector)
+
+    def exact_kind(self, plan: Plan, priced: Candidates, corrector: PredictionCorrector) -> PlanKind:
+        return planner.exact_kind(priced, corrector) if plan.kind is PlanKind.SPARSE else plan.kind
+
+    def batch_key(self, prepared: PreparedAttention, plan: Plan) -> Hashable:
+        request = prepared.request
+        options = request.options
+        is_alone = (
+            plan.kind is PlanKind.SPARSE
+            or request.attn_mask is not None
+            or "weights" in options.returns
+            or "top_weights" in options.returns
+        )
+        if is_alone:
+            return request.id, id(request)
+        return (
+            plan.kind,
+            request.query.dtype,
+            request.query.shape[1:],
+            request.key.shape[1:],
+            request.value.shape[3],
+            options.is_causal,
+            options.causal_alignment,
+            options.window,
+            options.scale,
+            options.softcap,
+            options.returns,
+        )
+
+    def label(self, request: AttentionRequest) -> str:
+        return "attention"
+
+    # -- on the device thread -----------------------------------------------------------------------------------
+
+    def run(self, works: Sequence[Work], checkpoint: Checkpoint) -> list[Outcome]:
+        if len(works) == 1:
+            return [self._attend(works[0], works[0].prepared.request, checkpoint)]
+        return self._attend_stacked(works, checkpoint)
+
+    def with_less_memory(self, work: Work) -> Work | None:
+        """Exact, block by block."""
+        if work.plan.kind is PlanKind.CHUNKED:
+            return None
+        reason = f"{work.plan.reason}; the device ran out of memory"
+        cost = work.plan.dense_cost if work.plan.kind is PlanKind.SPARSE else work.plan.cost
+        plan = replace(work.plan, kind=PlanKind.CHUNKED, cost=cost, reason=reason, selection=None, epsilon=None)
+        return replace(work, plan=plan)
+
+    def measured(self, work: Work, outcome: Outcome) -> MeasuredWork:
+        plan, shape = work.plan, work.prepared.shape
+        more_pairs = outcome.pairs_scored - plan.cost.pairs if plan.kind is PlanKind.SPARSE else 0
+        flops = plan.cost.flops + pair_flops(more_pairs, shape.head_dim, shape.value_dim)
+        return MeasuredWork(outcome.pairs_scored, plan.dense_cost.pairs, flops, plan.dense_cost.flops)
+
+    def _attend_stacked(self, works: Sequence[Work], checkpoint: Checkpoint) -> list[Outcome]:
+        """Requests of one key differ in their tensors only: one call over the joined batch axis."""
+        requests = [work.prepared.request for work in works]
+        first = requests[0]
+        sizes = [request.query.shape[0] for request in requests]
+        lengths: tuple[int, ...] | None = None
+        if any(request.options.kv_lengths for request in requests):
+            full = first.key.shape[2]
+            lengths = sum((r.options.kv_lengths or (full,) * r.key.shape[0] for r in requests), ())
+        joined = replace(
+            first,
+            query=torch.cat([request.query for request in requests]),
+            key=torch.cat([request.key for request in requests]),
+            value=torch.cat([request.value for request in requests]),
+            options=first.options.model_copy(update={"kv_lengths": lengths}),
+        )
+        whole = self._attend(works[0], joined, checkpoint)
+        parts = {name: torch.split(tensor, sizes) for name, tensor in whole.tensors.items()}
+        return [
+            # cloned: an answer must not keep its neighbours' memory alive
+            Outcome(
+                {name: part[index].clone() for name, part in parts.items()},
+                work.plan,
+                whole.error,
+                work.plan.cost.pairs,
+            )
+            for index, work in enumerate(works)
+        ]
+
+    @torch.inference_mode()
+    def _attend(self, work: Work, request: AttentionRequest, checkpoint: Checkpoint) -> Outcome:
+        options, device = request.options, self._device
+        tensors = (request.query.to(device), request.key.to(device), request.value.to(device))
+        mask, scoring = mask_of(request, device), Scoring(options.scale, options.softcap)
+        if work.plan.kind is PlanKind.SPARSE:
+            out, lse, outcome = self._sparse(work, tensors, mask, checkpoint)
+        else:
+            output = attend(*tensors, work.plan.kind, mask, scoring=scoring, checkpoint=checkpoint)
+            out, lse, outcome = output.out, output.lse, Outcome({}, work.plan, ErrorReport(), work.plan.cost.pairs)
+        check_finite(out)
+        returned: dict[str, torch.Tensor] = {}
+        if "output" in options.returns:
+            returned["output"] = out
+        if "lse" in options.returns:
+            returned["lse"] = lse
+        view = weights.WeightsView(options.rows, options.stage)
+        if "weights" in options.returns:
+            returned["weights"] = weights.attention_weights(
+                *tensors[:2], mask, view, scoring=scoring, checkpoint=checkpoint
+            )
+        if "top_weights" in options.returns:
+            returned["top_weights"], returned["top_indices"] = weights.top_weights(
+                *tensors[:2], mask, view, options.top_k, scoring=scoring, checkpoint=checkpoint
+            )
+        return replace(outcome, tensors={name: tensor.to("cpu") for name, tensor in returned.items()})
+
+    def _sparse(
+        self,
+        work: Work,
+        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mask: MaskSpec,
+        checkpoint: Checkpoint,
+    ) -> tuple[torch.Tensor, torch.Tensor, Outcome]:
+        """(output, lse, how they came about): sparse where that is within the caller's error, else exact."""
+        plan, options = work.plan, work.prepared.request.options
+        found = attend_with_error_bound(
+            *tensors,
+            mask,
+            self._bound(work),
+            scoring=Scoring(options.scale, options.softcap),
+            checkpoint=checkpoint,
+        )
+        if found.reason:  # a smaller epsilon, or exact after all
+            selection = plan.selection if found.kind is plan.kind else None
+            plan = replace(plan, kind=found.kind, reason=found.reason, selection=selection, epsilon=found.epsilon)
+        return found.out, found.lse, Outcome({}, plan, found.error, found.pairs_scored, found.density)
+
+    def _bound(self, work: Work) -> ErrorBound:
+        options, config = work.prepared.request.options, self._config
+        assert work.plan.epsilon is not None, "bug: a sparse plan without epsilon"
+        return ErrorBound(
+            max_error=planner.max_error(options, config),
+            exact_kind=work.exact_kind,
+            epsilon=work.plan.epsilon,
+            block_size=work.plan.block_size,
+            audit_rows=options.audit_rows or config.audit_rows,
+            seed=_seed(work.prepared.request.query),
+            max_density=None if options.mode == "sparse" else config.max_density,
+            needs_lse="lse" in options.returns,
+            needs_certificate="certificate" in options.returns,
+        )
+
+    def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
+        """A weight tensor is n x n unless rows are named: refuse it before it is made."""
+        rows = returned_rows(shape, options)
+        for name, size in weights_bytes(shape, options).items():
+            if size > self._config.max_weights_bytes:
+                raise FarsightError(
+                    Kind.TOO_LARGE,
+                    f"{name} of {rows} rows and {shape.key_length} keys take {size} bytes, over the limit of "
+                    f"{self._config.max_weights_bytes} bytes; name fewer rows, or ask for top_weights of fewer keys",
+                    code="weights_too_large",
+                    param="returns",
+                )
+
+
+def mask_of(request: AttentionRequest, device: torch.device) -> MaskSpec:
+    """The mask of a request, on the device."""
+    mask = masks.mask_of(request.options, request.attn_mask)
+    lengths, bias = mask.kv_lengths, mask.attn_mask
+    return replace(
+        mask,
+        kv_lengths=None if lengths is None else lengths.to(device),
+        attn_mask=None if bias is None else bias.to(device),
+    )
+
+
+def _seed(query: torch.Tensor) -> int:
+    """From the request's own numbers: the same request is audited on the same rows, and no caller can choose them."""
+    sample = query.flatten()[:4096].contiguous().view(torch.uint8)
+    return zlib.crc32(sample.numpy().tobytes())

@@ -1,0 +1,225 @@
+"""Forward passes: one task of one loaded model."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from service.attention.sparse.bounded_error import ErrorBound
+from service.config import Config
+from service.core.answer import ErrorReport, LayerReport
+from service.core.model_info import ModelInfo
+from service.core.plan import Plan, PlanKind
+from service.core.request import ForwardRequest
+from service.engine.workers import Workers
+from service.engine.workloads.allowed_tasks import check_task
+from service.engine.workloads.base import Checkpoint, InputCounts, MeasuredWork, Outcome, PlannedWork, Workload
+from service.engine.workloads.finite_check import check_finite
+from service.errors import FarsightError, Kind, too_large
+from service.models.hook import ForwardContext
+from service.models.inputs.rows import Tokenized
+from service.models.model import Model
+from service.models.registry import Registry
+from service.planning import forward_plan, planner
+from service.planning.attention_cost import pair_flops
+from service.planning.correction import PredictionCorrector
+from service.planning.device_profile import DeviceProfile
+from service.planning.forward_cost import Size
+from service.planning.planner import Candidates
+
+INLINE_ROWS = 64  # inputs of a request that is priced on the event loop
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedForward:
+    """A tokenised request and the model that will run it."""
+
+    request: ForwardRequest
+    model: Model
+    tokenized: Tokenized
+    sizes: tuple[Size, ...]
+    tokenized_s: float  # when tokenising was done, on the engine's clock
+
+    @property
+    def counts(self) -> InputCounts:
+        tokenized = self.tokenized
+        tokens = sum(len(row) for row in tokenized.rows)
+        return InputCounts(tokens, tokenized.truncated, tokenized.dropped_tokens, tokenized.chunks)
+
+
+Work = PlannedWork[PreparedForward]
+
+
+class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
+    """Requests for the same task of one model share passes; those with a sparse plan run alone."""
+
+    def __init__(
+        self, config: Config, profile: DeviceProfile, models: Registry, workers: Workers, clock: Callable[[], float]
+    ) -> None:
+        self._config, self._profile, self._models = config, profile, models
+        self._workers, self._clock = workers, clock
+        # fastest pass seen of each model: no pass can have a fixed part that is longer, whatever was measured at load.
+        # Keyed by what was measured: a reloaded model begins anew
+        self._fastest_s: dict[ModelInfo, float] = {}
+
+    async def prepare(self, request: ForwardRequest, deadline_s: float) -> PreparedForward:
+        """The request's encoded inputs. Raises FarsightError: too many, wrong task, too long, or not in time."""
+        model = self._models.model(request.model)
+        self._check_counts(request)
+        check_task(model.info, request)
+        tokenized = await self._tokenized(model, request, deadline_s)
+        sizes = tuple((len(row.ids) + row.patches, len(row.target or ())) for row in tokenized.rows)
+        return PreparedForward(request, model, tokenized, sizes, self._clock())
+
+    async def price(self, prepared: PreparedForward, *, everything: bool = False) -> Candidates:
+        """On a worker thread if there are thousands of lengths: that takes tenths of a second."""
+        if len(prepared.sizes) > INLINE_ROWS:
+            return await self._workers.run(self._candidates, prepared, everything)
+        return self._candidates(prepared, everything)
+
+    def choose(self, prepared: PreparedForward, priced: Candidates, corrector: PredictionCorrector) -> Plan:
+        info = self._info(prepared.model)
+        return forward_plan.choose_forward(priced, info, prepared.sizes, prepared.request, self._config, corrector)
+
+    def exact_kind(self, plan: Plan, priced: Candidates, corrector: PredictionCorrector) -> PlanKind:
+        return PlanKind.DENSE
+
+    def batch_key(self, prepared: PreparedForward, plan: Plan) -> Hashable:
+        """Equal for the same model (not only its name: it may have been reloaded), task, and options that change the
+        pass."""
+        request = prepared.request
+        if plan.kind is PlanKind.SPARSE or request.task in ("hidden", "explain"):
+            return request.id, id(request)
+        differing = request.options.model_dump(
+            exclude={"priority", "timeout_s", "truncate", "chunk_overlap", "max_error"}
+        )
+        if request.task == "score":
+            differing = {}  # its options are applied row by row, after the pass
+        return id(prepared.model), request.task, plan.kind, tuple(sorted(differing.items()))
+
+    def label(self, request: ForwardRequest) -> str:
+        return request.model if request.model in self._models.entries() else "unknown"
+
+    def observe(self, works: Sequence[Work], device_s: float) -> None:
+        info = works[0].prepared.model.info
+        self._fastest_s[info] = min(device_s, self._fastest_s.get(info, device_s))
+
+    # -- on the device thread -----------------------------------------------------------------------------------
+
+    def run(self, works: Sequence[Work], checkpoint: Checkpoint) -> list[Outcome]:
+        """All rows of all works together, packed if the model can. A work with a sparse plan is alone."""
+        first = works[0]
+        model, is_sparse = first.prepared.model, first.plan.kind is PlanKind.SPARSE
+        bound = self._bound(first) if is_sparse else None
+        context = ForwardContext(
+            first.plan.kind,
+            checkpoint=checkpoint,
+            bound=bound,
+            history=model.history if bound is not None and bound.max_density is not None else None,
+        )
+        computed = model.run([(work.prepared.request, work.prepared.tokenized) for work in works], context)
+        layers = tuple(context.layers)
+        padding = sum(context.positions) / sum(work.prepared.counts.tokens for work in works) - 1
+        outcomes = []
+        for work, result in zip(works, computed, strict=True):
+            for tensor in result.tensors.values():
+                check_finite(tensor)
+            outcome = Outcome(
+                result.tensors,
+                work.plan,
+                ErrorReport(),
+                work.plan.dense_cost.pairs if is_sparse else work.plan.cost.pairs,
+                details=result.details,
+                padding=padding,
+                shows_layers=work.prepared.request.options.layer_errors,
+            )
+            outcomes.append(_with_layers(outcome, layers) if layers else outcome)
+        return outcomes
+
+    def with_less_memory(self, work: Work) -> Work | None:
+        """Passes of half as many tokens."""
+        model, tokenized = work.prepared.model, work.prepared.tokenized
+        longest = max((len(row) for row in tokenized.rows), default=0)
+        tokens = min(model.max_batch_tokens, work.prepared.counts.tokens) // 2
+        if tokens < longest:
+            return None
+        return replace(work, prepared=replace(work.prepared, model=replace(model, max_batch_tokens=tokens)))
+
+    def measured(self, work: Work, outcome: Outcome) -> MeasuredWork:
+        plan, width = work.plan, work.prepared.model.info.head_dim
+        more_pairs = outcome.pairs_scored - plan.cost.pairs if plan.kind is PlanKind.SPARSE else 0
+        flops = plan.cost.flops + pair_flops(more_pairs, width, width)
+        return MeasuredWork(outcome.pairs_scored, plan.dense_cost.pairs, flops, plan.dense_cost.flops)
+
+    # -- small rules --------------------------------------------------------------------------------------------
+
+    def _bound(self, work: Work) -> ErrorBound:
+        """What every attention call of a sparse pass keeps to."""
+        options, config = work.prepared.request.options, self._config
+        assert work.plan.epsilon is not None, "bug: a sparse plan without epsilon"
+        return ErrorBound(
+            max_error=planner.max_error(options, config),
+            exact_kind=work.exact_kind,
+            epsilon=work.plan.epsilon,
+            block_size=work.plan.block_size,
+            audit_rows=config.audit_rows,
+            seed=zlib.crc32(repr(work.prepared.tokenized.rows[0].ids[:4096]).encode()),
+            max_density=None if options.mode == "sparse" else config.max_density,
+        )
+
+    def _check_counts(self, request: ForwardRequest) -> None:
+        pixels = 0 if request.pixel_values is None else len(request.pixel_values)
+        images = len(request.images) + pixels
+        count = len(request.texts) + len(request.token_ids) + len(request.pairs) + images
+        if count > self._config.max_texts:
+            raise too_large("input", count, self._config.max_texts, "items", param="input")
+        if images > self._config.max_images:
+            raise too_large("images", images, self._config.max_images, "images", param="images")
+
+    async def _tokenized(self, model: Model, request: ForwardRequest, deadline_s: float) -> Tokenized:
+        run = self._workers.run_decoder if model.info.inputs == "image" else self._workers.run
+        left_s = deadline_s - self._clock()
+        try:
+            async with asyncio.timeout(None if math.isinf(left_s) else max(0.0, left_s)):
+                return await run(model.tokenize, request)
+        except TimeoutError:
+            raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
+
+    def _candidates(self, prepared: PreparedForward, everything: bool) -> Candidates:
+        return forward_plan.forward_candidates(
+            self._info(prepared.model),
+            prepared.sizes,
+            prepared.request,
+            self._profile,
+            self._config,
+            everything=everything,
+        )
+
+    def _info(self, model: Model) -> ModelInfo:
+        """The model's sizes, with the fastest pass so far."""
+        fastest_s = self._fastest_s.get(model.info, model.info.smallest_pass_s)
+        return replace(model.info, smallest_pass_s=fastest_s) if fastest_s < model.info.smallest_pass_s else model.info
+
+
+def _with_layers(outcome: Outcome, layers: tuple[LayerReport, ...]) -> Outcome:
+    """A sparse pass reported as one: the error of its worst layer, and the pairs of all."""
+    measured = [layer.error for layer in layers if layer.error.kind != "exact"]
+    sparse = [layer.density for layer in layers if layer.density is not None]
+    fallbacks = sum(layer.error.fallback for layer in layers)
+    error = max(measured, key=lambda report: report.relative_l2_upper, default=ErrorReport())
+    plan = outcome.plan
+    if not sparse:
+        plan = replace(plan, kind=layers[-1].kind, reason=f"{plan.reason}; every layer was computed exactly")
+    elif fallbacks or len(sparse) < len(layers):
+        plan = replace(plan, reason=f"{plan.reason}; {len(sparse)} of {len(layers)} attention calls were sparse")
+    return replace(
+        outcome,
+        plan=plan,
+        error=replace(error, fallback=fallbacks > 0),
+        pairs_scored=sum(layer.pairs_scored for layer in layers),
+        density=sum(sparse) / len(sparse) if sparse else None,
+        layers=layers,
+    )
