@@ -212,4 +212,6 @@ def _planned(case: Case, model: Model | None) -> _Planned:
     plan = forward_plan.plan_forward(model.info, sizes, texts, PROFILE, config)
     registry = Registry(LoadSettings(CPU, 1, 1))
     workload = ForwardWorkload(config, PROFILE, registry, Workers(), time.perf_counter)
-    return _Planned(workload, PlannedWork(PreparedForward(texts, model, tokenized, sizes, 0.0), plan, PlanKind.DENSE))
+    return _Planned(
+        workload, PlannedWork(PreparedForward(texts, model, model.info, tokenized, sizes, 0.0), plan, PlanKind.DENSE)
+    )

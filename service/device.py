@@ -30,16 +30,14 @@ def device_names(device: torch.device) -> tuple[str, str]:
 
 
 class DeviceQueue:
-    """What a device was given. Bounds how far it may be behind: enqueued work can be neither stopped nor overtaken."""
+    """What a GPU was given. Bounds how far it may be behind: enqueued work can be neither stopped nor overtaken."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._is_cuda = device, device.type == "cuda"
+        self._device = device
         self._marks: deque[torch.cuda.Event] = deque()
 
     def mark(self) -> None:
-        """At a checkpoint: wait until the device has reached the mark before the last. Nothing to do on a CPU."""
-        if not self._is_cuda:
-            return
+        """At a checkpoint: wait until the device has reached the mark before the last."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._marks.append(event)

@@ -33,17 +33,11 @@ Body = TypeVar("Body")
 class Call:
     """One call of one tenant, as endpoints of either transport see it."""
 
+    id: str
+    endpoint: str  # the route, as metrics, ledger and log line name it
     record: RequestRecord
     tenant: TenantConfig
     metadata: Mapping[str, str]  # HTTP headers or gRPC metadata, names in lower case
-
-    @property
-    def id(self) -> str:
-        return self.record.received.id
-
-    @property
-    def endpoint(self) -> str:
-        return self.record.received.endpoint
 
     @property
     def timeout_s(self) -> float | None:

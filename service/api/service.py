@@ -14,7 +14,7 @@ from service.core.request import AttentionShape, Request
 from service.engine.pricing import Estimate
 from service.errors import Kind
 from service.models.registry import Entry
-from service.scheduling.admission import HeldBytes
+from service.scheduling.inflight_bytes import HeldBytes
 from service.telemetry.recorder import RequestRecorder
 from service.telemetry.request_record import RequestRecord
 
@@ -79,8 +79,9 @@ class InferenceService(Protocol):
         """Raises FarsightError (429) before a large body is read that the queue would not accept."""
         ...
 
-    def held_bytes(self) -> HeldBytes:
-        """A context that counts body bytes as in flight while it is open."""
+    @property
+    def held_bytes(self) -> Callable[[], HeldBytes]:
+        """Makes a context that counts body bytes as in flight while it is open."""
         ...
 
     def refused(self, endpoint: str, kind: Kind) -> None:

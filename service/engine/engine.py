@@ -36,7 +36,8 @@ from service.models.manager import ModelManager
 from service.models.registry import Entry, Registry
 from service.planning.planner import max_peak_bytes
 from service.planning.profile_cache import load_or_measure
-from service.scheduling.admission import Admission, HeldBytes
+from service.scheduling.admission import Admission
+from service.scheduling.inflight_bytes import HeldBytes, InFlightBytes
 from service.scheduling.scheduler import Order, Scheduler
 from service.telemetry.energy import Energy, meter_for
 from service.telemetry.metrics import Metrics
@@ -44,7 +45,7 @@ from service.telemetry.request_record import Parsed, RequestRecord
 
 if TYPE_CHECKING:
     from service.billing.ledger import Ledger
-    from service.billing.metering import Accepted
+    from service.billing.metering import Accepted, UsageMeter
 
 Returned = TypeVar("Returned")
 Arguments = TypeVarTuple("Arguments")
@@ -77,6 +78,9 @@ class Engine:
         self.energy = None if replica.meter is None else Energy(replica.meter)
         self.meter = None if ledger is None else usage_meter(config, self.tenants, ledger, metrics, self.hour_usd)
         self.admission = Admission(config)
+        self.inflight = InFlightBytes(config, self.ahead_s)
+        # makes a context that counts body bytes as in flight while it is open
+        self.held_bytes: Callable[[], HeldBytes] = partial(HeldBytes, self.inflight)
         self.workers, self.manager = Workers(), ModelManager(config, models)
         self.pricing = Pricing(
             AttentionWorkload(config, replica.profile, replica.device),
@@ -128,7 +132,7 @@ class Engine:
         `record`: what its transport knows; the timeout counts from its first byte.
         """
         arrived_s = self.clock() if record is None else record.received.received_s
-        label = self.pricing.workload(request).label(request)
+        label = self.pricing.workloads[type(request)].label(request)
         if record is not None:
             record.parsed = Parsed(label, request.tenant, self.clock())
         try:
@@ -147,12 +151,13 @@ class Engine:
         return answer
 
     async def _answer(self, request: Request, arrived_s: float, record: RequestRecord | None) -> Answer:
-        if not self.alive:
+        if not self.execution.device.alive:
             raise unavailable()
         timeout_s = self._timeout_s(request.options.timeout_s)
         planned = await self.pricing.plan(request, arrived_s, arrived_s + timeout_s, record)
         self._admit(planned, timeout_s)
-        job = Job(planned, AnswerSink(), await self._accept(planned), record)
+        accepted = None if self.meter is None else await self._accept(planned, self.meter)
+        job = Job(planned, AnswerSink(), accepted, record)
         if record is not None:
             record.admitted_s = self.clock()
         try:
@@ -168,22 +173,21 @@ class Engine:
 
     def _admit(self, planned: PlannedRequest, timeout_s: float) -> None:
         """Raises FarsightError if the queue is full or the request would be late."""
-        options, tenant, predicted_s = planned.request.options, planned.request.tenant, planned.work.plan.predicted_s
+        request, predicted_s = planned.work.prepared.request, planned.work.plan.predicted_s
+        options, tenant = request.options, request.tenant
         device = self.execution.device
         ahead_s, tenant_s = device.ahead(predicted_s, options.priority, tenant)
         queue = tenant, options.priority, device.is_long(predicted_s)
         spent_s = self.clock() - planned.arrived_s
         self.admission.admit(predicted_s, ahead_s, timeout_s, spent_s, queue=queue, tenant_s=tenant_s)
 
-    async def _accept(self, planned: PlannedRequest) -> Accepted | None:
+    async def _accept(self, planned: PlannedRequest, meter: UsageMeter) -> Accepted:
         """Reserve the budget and record the request; waits at most as long as the caller does."""
-        if self.meter is None:
-            return None
-        request, plan = planned.request, planned.work.plan
+        request, plan = planned.work.prepared.request, planned.work.plan
         tenant = self.tenants.named(request.tenant)
         try:
             async with asyncio.timeout(max(0.0, planned.deadline_s - self.clock())):
-                return await self.meter.accept(tenant, request.id, request.endpoint, planned.label, plan)
+                return await meter.accept(tenant, request.id, request.endpoint, planned.label, plan)
         except TimeoutError:
             raise self._settlement.late(planned.arrived_s, "asking for the budget") from None
 
@@ -226,10 +230,6 @@ class Engine:
         """Refuse a request whose body is not read yet if the queue would not accept it anyway."""
         ahead_s, tenant_s = self.execution.device.ahead(0.0, Priority.INTERACTIVE, tenant)
         self.admission.check_open(ahead_s if tenant_s else 0.0, tenant)
-
-    def held_bytes(self) -> HeldBytes:
-        """A context that counts body bytes as in flight while it is open."""
-        return HeldBytes(self.admission, self.ahead_s)
 
     def refused(self, endpoint: str, kind: Kind) -> None:
         """Count a request that its transport refused."""

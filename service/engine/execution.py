@@ -21,7 +21,6 @@ from service.planning.correction import PredictionCorrector, uncorrected
 from service.scheduling.batch import Batch
 from service.scheduling.device_loop import DeviceLoop
 from service.scheduling.device_thread import DeviceThread, DeviceWork
-from service.scheduling.preemption import YieldHook
 from service.scheduling.scheduler import Scheduler
 from service.telemetry.logging import about
 
@@ -44,11 +43,11 @@ class Execution:
         # hooks to observe the device with: called on its thread, and on the event loop
         self.on_started: Callable[[Batch[Job]], None] | None = None
         self.on_reported: Callable[[Batch[Job]], None] | None = None
-        self._metrics, self._recorder = settlement.metrics, settlement.recorder
+        self._metrics, self._recorder, self._scheduler = settlement.metrics, settlement.recorder, scheduler
         self._waiting: set[Job] = set()  # for their one result
         self._done: dict[int, tuple[Batch[Job], BatchResult]] = {}  # run, and not yet reported on the event loop
         work = DeviceWork(
-            run=self._run_batch,
+            run=runner.run_batch,
             on_started=self._on_started,
             on_finished=self._on_finished,
             on_death=self._on_death,
@@ -70,13 +69,13 @@ class Execution:
 
     async def run(self, job: Job) -> Answer:
         """Queue the job and wait for its answer, its deadline, or its caller's leaving. Raises FarsightError."""
-        left_s = max(0.0, job.planned.deadline_s - self.runner.clock())
+        left_s = max(0.0, job.deadline_s - self.runner.clock())
         timer = asyncio.get_running_loop().call_later(left_s, self._expire, job)
         self._waiting.add(job)
         try:
             if not self.device.submit(job):
                 raise unavailable()
-            return await job.sink.get()
+            return await job.sink.answer
         finally:
             timer.cancel()
             job.cancelled = True  # if it still runs, it stops at its next checkpoint
@@ -96,12 +95,9 @@ class Execution:
         if not job.sink.is_done:
             job.failed_as = Kind.DEADLINE
             state = "waiting in the queue" if was_queued else "running"
-            job.sink.fail(self._settlement.late(job.planned.arrived_s, state))
+            job.sink.fail(self._settlement.late(job.arrived_s, state))
 
     # -- called by the device thread ----------------------------------------------------------------------------
-
-    def _run_batch(self, batch: Batch[Job], yield_hook: YieldHook) -> BatchResult:
-        return self.runner.run(batch.items, yield_hook, lambda: batch.is_evicted)
 
     def _on_started(self, batch: Batch[Job]) -> None:
         for job in batch.items:
@@ -145,13 +141,14 @@ class Execution:
         if isinstance(finished.results[0].outcome, Outcome):
             workload = batch.items[0].planned.workload
             workload.observe([job.work for job in batch.items], finished.used_s)
-        self._metrics.batch([result.stats for result in finished.results], self.device.queued_s)
+        self._metrics.batch([result.stats for result in finished.results], self._scheduler.queued_s)
 
     def _end(self, job: Job, result: Result) -> None:
         try:
             if self._recorder is not None and job.record is not None:
                 self._recorder.ran(job.record, result.stats)
-            if self._settlement.end(job, result) and isinstance(result.outcome, Outcome):
+            is_answered = self._settlement.end(job, result)
+            if is_answered and isinstance(result.outcome, Outcome) and result.outcome.layers:
                 audit = self._audits.audit_of(job, result.outcome, self.device.idle_waiting)
                 if audit is not None:
                     self.device.submit_idle(audit)

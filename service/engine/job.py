@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from service.core.answer import Answer
@@ -23,26 +23,23 @@ if TYPE_CHECKING:
 
 
 class AnswerSink:
-    """Where the one answer of a request goes: the event loop that waits for it."""
+    """Where the one answer of a request goes: the event loop that awaits `answer`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[Answer] = self._loop.create_future()
+        self.answer: asyncio.Future[Answer] = self._loop.create_future()
 
     @property
     def is_done(self) -> bool:
         """Answered, or its caller left, or its loop has ended."""
-        return self._future.done() or self._loop.is_closed()
+        return self.answer.done() or self._loop.is_closed()
 
     def put(self, answer: Answer) -> None:
-        self._future.set_result(answer)
+        self.answer.set_result(answer)
 
     def fail(self, error: FarsightError) -> None:
-        if not self._future.done():
-            self._future.set_exception(error)
-
-    async def get(self) -> Answer:
-        return await self._future
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
     def call_soon(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function` on the event loop, from any thread; a loop that has ended has no caller waiting."""
@@ -56,20 +53,10 @@ class PlannedRequest:
 
     workload: Workload[Any, Any]
     work: PlannedWork[Any]
-    key: Hashable  # requests with equal keys may share a run
+    label: str  # the model's name as a metric label
     arrived_s: float  # first byte received
     queued_s: float  # parsed, planned, ready to wait
     deadline_s: float
-
-    @property
-    def request(self) -> Request:
-        request: Request = self.work.prepared.request
-        return request
-
-    @property
-    def label(self) -> str:
-        """The model's name as a metric label."""
-        return self.workload.label(self.request)
 
 
 @dataclass(slots=True, eq=False)
@@ -87,47 +74,25 @@ class Job:
     failed_as: Kind | None = None  # why its caller has been answered already
     is_settled: bool = False
 
-    @property
-    def work(self) -> PlannedWork[Any]:
-        return self.planned.work
+    # read by the scheduler at every step, so kept here: of the planned request
+    work: PlannedWork[Any] = field(init=False)
+    request: Request = field(init=False)
+    key: Hashable = field(init=False)
+    arrived_s: float = field(init=False)
+    deadline_s: float = field(init=False)
+    predicted_s: float = field(init=False)
+    shared_s: float = field(init=False)
+    peak_bytes: int = field(init=False)
+    priority: Priority = field(init=False)
+    tenant: str = field(init=False)
 
-    @property
-    def request(self) -> Request:
-        return self.planned.request
-
-    # what the scheduler asks
-
-    @property
-    def key(self) -> Hashable:
-        return self.planned.key
-
-    @property
-    def arrived_s(self) -> float:
-        return self.planned.arrived_s
-
-    @property
-    def predicted_s(self) -> float:
-        return self.planned.work.plan.predicted_s
-
-    @property
-    def shared_s(self) -> float:
-        return self.planned.work.plan.shared_s
-
-    @property
-    def priority(self) -> Priority:
-        return self.request.options.priority
-
-    @property
-    def tenant(self) -> str:
-        return self.request.tenant
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.planned.work.plan.cost.peak_bytes
-
-    def is_abandoned(self, now_s: float) -> bool:
-        """Its caller left, or its deadline passed."""
-        return self.cancelled or now_s > self.planned.deadline_s
+    def __post_init__(self) -> None:
+        planned = self.planned
+        self.work, self.request, self.key = planned.work, planned.work.prepared.request, planned.work.key
+        self.arrived_s, self.deadline_s = planned.arrived_s, planned.deadline_s
+        plan = planned.work.plan
+        self.predicted_s, self.shared_s, self.peak_bytes = plan.predicted_s, plan.shared_s, plan.cost.peak_bytes
+        self.priority, self.tenant = self.request.options.priority, self.request.tenant
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from service.core.plan import Plan, PlanKind
 from service.core.request import AttentionRequest, AttentionShape, ForwardRequest, Request
 from service.engine.job import PlannedRequest
 from service.engine.workloads.attention import AttentionWorkload
-from service.engine.workloads.base import PlannedWork, Workload
+from service.engine.workloads.base import Workload
 from service.engine.workloads.forward import ForwardWorkload
 from service.errors import FarsightError
 from service.planning.correction import PredictionCorrector
@@ -41,40 +41,37 @@ class Pricing:
 
     def __init__(self, attention: AttentionWorkload, forward: ForwardWorkload, clock: Callable[[], float]) -> None:
         self.attention, self.forward, self.clock, self.corrector = attention, forward, clock, PredictionCorrector()
-        self._workloads: Mapping[type[Request], Workload[Any, Any]] = {
+        self.workloads: Mapping[type[Request], Workload[Any, Any]] = {
             AttentionRequest: attention,
             ForwardRequest: forward,
         }
-
-    def workload(self, request: Request) -> Workload[Any, Any]:
-        """The kind of work that this request is."""
-        return self._workloads[type(request)]
 
     async def plan(
         self, request: Request, arrived_s: float, deadline_s: float, record: RequestRecord | None
     ) -> PlannedRequest:
         """Prepare, price and choose. Raises FarsightError. Times are on the engine's clock."""
-        workload = self.workload(request)
+        workload = self.workloads[type(request)]
         prepared = await workload.prepare(request, deadline_s)
         if record is not None:
             record.tokenized_s = prepared.tokenized_s
-        candidates = await workload.price(prepared)
-        plan = workload.choose(prepared, candidates, self.corrector)
-        work = PlannedWork(prepared, plan, workload.exact_kind(plan, candidates, self.corrector))
+        work = workload.choose(prepared, await workload.price(prepared), self.corrector)
         now_s = self.clock()
         if record is not None:
-            record.planned = Planned(plan, now_s)
-        return PlannedRequest(workload, work, workload.batch_key(prepared, plan), arrived_s, now_s, deadline_s)
+            record.planned = Planned(work.plan, now_s)
+        return PlannedRequest(workload, work, workload.label(request), arrived_s, now_s, deadline_s)
 
     async def estimate(self, request: Request, admits: Callable[[Plan, Options, str], Admitted]) -> Estimate:
         """The price of this request. Its inputs are tokenised; the device is not touched.
 
         `admits(plan, options, tenant)`: what admission would say now.
         """
-        workload = self.workload(request)
+        workload = self.workloads[type(request)]
         prepared = await workload.prepare(request, float("inf"))
         candidates = await workload.price(prepared, everything=True)
-        choose = partial(workload.choose, prepared)
+
+        def choose(candidates: Candidates, corrector: PredictionCorrector) -> Plan:
+            return workload.choose(prepared, candidates, corrector).plan
+
         return self._estimate(candidates, choose, lambda plan: admits(plan, request.options, request.tenant))
 
     def estimate_shape(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -12,14 +13,21 @@ from service.core.run import RunRecord, RunStats
 from service.device import DeviceQueue, clear_memory, is_device_lost, is_out_of_memory
 from service.engine.job import BatchResult, Job, Result
 from service.engine.shares import shares
-from service.engine.workloads.base import Checkpoint, Outcome
+from service.engine.workloads.base import Outcome
 from service.errors import FarsightError, Kind
-from service.scheduling.preemption import Abandoned, DeviceLost, DeviceRun, RunEnvironment, YieldHook
+from service.scheduling.batch import Batch
+from service.scheduling.preemption import Abandoned, DeviceLost, DeviceRun, Evictable, RunEnvironment, YieldHook
 from service.telemetry.energy import Energy
 
 
-def never_evicted() -> bool:
-    return False
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """A batch that nothing evicts."""
+
+    is_evicted: bool = False
+
+
+ALONE = _Alone()
 
 
 def no_others(used_s: float) -> float:
@@ -34,29 +42,35 @@ class BatchRunner:
         self, device: torch.device, clock: Callable[[], float] = time.perf_counter, energy: Energy | None = None
     ) -> None:
         self.device, self.clock = device, clock
-        self._environment = RunEnvironment(clock, lambda: DeviceQueue(device), energy)
+        self._environment = RunEnvironment(
+            clock, partial(DeviceQueue, device) if device.type == "cuda" else None, energy
+        )
+
+    def run_batch(self, batch: Batch[Job], yield_hook: YieldHook) -> BatchResult:
+        """One result per job. Raises DeviceLost."""
+        return BatchResult(self.run(batch.items, yield_hook, batch))
 
     def run(
-        self, jobs: Sequence[Job], yield_hook: YieldHook = no_others, is_evicted: Callable[[], bool] = never_evicted
-    ) -> BatchResult:
+        self,
+        jobs: Sequence[Job],
+        yield_hook: YieldHook = no_others,
+        batch: Evictable = ALONE,
+        owners: Sequence[Job] = (),
+    ) -> list[Result]:
         """One result per job. A failing batch is retried member by member: only the guilty one fails.
 
-        The time of a failed joint attempt belongs to those that fail again; if none does, to all. `is_evicted`: the
-        batch must stop for other reasons than its callers'. Raises DeviceLost.
+        The time of a failed joint attempt belongs to those that fail again; if none does, to all. Raises DeviceLost.
+
+        Args:
+            jobs: of one key.
+            yield_hook: called at checkpoints; lets other work run.
+            batch: that the jobs are of; it may be evicted.
+            owners: wait for the results, if `jobs` are smaller versions of them.
         """
-        return BatchResult(self._run(jobs, jobs, yield_hook, is_evicted))
-
-    def _run(
-        self, jobs: Sequence[Job], owners: Sequence[Job], yield_hook: YieldHook, is_evicted: Callable[[], bool]
-    ) -> list[Result]:
-        """`owners` wait for the results; `jobs` may be smaller versions of them."""
-
-        def is_abandoned(now_s: float) -> bool:
-            return is_evicted() or all(owner.is_abandoned(now_s) for owner in owners)
-
-        run = DeviceRun(self._environment, yield_hook, is_abandoned, len(jobs))
+        run = DeviceRun(self._environment, yield_hook, owners or jobs, batch)
         try:
-            outcomes = self._compute(jobs, run.checkpoint)
+            run.checkpoint()
+            outcomes = jobs[0].planned.workload.run([job.work for job in jobs], run.checkpoint)
             run.complete()
             run.close()
         except Exception as error:
@@ -67,11 +81,7 @@ class BatchRunner:
         else:
             return _shared(jobs, run, outcomes)
         # after the block: within it the traceback would keep every tensor of the failed attempt
-        return self._failed(jobs, run, failure, yield_hook, is_evicted)
-
-    def _compute(self, jobs: Sequence[Job], checkpoint: Checkpoint) -> list[Outcome]:
-        checkpoint()
-        return jobs[0].planned.workload.run([job.work for job in jobs], checkpoint)
+        return self._failed(jobs, run, failure, yield_hook, batch)
 
     def _failed(
         self,
@@ -79,7 +89,7 @@ class BatchRunner:
         run: DeviceRun,
         error: Exception,
         yield_hook: YieldHook,
-        is_evicted: Callable[[], bool],
+        batch: Evictable,
     ) -> list[Result]:
         used_s, is_memory, record = run.used_s, is_out_of_memory(error), run.record(is_failed=True)
         if is_memory:
@@ -88,10 +98,10 @@ class BatchRunner:
             )
             clear_memory(self.device)
         if len(jobs) > 1 and not isinstance(error, Abandoned):
-            retried = [self._run([job], [job], yield_hook, is_evicted)[0] for job in jobs]
+            retried = [self.run([job], yield_hook, batch)[0] for job in jobs]
             return _with_attempt(record, used_s, run.joules, retried)
         if is_memory and (smaller := _with_less_memory(jobs[0])) is not None:
-            return _with_attempt(record, used_s, run.joules, self._run([smaller], jobs, yield_hook, is_evicted))
+            return _with_attempt(record, used_s, run.joules, self.run([smaller], yield_hook, batch, jobs))
         return _shared(jobs, run, [error] * len(jobs), used_s=used_s, record=record)
 
 

@@ -83,7 +83,7 @@ class Settlement:
         if stats is not None:
             row = replace(row, joules=stats.joules)
         if answer is None:
-            row = replace(row, total_s=self._clock() - job.planned.arrived_s)
+            row = replace(row, total_s=self._clock() - job.arrived_s)
         else:
             usage, upper = answer.usage, answer.error.relative_l2_upper
             row = replace(
@@ -121,7 +121,7 @@ class Settlement:
         if isinstance(error, FarsightError):
             return error
         if isinstance(error, Abandoned):
-            return self.late(job.planned.arrived_s, "running")
+            return self.late(job.arrived_s, "running")
         request_id = job.request.id
         logger.error("request %s failed", request_id, exc_info=error, extra=about(request_id))
         return FarsightError(Kind.INTERNAL, f"internal error; request id {request_id}")
@@ -161,7 +161,7 @@ class Settlement:
             timing=Timing(
                 queue_s=max(0.0, stats.started_s - job.planned.queued_s),
                 device_s=stats.device_s,
-                total_s=self._clock() - job.planned.arrived_s,
+                total_s=self._clock() - job.arrived_s,
                 paused_s=stats.paused_s,
             ),
             density=outcome.density,

@@ -16,17 +16,13 @@ class Workers:
     """Two threads for text and bytes, one for images: an image may take seconds, and texts must not wait for it."""
 
     def __init__(self) -> None:
-        self._parsers = side_pool(2, "parse")
-        self._decoders = side_pool(1, "decode")
+        self.parsers = side_pool(2, "parse")
+        self.decoders = side_pool(1, "decode")
 
     async def run(self, function: Callable[[Unpack[Arguments]], Result], *arguments: *Arguments) -> Result:
         """Run parsing, tokenising or encoding off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._parsers, function, *arguments)
-
-    async def run_decoder(self, function: Callable[[Unpack[Arguments]], Result], *arguments: *Arguments) -> Result:
-        """Run the decoding of images off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.parsers, function, *arguments)
 
     def close(self) -> None:
-        self._parsers.shutdown()
-        self._decoders.shutdown()
+        self.parsers.shutdown()
+        self.decoders.shutdown()

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from service.config import Config
 from service.core.options import Priority
-from service.errors import FarsightError, Kind, too_large
+from service.errors import FarsightError, Kind
 
 Queue = tuple[str, Priority, bool]  # tenant, class, whether of long work
 DRAINED = 0.2  # share of a full queue that drains before it accepts requests again
 
 
 class Admission:
-    """The limits of one replica; bytes in flight are held between `take` and `give_back`."""
+    """The queue limits of one replica."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._inflight_bytes = 0
         self._closed: set[Queue] = set()  # were full, and drain
-
-    @property
-    def inflight_bytes(self) -> int:
-        return self._inflight_bytes
-
-    def take(self, size: int, ahead_s: Callable[[], float]) -> None:
-        """Reserve `size` body bytes. Raises FarsightError: 413 if they can never fit, 429 if they could later.
-
-        Bytes are given back as requests finish, so the caller should retry after `ahead_s()` seconds of work.
-        """
-        if size > self._config.max_request_bytes:
-            raise too_large("request body", size, self._config.max_request_bytes, "bytes")
-        if self._inflight_bytes + size > self._config.max_inflight_bytes:
-            raise FarsightError(
-                Kind.OVERLOADED,
-                f"{self._inflight_bytes} bytes of requests are in flight; {size} more are over the limit of "
-                f"{self._config.max_inflight_bytes} bytes",
-                retry_after_s=ahead_s(),
-            )
-        self._inflight_bytes += size
-
-    def add(self, size: int) -> None:
-        """Count an answer that waits to be sent; it is too late to refuse it."""
-        self._inflight_bytes += size
-
-    def give_back(self, size: int) -> None:
-        self._inflight_bytes -= size
-        assert self._inflight_bytes >= 0, "bug: more bytes given back than taken"
 
     def check_open(self, ahead_s: float, tenant: str) -> None:
         """Before a body is read: raise FarsightError (429) if neither its tenant's queue of short work nor that of long
@@ -110,33 +79,3 @@ class Admission:
                 f"queue {ahead_s:.3g} s, work {predicted_s:.3g} s), over the timeout of {timeout_s:.3g} s",
                 code="predicted_late",
             )
-
-
-class HeldBytes:
-    """Body bytes of one request that count as in flight until it is closed; a context manager."""
-
-    def __init__(self, admission: Admission, ahead_s: Callable[[], float]) -> None:
-        self._admission, self._ahead_s, self._size = admission, ahead_s, 0
-
-    def take(self, size: int) -> None:
-        """Count `size` more bytes, as they arrive. Raises FarsightError: 413 or 429."""
-        self._admission.take(size, self._ahead_s)
-        self._size += size
-
-    def add(self, size: int) -> None:
-        """Count an answer that waits to be sent; it is too late to refuse it."""
-        self._admission.add(size)
-        self._size += size
-
-    def move(self) -> HeldBytes:
-        """Everything held, in a new context; this one holds nothing any more."""
-        moved = HeldBytes(self._admission, self._ahead_s)
-        moved._size, self._size = self._size, 0
-        return moved
-
-    def __enter__(self) -> HeldBytes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        size, self._size = self._size, 0
-        self._admission.give_back(size)

@@ -15,7 +15,7 @@ PREEMPTION_S = 0.05  # longest time that a run keeps the device from shorter wor
 
 
 @dataclass(slots=True)
-class _Group(Generic[Item]):
+class Group(Generic[Item]):
     """Short requests of one class and key, by tenant and arrival: those that may share a batch."""
 
     members_s: float = 0.0  # predicted, without what a batch pays once
@@ -37,7 +37,7 @@ class Backlog(Generic[Item]):
 
     def __init__(self, batch_budget_s: float, tenant_weights: Mapping[str, float]) -> None:
         self._batch_budget_s, self._tenant_weights = batch_budget_s, tenant_weights
-        self._groups: dict[tuple[Priority, Hashable], _Group[Item]] = {}
+        self.groups: dict[tuple[Priority, Hashable], Group[Item]] = {}  # short requests that may share a batch
         self._short_s = 0.0  # what a batch pays once is counted once per batch
         # predicted seconds by class, short or long, and tenant
         self._tenants_s: dict[tuple[Priority, bool], dict[str, float]] = {
@@ -57,18 +57,13 @@ class Backlog(Generic[Item]):
         long_s = sum(sum(self._tenants_s[priority, True].values()) for priority in Priority)
         return max(0.0, self._short_s + long_s)
 
-    def mates(self, item: Item) -> Mapping[str, Mapping[int, Item]]:
-        """Short requests that may share a batch with `item`, by tenant and then by id, in order of arrival."""
-        group = self._groups.get((item.priority, item.key))
-        return group.tenants if group else {}
-
     def add(self, item: Item) -> None:
         is_long = self.is_long(item.predicted_s)
         tenants_s = self._tenants_s[item.priority, is_long]
         tenants_s[item.tenant] = tenants_s.get(item.tenant, 0.0) + item.predicted_s
         if is_long:
             return
-        group = self._groups.setdefault((item.priority, item.key), _Group())
+        group = self.groups.setdefault((item.priority, item.key), Group())
         group.tenants.setdefault(item.tenant, {})[id(item)] = item
         group.members_s += item.predicted_s - item.shared_s
         group.shared_s = item.shared_s
@@ -84,7 +79,7 @@ class Backlog(Generic[Item]):
         if is_long:
             return
         name = item.priority, item.key
-        group = self._groups[name]
+        group = self.groups[name]
         members = group.tenants[item.tenant]
         del members[id(item)]
         if not members:
@@ -92,7 +87,7 @@ class Backlog(Generic[Item]):
         group.members_s -= item.predicted_s - item.shared_s
         self._short_s += group.updated(self._batch_budget_s)
         if not group.tenants:
-            del self._groups[name]
+            del self.groups[name]
 
     def ahead(
         self, predicted_s: float, priority: Priority, tenant: str, running: Sequence[Batch[Item]]
@@ -106,8 +101,9 @@ class Backlog(Generic[Item]):
         """
         is_long = self.is_long(predicted_s)
         queued_s = {name: seconds.copy() for name, seconds in self._tenants_s.items()}
-        now_s = 0.0 if is_long or not running else PREEMPTION_S
-        for batch in running:
+        requests = [batch for batch in running if not batch.is_idle]  # idle work is never in anyone's way
+        now_s = 0.0 if is_long or not requests else PREEMPTION_S
+        for batch in requests:
             if batch.is_long:
                 item = batch.items[0]
                 long_s = queued_s[item.priority, True]
@@ -115,10 +111,11 @@ class Backlog(Generic[Item]):
             else:
                 now_s += batch.remaining_s
         tenant_s = queued_s[priority, is_long].pop(tenant, 0.0)
-        turns = (tenant_s + predicted_s) / self.weight(tenant)
+        weights = self._tenant_weights
+        turns = (tenant_s + predicted_s) / weights.get(tenant, 1.0)
         ahead_s = tenant_s
         ahead_s += sum(
-            min(theirs_s, turns * self.weight(name)) for name, theirs_s in queued_s[priority, is_long].items()
+            min(theirs_s, turns * weights.get(name, 1.0)) for name, theirs_s in queued_s[priority, is_long].items()
         )
         if is_long:
             short_s = sum(queued_s[priority, False].values())

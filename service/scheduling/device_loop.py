@@ -6,9 +6,9 @@ Pure: no clock, no thread, no lock. The caller gives `now_s` and holds a lock wh
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Generic
 
-from service.core.options import Priority
 from service.scheduling.batch import Batch, idle_batch
 from service.scheduling.fair_shares import Item
 from service.scheduling.scheduler import Scheduler
@@ -23,8 +23,13 @@ class DeviceLoop(Generic[Item]):
 
     def __init__(self, scheduler: Scheduler[Item], now_s: float) -> None:
         self._scheduler = scheduler
-        self._idle_items: deque[Item] = deque()
         self.running: list[Batch[Item]] = []  # innermost last
+        self.add, self.is_long = scheduler.add, scheduler.is_long
+        # (predicted seconds before a request could start, those of them that are its tenant's)
+        self.ahead = partial(scheduler.ahead, running=self.running)
+        # remove a cancelled or late request from the queue; False if it is not queued
+        self.discard = scheduler.discard
+        self._idle_items: deque[Item] = deque()
         self._started_s = self._asked_s = now_s
         self._used_s = self._idle_s = 0.0  # by runs that have ended; unused, when last asked
         self._worked_s = self._reported_s = 0.0  # for requests, so far; and when last reported
@@ -38,48 +43,35 @@ class DeviceLoop(Generic[Item]):
     def idle_waiting(self) -> int:
         return len(self._idle_items)
 
-    @property
-    def queued_s(self) -> float:
-        """Predicted device seconds that wait."""
-        return self._scheduler.queued_s
-
     def backlog_s(self) -> float:
         """Predicted device seconds of everything that waits or runs."""
-        return self._scheduler.backlog_s(self._requests_running())
-
-    def ahead(self, predicted_s: float, priority: Priority, tenant: str) -> tuple[float, float]:
-        """(predicted device seconds before such a request could start, those of them that are its tenant's)."""
-        return self._scheduler.ahead(predicted_s, priority, tenant, self._requests_running())
-
-    def is_long(self, predicted_s: float) -> bool:
-        return self._scheduler.is_long(predicted_s)
-
-    def add(self, item: Item) -> None:
-        self._scheduler.add(item)
+        return self._scheduler.backlog_s(self.running)
 
     def add_idle(self, item: Item) -> None:
         """Work for a device that has nothing else to do."""
         self._idle_items.append(item)
-
-    def discard(self, item: Item) -> bool:
-        """Remove a cancelled or late request from the queue; False if it is not queued."""
-        return self._scheduler.discard(item)
 
     def start(self, now_s: float) -> Batch[Item] | None:
         """The batch that a free device should run now; None when there is nothing to do."""
         batch = self._scheduler.next_batch(now_s)
         if batch is None and self._idle_items:
             batch = idle_batch(self._idle_items.popleft())
-        return self._entered(batch)
+        if batch is not None:
+            self.running.append(batch)
+        return batch
 
     def checkpoint(self, used_s: float, now_s: float) -> Batch[Item] | None:
         """The innermost run has used `used_s` so far: the batch that should interrupt it now, if any."""
-        self.served(used_s)
         top = self.running[-1]
+        if not top.is_idle:
+            self._worked_s += max(0.0, used_s - top.used_s)
+            self._scheduler.served(top, used_s)
         batch = self._scheduler.next_batch(now_s, self.running)
         if batch is None and top.is_idle and self.waiting:
             top.is_evicted = True  # no request fits in memory next to it
-        return self._entered(batch)
+        if batch is not None:
+            self.running.append(batch)
+        return batch
 
     def served(self, used_s: float) -> None:
         """The innermost run has used `used_s` so far: charge its share."""
@@ -107,12 +99,3 @@ class DeviceLoop(Generic[Item]):
         since_s, self._asked_s = now_s - self._asked_s, now_s
         worked_s, self._reported_s = self._worked_s - self._reported_s, self._worked_s
         return min(1.0, worked_s / since_s) if since_s > 0 else 0.0
-
-    def _entered(self, batch: Batch[Item] | None) -> Batch[Item] | None:
-        if batch is not None:
-            self.running.append(batch)
-        return batch
-
-    def _requests_running(self) -> list[Batch[Item]]:
-        """Idle work is never in anyone's way."""
-        return [batch for batch in self.running if not batch.is_idle]

@@ -52,6 +52,7 @@ class DeviceThread(Generic[Item, Outcome]):
 
     def __init__(self, loop: DeviceLoop[Item], clock: Callable[[], float], work: DeviceWork[Item, Outcome]) -> None:
         self._loop, self._clock, self._work = loop, clock, work
+        self.is_long = loop.is_long
         self._condition = threading.Condition()  # guards the loop
         self._stops = self._is_dead = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -77,13 +78,6 @@ class DeviceThread(Generic[Item, Outcome]):
     @property
     def idle_is_running(self) -> bool:
         return any(batch.is_idle for batch in self._loop.running)
-
-    @property
-    def queued_s(self) -> float:
-        return self._loop.queued_s
-
-    def is_long(self, predicted_s: float) -> bool:
-        return self._loop.is_long(predicted_s)
 
     def backlog_s(self) -> float:
         """Predicted device seconds of everything that waits or runs."""
@@ -150,7 +144,9 @@ class DeviceThread(Generic[Item, Outcome]):
         with self._condition:
             while (batch := self._loop.start(self._clock())) is None and not self._stops:
                 self._condition.wait()
-            return self._started(batch)
+            if batch is not None:
+                self._work.on_started(batch)
+            return batch
 
     def _execute(self, batch: Batch[Item]) -> None:
         outcome = self._work.run(batch, self._yield_to_others)
@@ -163,15 +159,12 @@ class DeviceThread(Generic[Item, Outcome]):
         start_s: float | None = None
         while True:
             with self._condition:
-                batch = self._started(self._loop.checkpoint(used_s, self._clock()))
+                batch = self._loop.checkpoint(used_s, self._clock())
+                if batch is not None:
+                    self._work.on_started(batch)
             if batch is None:
                 return 0.0 if start_s is None else self._clock() - start_s
             if start_s is None:
                 self._work.synchronize()  # what was enqueued is the interrupted run's time
                 start_s = self._clock()
             self._execute(batch)
-
-    def _started(self, batch: Batch[Item] | None) -> Batch[Item] | None:
-        if batch is not None:
-            self._work.on_started(batch)
-        return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,22 @@ class DeviceLost(Exception):
     """The device no longer responds; no request of this replica can be computed."""
 
 
+class Awaited(Protocol):
+    """A request of the run, as far as its callers go."""
+
+    @property
+    def cancelled(self) -> bool: ...
+    @property
+    def deadline_s(self) -> float: ...
+
+
+class Evictable(Protocol):
+    """A batch that may have to stop for other reasons than its callers'."""
+
+    @property
+    def is_evicted(self) -> bool: ...
+
+
 class EnqueuedWork(Protocol):
     """What a device was given during one run; `service.device.DeviceQueue` implements it."""
 
@@ -40,7 +56,7 @@ class RunEnvironment:
     """What every run of one device shares. `energy` is None where no counter can be read."""
 
     clock: Callable[[], float]
-    new_queue: Callable[[], EnqueuedWork]
+    new_queue: Callable[[], EnqueuedWork] | None = None  # None: nothing is enqueued, as on a CPU
     energy: Energy | None = None
 
 
@@ -51,12 +67,13 @@ class DeviceRun:
         self,
         environment: RunEnvironment,
         yield_hook: YieldHook,
-        is_abandoned: Callable[[float], bool],
-        batch_requests: int,
+        waiting: Sequence[Awaited],
+        batch: Evictable,
     ) -> None:
-        """`is_abandoned(now_s)` is asked at every checkpoint."""
-        self._clock, self._energy, self._queue = environment.clock, environment.energy, environment.new_queue()
-        self._yield_hook, self._is_abandoned, self._batch_requests = yield_hook, is_abandoned, batch_requests
+        """`waiting`: the requests whose callers need the result; the run stops when none does, or it is evicted."""
+        self._clock, self._energy = environment.clock, environment.energy
+        self._queue = None if environment.new_queue is None else environment.new_queue()
+        self._yield_hook, self._waiting, self._batch = yield_hook, waiting, batch
         self.started_s = self._resumed_s = self._clock()
         self.paused_s = self.slice_s = 0.0
         self._pauses: list[tuple[float, float]] = []
@@ -79,10 +96,12 @@ class DeviceRun:
         if now_s - self._resumed_s < SHORTEST_SLICE_S and self._has_begun:
             return
         self._has_begun = True
-        self._queue.mark()
-        now_s = self._clock()  # on a GPU a mark may wait
+        if self._queue is not None:
+            self._queue.mark()
+            now_s = self._clock()  # a mark may wait
         self._end_slice(now_s)
-        if self._is_abandoned(now_s):
+        is_abandoned = all(request.cancelled or now_s > request.deadline_s for request in self._waiting)
+        if is_abandoned or self._batch.is_evicted:
             raise Abandoned
         try:
             others_s = self._yield_hook(now_s - self.started_s - self.paused_s)
@@ -96,7 +115,8 @@ class DeviceRun:
 
     def complete(self) -> None:
         """The computation has returned: wait for the device."""
-        self._queue.synchronize()
+        if self._queue is not None:
+            self._queue.synchronize()
         self._end_slice(self._clock())
 
     def close(self) -> None:
@@ -107,7 +127,7 @@ class DeviceRun:
     def record(self, *, is_failed: bool) -> RunRecord:
         """The run as its span shows it."""
         return RunRecord(
-            self.started_s, self._clock(), tuple(self._pauses), self.paused_s, self._batch_requests, is_failed
+            self.started_s, self._clock(), tuple(self._pauses), self.paused_s, len(self._waiting), is_failed
         )
 
     def _end_slice(self, now_s: float) -> None:

@@ -65,6 +65,8 @@ class Scheduler(Generic[Item]):
         self._waiting: dict[int, tuple[Flow[Item], Item]] = {}  # by id(item), in order of arrival: its leaf, itself
         self._backlog: Backlog[Item] = Backlog(batch_budget_s, tenant_weights or {})
         self.is_long = self._backlog.is_long
+        # predicted device seconds before a request could start, and those of them that are its own tenant's
+        self.ahead = self._ahead_by_arrival if order == "arrival" else self._backlog.ahead
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -75,16 +77,8 @@ class Scheduler(Generic[Item]):
         return self._backlog.queued_s if self._waiting else 0.0
 
     def backlog_s(self, running: Sequence[Batch[Item]]) -> float:
-        """Predicted device seconds of everything that waits or runs."""
-        return self.queued_s + sum(batch.remaining_s for batch in running)
-
-    def ahead(
-        self, predicted_s: float, priority: Priority, tenant: str, running: Sequence[Batch[Item]]
-    ) -> tuple[float, float]:
-        """Predicted device seconds before a request could start, and those of them that are its own tenant's."""
-        if self._by_arrival:
-            return self.backlog_s(running), self.backlog_s(running)
-        return self._backlog.ahead(predicted_s, priority, tenant, running)
+        """Predicted device seconds of every request that waits or runs."""
+        return self.queued_s + sum(batch.remaining_s for batch in running if not batch.is_idle)
 
     def add(self, item: Item) -> None:
         leaf = self._leaf(item.priority, self.is_long(item.predicted_s), item.tenant)
@@ -132,6 +126,12 @@ class Scheduler(Generic[Item]):
             if not batch.is_long and total_s > 0:
                 leaf.charge(charged_s * (used_s / total_s - 1))
             leaf.leave()
+
+    def _ahead_by_arrival(
+        self, predicted_s: float, priority: Priority, tenant: str, running: Sequence[Batch[Item]]
+    ) -> tuple[float, float]:
+        backlog_s = self.backlog_s(running)
+        return backlog_s, backlog_s
 
     # -- small rules --------------------------------------------------------------------------------------------
 
@@ -183,7 +183,8 @@ class Scheduler(Generic[Item]):
         if is_long:
             return batch
         leaf.charge(first.predicted_s)
-        tenants = self._backlog.mates(first)
+        group = self._backlog.groups.get((first.priority, first.key))
+        tenants = group.tenants if group else {}
         lines = {self._leaf(first.priority, False, tenant): iter(line.values()) for tenant, line in tenants.items()}
         misfits = 0
         while lines and len(batch.items) < self._max_batch_requests and misfits <= MAX_MISFITS:

@@ -18,6 +18,8 @@ from service.config import Budget, Config, TenantConfig
 from service.core.answer import Answer
 from service.core.request import AttentionRequest
 from service.engine.engine import Engine
+from service.engine.workloads.attention import AttentionWorkload
+from service.engine.workloads.forward import ForwardWorkload
 from service.errors import FarsightError, Kind
 from service.telemetry.metrics import Metrics
 from tests.engine.test_engine import attention, embed, run
@@ -77,24 +79,27 @@ def test_an_answer_is_in_the_ledger_when_the_caller_has_it(paid: Paid) -> None:
 def test_shares_add_up_to_the_device_time_under_load(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of batches, interrupted, failing, late and cancelled work; measured apart, where the device thread runs it."""
     engine, draw, measured = paid.engine, random.Random(3), []
-    compute = engine.execution.runner._compute
 
-    def timed(jobs: Any, checkpoint: Any) -> Any:
-        begin_s, paused = engine.clock(), []
+    def timed(compute: Any) -> Any:
+        def run(self: Any, works: Any, checkpoint: Any) -> Any:
+            begin_s, paused = engine.clock(), []
 
-        def between() -> None:
-            before_s = engine.clock()
-            inside = sum(measured)
-            checkpoint()
-            if sum(measured) > inside:  # others ran
-                paused.append(engine.clock() - before_s)
+            def between() -> None:
+                before_s = engine.clock()
+                inside = sum(measured)
+                checkpoint()
+                if sum(measured) > inside:  # others ran
+                    paused.append(engine.clock() - before_s)
 
-        try:
-            return compute(jobs, between)
-        finally:
-            measured.append(engine.clock() - begin_s - sum(paused))
+            try:
+                return compute(self, works, between)
+            finally:
+                measured.append(engine.clock() - begin_s - sum(paused))
 
-    monkeypatch.setattr(engine.execution.runner, "_compute", timed)
+        return run
+
+    for workload in (AttentionWorkload, ForwardWorkload):
+        monkeypatch.setattr(workload, "run", timed(workload.run))
 
     async def one(index: int) -> None:
         kind = draw.randrange(6)
@@ -173,13 +178,13 @@ def test_what_one_request_may_never_cost_is_told_with_both_numbers(paid: Paid) -
 def test_failures_of_ours_cost_nothing(
     paid: Paid, monkeypatch: pytest.MonkeyPatch, kind: Kind | None, pays: bool
 ) -> None:
-    compute = paid.engine.execution.runner._compute
+    compute = AttentionWorkload.run
 
     def fail(*arguments: Any) -> Any:
         compute(*arguments)
         raise FarsightError(kind, "no") if kind else RuntimeError("a bug")
 
-    monkeypatch.setattr(paid.engine.execution.runner, "_compute", fail)
+    monkeypatch.setattr(AttentionWorkload, "run", fail)
     with pytest.raises(FarsightError):
         run(paid.engine.submit(attention(1024, mode="dense")))
     found = paid.requests()[(kind or Kind.INTERNAL).value]

@@ -8,6 +8,7 @@ from service.config import Config
 from service.core.options import Priority
 from service.errors import FarsightError, Kind
 from service.scheduling.admission import Admission
+from service.scheduling.inflight_bytes import HeldBytes, InFlightBytes
 
 
 def refused(call: object, *arguments: object, **more: object) -> FarsightError:
@@ -17,19 +18,28 @@ def refused(call: object, *arguments: object, **more: object) -> FarsightError:
 
 
 def test_bytes_in_flight_are_taken_and_given_back() -> None:
-    admission = Admission(Config(max_request_bytes=2048, max_json_bytes=1024, max_inflight_bytes=3000))
-    admission.take(2000, lambda: 0.0)
-    error = refused(admission.take, 1500, lambda: 2.5)
-    assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, 2.5)
-    assert "2000" in error.message
-    assert "3000" in error.message
-    admission.give_back(2000)
-    admission.take(1500, lambda: 0.0)
-    assert admission.inflight_bytes == 1500
+    config = Config(max_request_bytes=2048, max_json_bytes=1024, max_inflight_bytes=3000)
+    inflight = InFlightBytes(config, lambda: 2.5)
+    with HeldBytes(inflight) as first, HeldBytes(inflight) as second:
+        first.take(2000)
+        error = refused(second.take, 1500)
+        assert (error.kind, error.retry_after_s) == (Kind.OVERLOADED, 2.5)
+        assert "2000" in error.message
+        assert "3000" in error.message
+    with HeldBytes(inflight) as third:
+        third.take(1500)
+        assert inflight.total == 1500
+        moved = third.move()
+    assert inflight.total == 1500
+    with moved:
+        moved.add(10)
+        assert inflight.total == 1510
+    assert inflight.total == 0
 
 
 def test_a_body_over_the_limit_can_never_come_back() -> None:
-    error = refused(Admission(Config()).take, 3 * 10**9, lambda: 0.0)
+    with HeldBytes(InFlightBytes(Config(), lambda: 0.0)) as held:
+        error = refused(held.take, 3 * 10**9)
     assert error.kind is Kind.TOO_LARGE
     assert "3000000000" in error.message
     assert str(Config().max_request_bytes) in error.message

@@ -244,7 +244,7 @@ def test_failed_runs_are_paid_like_their_time(engine: Engine, monkeypatch: pytes
     meter = Watts(engine.clock)
     account = Energy(meter)
     start_j = meter.last_j
-    results = BatchRunner(torch.device("cpu"), engine.clock, account).run(run(jobs())).results
+    results = BatchRunner(torch.device("cpu"), engine.clock, account).run(run(jobs()))
     assert [isinstance(one.outcome, Exception) for one in results] == [False, True, False]
     for one in results:
         assert one.stats.joules == pytest.approx(250 * one.stats.device_s, rel=0.05, abs=0.25)

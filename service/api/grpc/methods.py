@@ -105,7 +105,8 @@ class GrpcMethods:
     def _call(self, record: RequestRecord, context: Context) -> Call:
         """The call with its tenant. Raises FarsightError (401); health and server metadata need no key."""
         metadata = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
-        return Call(record, self.handler.service.tenants.of(key_of(metadata)), metadata)
+        tenant = self.handler.service.tenants.of(key_of(metadata))
+        return Call(record.received.id, record.received.endpoint, record, tenant, metadata)
 
     def _parse(self, request: pb.ModelInferRequest, call: Call) -> Parsed[InferRequest]:
         infer = parse_message(request)

@@ -11,7 +11,7 @@ from service.api.codec import Body
 from service.api.handler import INLINE_BYTES
 from service.api.service import InferenceService
 from service.errors import FarsightError, Kind, malformed, too_large
-from service.scheduling.admission import HeldBytes
+from service.scheduling.inflight_bytes import HeldBytes
 
 MAX_DIGITS = 19  # of a content-length
 
@@ -35,7 +35,12 @@ async def read_body(service: InferenceService, request: Request, held: HeldBytes
 
 async def _read(service: InferenceService, request: Request, held: HeldBytes, tenant: str) -> Body:
     limit = service.config.max_request_bytes
-    declared = _declared_size(request)
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-encoding: expected identity, got {encoding[:32]!r}")
+    text = request.headers.get("content-length", "")
+    is_sized = text.isdecimal() and len(text) <= MAX_DIGITS and "transfer-encoding" not in request.headers
+    declared = int(text) if is_sized else None
     if declared is not None and declared > limit:
         raise too_large("request body", declared, limit, "bytes")
     if declared is None or declared > INLINE_BYTES:
@@ -57,13 +62,3 @@ async def _read(service: InferenceService, request: Request, held: HeldBytes, te
     if declared is not None and size != declared:  # what was not written to is uninitialised memory
         raise malformed(f"content-length: expected {declared} bytes, got {size}")
     return body if whole is None else whole
-
-
-def _declared_size(request: Request) -> int | None:
-    """Content-length in bytes; None if it is missing or no usable number."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-encoding: expected identity, got {encoding[:32]!r}")
-    text = request.headers.get("content-length", "")
-    is_sized = text.isdecimal() and len(text) <= MAX_DIGITS and "transfer-encoding" not in request.headers
-    return int(text) if is_sized else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -21,7 +22,7 @@ from service.api.service import InferenceService
 from service.billing.tenants import EVERYBODY, key_of
 from service.config import TenantConfig
 from service.engine.pricing import Estimate
-from service.errors import CODES, FarsightError, Kind, too_large
+from service.errors import FarsightError, Kind, too_large
 from service.telemetry.request_record import Received, RequestRecord
 
 PROBES = ("v2",)  # called every few seconds, and they use nothing: not followed
@@ -87,18 +88,25 @@ class HttpRoutes:
 
         async def respond(request: Request) -> Response:
             given_id = request.headers.get("x-request-id", "")
-            received = self._received(request, name, request_id(given_id))
-
-            async def work(record: RequestRecord) -> Response:
-                return await self._call(request, record, endpoint, access)
-
-            def on_error(error: FarsightError) -> Response:
-                if error.kind is Kind.CANCELLED:
-                    return Response(status_code=CODES[error.kind].http)  # to a closed connection
-                return error_response(error, v2=v2)
-
+            scope_route = request.scope.get("route")  # None if a busy route is called directly: no variables
+            path = request.scope["path"] if scope_route is None else scope_route.path
+            received = Received(
+                id=request_id(given_id),
+                transport="http",
+                endpoint=name,
+                name=f"{request.method} {path}",
+                received_s=self.service.clock(),
+                traceparent=request.headers.get("traceparent"),
+                tracestate=request.headers.get("tracestate"),
+            )
+            work = partial(self._call, request, endpoint, access)
+            on_error = partial(error_response, v2=v2)
             response = await self.handler.respond(received, work, on_error, is_followed=name not in PROBES)
-            self._identify(response, received.id, given_id)
+            # every answer has its x-request-id once, from us or from what is in front of us
+            if not (self._id_is_echoed and received.id == given_id):
+                response.headers["x-request-id"] = received.id
+            elif "x-request-id" in response.headers:
+                del response.headers["x-request-id"]
             return response
 
         return respond
@@ -107,13 +115,14 @@ class HttpRoutes:
         """The price of a request, for a dry run or an estimate."""
         return json_response(estimate_document(estimate, self.service.hour_usd))
 
-    async def _call(self, request: Request, record: RequestRecord, endpoint: Endpoint, access: Access) -> Response:
-        headers = dict(request.headers)
+    async def _call(self, request: Request, endpoint: Endpoint, access: Access, record: RequestRecord) -> Response:
+        headers, received = dict(request.headers), record.received
         tenant = self._caller(headers, access)
         with self.service.held_bytes() as held:
             body = await read_body(self.service, request, held, tenant.name)
             query = request.scope.get("query_string", b"")
-            response = await endpoint(HttpCall(record, tenant, headers, body, request.path_params, query))
+            call = HttpCall(received.id, received.endpoint, record, tenant, headers, body, request.path_params, query)
+            response = await endpoint(call)
             if isinstance(response, PartsResponse) and response.size > BLOCK_BYTES:
                 # sent after this block: what waits in memory for a slow reader is in flight, too
                 held.add(response.size)
@@ -129,23 +138,3 @@ class HttpRoutes:
         if access is Access.ADMINS and not tenant.is_admin:
             raise FarsightError(Kind.FORBIDDEN, f"tenant {tenant.name!r} is not an administrator")
         return tenant
-
-    def _received(self, request: Request, name: str, id_: str) -> Received:
-        route = request.scope.get("route")  # None if a busy route is called directly: its path has no variables
-        path = request.scope["path"] if route is None else route.path
-        return Received(
-            id=id_,
-            transport="http",
-            endpoint=name,
-            name=f"{request.method} {path}",
-            received_s=self.service.clock(),
-            traceparent=request.headers.get("traceparent"),
-            tracestate=request.headers.get("tracestate"),
-        )
-
-    def _identify(self, response: Response, id_: str, given_id: str) -> None:
-        """Every answer has its x-request-id once, from us or from what is in front of us."""
-        if not (self._id_is_echoed and id_ == given_id):
-            response.headers["x-request-id"] = id_
-        elif "x-request-id" in response.headers:
-            del response.headers["x-request-id"]

@@ -52,7 +52,8 @@ async def estimated(service: InferenceService, call: HttpCall) -> Estimate:
         request, _ = await service.off_loop(attention.attention_from_json, call, body.request)
         return await service.priced(request)
     endpoint = text.ENDPOINTS[body.endpoint or ""]
-    return await service.priced(await service.off_loop(endpoint.build, call, body.request))
+    forward = await service.off_loop(text.forward_request, call, body.request, endpoint)
+    return await service.priced(forward)
 
 
 def add_routes(app: FastAPI, routes: HttpRoutes) -> None:

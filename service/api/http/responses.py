@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.codec import dump_json, error_document
 from service.errors import CODES, FarsightError, Kind, retry_after
-from service.scheduling.admission import HeldBytes
+from service.scheduling.inflight_bytes import HeldBytes
 
 JSON = "application/json"
 BLOCK_BYTES = 1024 * 1024  # of an answer that is sent
@@ -59,6 +59,8 @@ def json_response(document: dict[str, Any] | list[Any], headers: dict[str, str] 
 
 def error_response(error: FarsightError, *, v2: bool = False) -> Response:
     """The one answer of a request that failed; `v2`: in the form of the Open Inference Protocol."""
+    if error.kind is Kind.CANCELLED:
+        return Response(status_code=CODES[error.kind].http)  # to a closed connection
     after_s = error.retry_after_s
     headers = {} if after_s is None else {"retry-after": retry_after(after_s)}
     if error.kind is Kind.UNAUTHENTICATED:

@@ -21,7 +21,6 @@ from service.api.http.endpoint import HttpCall, HttpRoutes
 from service.api.http.responses import JSON, WORK_ERRORS, PartsResponse
 from service.api.schema import (
     ClassifyBody,
-    Document,
     EmbeddingsBody,
     ExplainBody,
     RerankBody,
@@ -51,7 +50,8 @@ class TextEndpoint:
     summary: str
     name: str  # as metrics, ledger and log line show it
     body: type[BaseModel]
-    build: Callable[[HttpCall, dict[str, Any]], ForwardRequest]
+    inputs: Callable[[Any], dict[str, Any]]  # of a validated body, as `ForwardRequest` names them
+    options: type[ForwardOptions]
     render: Callable[[Answer, dict[str, Any]], bytes]
 
 
@@ -90,43 +90,23 @@ def image_bytes(given: list[str]) -> tuple[bytes, ...]:
     return tuple(found)
 
 
-def _parsed(call: HttpCall, values: dict[str, Any], body: type[BaseModel]) -> Any:
-    if call.timeout_s is not None:
-        values = {"timeout_s": call.timeout_s, **values}
-    return validated(body, values)
-
-
-def _inputs(body: EmbeddingsBody | ClassifyBody) -> dict[str, Any]:
+def inputs_of(body: EmbeddingsBody | ClassifyBody) -> dict[str, Any]:
+    """Texts, ids or images."""
     if (body.input is None) == (body.images is None):
         raise invalid("expected exactly one of input and images", param="input")
     return texts_or_ids(body.input) if body.images is None else {"images": image_bytes(body.images)}
 
 
-def _request(call: HttpCall, model: str, task: Task, options: ForwardOptions, **inputs: Any) -> ForwardRequest:
-    return ForwardRequest(call.id, model, task, options, tenant=call.tenant.name, endpoint=call.endpoint, **inputs)
+def pairs_of(body: RerankBody) -> dict[str, Any]:
+    """The query with each document."""
+    documents = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
+    return {"pairs": tuple((body.query, text) for text in documents)}
 
 
-def build_embeddings(call: HttpCall, values: dict[str, Any]) -> ForwardRequest:
-    body = _parsed(call, values, EmbeddingsBody)
-    return _request(call, body.model, "embed", options_of(body, EmbedOptions), **_inputs(body))
-
-
-def build_classify(call: HttpCall, values: dict[str, Any]) -> ForwardRequest:
-    body = _parsed(call, values, ClassifyBody)
-    return _request(call, body.model, "classify", options_of(body, ClassifyOptions), **_inputs(body))
-
-
-def build_rerank(call: HttpCall, values: dict[str, Any]) -> ForwardRequest:
-    body = _parsed(call, values, RerankBody)
-    pairs = tuple((body.query, text) for text in _documents(body.documents))
-    return _request(call, body.model, "rerank", options_of(body, ClassifyOptions), pairs=pairs)
-
-
-def build_score(call: HttpCall, values: dict[str, Any]) -> ForwardRequest:
-    body = _parsed(call, values, ScoreBody)
-    options = options_of(body, ScoreOptions)
+def scored_inputs(body: ScoreBody) -> dict[str, Any]:
+    """What is scored: texts or ids of a decoder, or targets given their sources."""
     if body.source is None and body.target is None:
-        return _request(call, body.model, "score", options, **texts_or_ids(body.input))
+        return texts_or_ids(body.input)
     if body.source is None or body.target is None or body.input is not None:
         raise invalid("expected either input, or source and target", param="source")
     source, target = ([side] if isinstance(side, str) else side for side in (body.source, body.target))
@@ -134,17 +114,28 @@ def build_score(call: HttpCall, values: dict[str, Any]) -> ForwardRequest:
         raise invalid(
             f"source and target: expected the same number, got {len(source)} and {len(target)}", param="target"
         )
-    return _request(call, body.model, "score", options, pairs=tuple(zip(source, target, strict=True)))
+    return {"pairs": tuple(zip(source, target, strict=True))}
 
 
-def build_explain(call: HttpCall, values: dict[str, Any]) -> ForwardRequest:
-    body = _parsed(call, values, ExplainBody)
-    options = options_of(body, ExplainOptions)
-    return _request(call, body.model, "explain", options, texts=(body.text,), query=body.query)
+def explained_inputs(body: ExplainBody) -> dict[str, Any]:
+    """The text, and the token in it that is explained."""
+    return {"texts": (body.text,), "query": body.query}
 
 
-def _documents(given: list[str | Document]) -> list[str]:
-    return [entry if isinstance(entry, str) else entry.text for entry in given]
+def forward_request(call: HttpCall, values: dict[str, Any], endpoint: TextEndpoint) -> ForwardRequest:
+    """The request of a body. Raises FarsightError (422)."""
+    if call.timeout_s is not None:
+        values = {"timeout_s": call.timeout_s, **values}
+    body: Any = validated(endpoint.body, values)
+    return ForwardRequest(
+        id=call.id,
+        model=body.model,
+        task=endpoint.task,
+        options=options_of(body, endpoint.options),
+        tenant=call.tenant.name,
+        endpoint=call.endpoint,
+        **endpoint.inputs(body),
+    )
 
 
 # -- answers to bodies ------------------------------------------------------------------------------------------
@@ -197,27 +188,49 @@ ENDPOINTS = {
     f"/v1/{endpoint.name}": endpoint
     for endpoint in (
         TextEndpoint(
-            "embed",
-            "Embeddings, as the openai client asks for them",
-            "embeddings",
-            EmbeddingsBody,
-            build_embeddings,
-            render_embeddings,
+            task="embed",
+            summary="Embeddings, as the openai client asks for them",
+            name="embeddings",
+            body=EmbeddingsBody,
+            inputs=inputs_of,
+            options=EmbedOptions,
+            render=render_embeddings,
         ),
         TextEndpoint(
-            "classify", "Labels of texts or images", "classify", ClassifyBody, build_classify, render_classify
+            task="classify",
+            summary="Labels of texts or images",
+            name="classify",
+            body=ClassifyBody,
+            inputs=inputs_of,
+            options=ClassifyOptions,
+            render=render_classify,
         ),
-        TextEndpoint("rerank", "Documents by relevance to a query", "rerank", RerankBody, build_rerank, render_rerank),
         TextEndpoint(
-            "score", "Log-probabilities and perplexity of given text", "score", ScoreBody, build_score, render_score
+            task="rerank",
+            summary="Documents by relevance to a query",
+            name="rerank",
+            body=RerankBody,
+            inputs=pairs_of,
+            options=ClassifyOptions,
+            render=render_rerank,
         ),
         TextEndpoint(
-            "explain",
-            "Which tokens a token attends to, by layer and head",
-            "explain",
-            ExplainBody,
-            build_explain,
-            render_explain,
+            task="score",
+            summary="Log-probabilities and perplexity of given text",
+            name="score",
+            body=ScoreBody,
+            inputs=scored_inputs,
+            options=ScoreOptions,
+            render=render_score,
+        ),
+        TextEndpoint(
+            task="explain",
+            summary="Which tokens a token attends to, by layer and head",
+            name="explain",
+            body=ExplainBody,
+            inputs=explained_inputs,
+            options=ExplainOptions,
+            render=render_explain,
         ),
     )
 }
@@ -229,7 +242,7 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
     async def answered(endpoint: TextEndpoint, call: HttpCall) -> Response:
         def parse() -> Parsed[dict[str, Any]]:
             values = call.json(config.max_json_bytes)
-            return Parsed(endpoint.build(call, values), values)
+            return Parsed(forward_request(call, values, endpoint), values)
 
         def render(answer: Answer, parsed: Parsed[dict[str, Any]]) -> Response:
             return PartsResponse(endpoint.render(answer, parsed.form), headers(answer), JSON)

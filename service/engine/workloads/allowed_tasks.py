@@ -1,11 +1,23 @@
-"""Which tasks a model may be asked for."""
+"""What a model may be asked for: how many inputs, which tasks."""
 
 from __future__ import annotations
 
+from service.config import Config
 from service.core.model_info import ModelInfo
 from service.core.options import EmbedOptions, ExplainOptions, HiddenOptions
 from service.core.request import ForwardRequest
-from service.errors import invalid
+from service.errors import invalid, too_large
+
+
+def check_counts(config: Config, request: ForwardRequest) -> None:
+    """Raises FarsightError (413) if there are too many inputs, before any of them is read."""
+    pixels = 0 if request.pixel_values is None else len(request.pixel_values)
+    images = len(request.images) + pixels
+    count = len(request.texts) + len(request.token_ids) + len(request.pairs) + images
+    if count > config.max_texts:
+        raise too_large("input", count, config.max_texts, "items", param="input")
+    if images > config.max_images:
+        raise too_large("images", images, config.max_images, "images", param="images")
 
 
 def check_task(info: ModelInfo, request: ForwardRequest) -> None:

@@ -68,8 +68,11 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
         # lists of the caller's length are not kept as cache keys
         return attention_plan.attention_candidates(shape, options, self._profile, self._config)
 
-    def choose(self, prepared: PreparedAttention, priced: Candidates, corrector: PredictionCorrector) -> Plan:
-        return self.choose_shape(prepared.shape, prepared.request.options, priced, corrector)
+    def choose(self, prepared: PreparedAttention, priced: Candidates, corrector: PredictionCorrector) -> Work:
+        plan = self.choose_shape(prepared.shape, prepared.request.options, priced, corrector)
+        is_sparse = plan.kind is PlanKind.SPARSE
+        exact_kind = planner.exact_kind(priced, corrector) if is_sparse else plan.kind
+        return PlannedWork(prepared, plan, exact_kind, batch_key(prepared.request, plan))
 
     def choose_shape(
         self, shape: AttentionShape, options: AttentionOptions, priced: Candidates, corrector: PredictionCorrector
@@ -77,34 +80,6 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
         """The plan for these sizes. Raises FarsightError if nothing fits or the weights asked for are too large."""
         self._check_weights(shape, options)
         return attention_plan.choose_attention(priced, shape, options, self._config, corrector)
-
-    def exact_kind(self, plan: Plan, priced: Candidates, corrector: PredictionCorrector) -> PlanKind:
-        return planner.exact_kind(priced, corrector) if plan.kind is PlanKind.SPARSE else plan.kind
-
-    def batch_key(self, prepared: PreparedAttention, plan: Plan) -> Hashable:
-        request = prepared.request
-        options = request.options
-        is_alone = (
-            plan.kind is PlanKind.SPARSE
-            or request.attn_mask is not None
-            or "weights" in options.returns
-            or "top_weights" in options.returns
-        )
-        if is_alone:
-            return request.id, id(request)
-        return (
-            plan.kind,
-            request.query.dtype,
-            request.query.shape[1:],
-            request.key.shape[1:],
-            request.value.shape[3],
-            options.is_causal,
-            options.causal_alignment,
-            options.window,
-            options.scale,
-            options.softcap,
-            options.returns,
-        )
 
     def label(self, request: AttentionRequest) -> str:
         return "attention"
@@ -235,6 +210,32 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
                     code="weights_too_large",
                     param="returns",
                 )
+
+
+def batch_key(request: AttentionRequest, plan: Plan) -> Hashable:
+    """Equal for requests that may share one call: same sizes and options, nothing of their own but tensors."""
+    options = request.options
+    is_alone = (
+        plan.kind is PlanKind.SPARSE
+        or request.attn_mask is not None
+        or "weights" in options.returns
+        or "top_weights" in options.returns
+    )
+    if is_alone:
+        return request.id, id(request)
+    return (
+        plan.kind,
+        request.query.dtype,
+        request.query.shape[1:],
+        request.key.shape[1:],
+        request.value.shape[3],
+        options.is_causal,
+        options.causal_alignment,
+        options.window,
+        options.scale,
+        options.softcap,
+        options.returns,
+    )
 
 
 def mask_of(request: AttentionRequest, device: torch.device) -> MaskSpec:

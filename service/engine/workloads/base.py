@@ -2,7 +2,7 @@
 
 Attention and forward passes are two workloads. A request passes through the verbs in this order:
 
-    prepare -> price -> choose -> batch_key -> (queue) -> run -> measured
+    prepare -> price -> choose -> (queue) -> run -> measured
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class PlannedWork(Generic[PreparedT_co]):
     prepared: PreparedT_co
     plan: Plan
     exact_kind: PlanKind  # what replaces a sparse result that errs too much
+    key: Hashable = None  # works with equal keys may share a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +97,8 @@ class Workload(ABC, Generic[RequestT, PreparedT]):
         """The plans that may be chosen, priced; with `everything` also those that only apply."""
 
     @abstractmethod
-    def choose(self, prepared: PreparedT, priced: Candidates, corrector: PredictionCorrector) -> Plan:
-        """The fastest of `priced` that fits. Raises FarsightError if none does."""
-
-    @abstractmethod
-    def exact_kind(self, plan: Plan, priced: Candidates, corrector: PredictionCorrector) -> PlanKind:
-        """The exact plan that replaces a sparse result over the caller's error."""
-
-    @abstractmethod
-    def batch_key(self, prepared: PreparedT, plan: Plan) -> Hashable:
-        """Requests with equal keys may share a run."""
+    def choose(self, prepared: PreparedT, priced: Candidates, corrector: PredictionCorrector) -> PlannedWork[PreparedT]:
+        """The fastest of `priced` that fits, with its batch key. Raises FarsightError if none does."""
 
     @abstractmethod
     def run(self, works: Sequence[PlannedWork[PreparedT]], checkpoint: Checkpoint) -> list[Outcome]:

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from service.attention.sparse.bounded_error import ErrorBound
 from service.config import Config
@@ -15,10 +16,10 @@ from service.core.model_info import ModelInfo
 from service.core.plan import Plan, PlanKind
 from service.core.request import ForwardRequest
 from service.engine.workers import Workers
-from service.engine.workloads.allowed_tasks import check_task
+from service.engine.workloads.allowed_tasks import check_counts, check_task
 from service.engine.workloads.base import Checkpoint, InputCounts, MeasuredWork, Outcome, PlannedWork, Workload
 from service.engine.workloads.finite_check import check_finite
-from service.errors import FarsightError, Kind, too_large
+from service.errors import FarsightError, Kind
 from service.models.hook import ForwardContext
 from service.models.inputs.rows import Tokenized
 from service.models.model import Model
@@ -39,6 +40,7 @@ class PreparedForward:
 
     request: ForwardRequest
     model: Model
+    info: ModelInfo  # the model's, with the fastest pass seen so far
     tokenized: Tokenized
     sizes: tuple[Size, ...]
     tokenized_s: float  # when tokenising was done, on the engine's clock
@@ -68,37 +70,32 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
     async def prepare(self, request: ForwardRequest, deadline_s: float) -> PreparedForward:
         """The request's encoded inputs. Raises FarsightError: too many, wrong task, too long, or not in time."""
         model = self._models.model(request.model)
-        self._check_counts(request)
+        check_counts(self._config, request)
         check_task(model.info, request)
-        tokenized = await self._tokenized(model, request, deadline_s)
+        workers = self._workers.decoders if model.info.inputs == "image" else self._workers.parsers
+        left_s = None if math.isinf(deadline_s) else max(0.0, deadline_s - self._clock())
+        try:
+            async with asyncio.timeout(left_s):
+                loop = asyncio.get_running_loop()
+                tokenized = await loop.run_in_executor(workers, model.tokenize, request)
+        except TimeoutError:
+            raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
         sizes = tuple((len(row.ids) + row.patches, len(row.target or ())) for row in tokenized.rows)
-        return PreparedForward(request, model, tokenized, sizes, self._clock())
+        info, fastest_s = model.info, self._fastest_s.get(model.info, math.inf)
+        if fastest_s < info.smallest_pass_s:
+            info = replace(info, smallest_pass_s=fastest_s)
+        return PreparedForward(request, model, info, tokenized, sizes, self._clock())
 
     async def price(self, prepared: PreparedForward, *, everything: bool = False) -> Candidates:
         """On a worker thread if there are thousands of lengths: that takes tenths of a second."""
-        if len(prepared.sizes) > INLINE_ROWS:
-            return await self._workers.run(self._candidates, prepared, everything)
-        return self._candidates(prepared, everything)
+        settings = prepared.info, prepared.sizes, prepared.request, self._profile, self._config
+        price = partial(forward_plan.forward_candidates, *settings, everything=everything)
+        return await self._workers.run(price) if len(prepared.sizes) > INLINE_ROWS else price()
 
-    def choose(self, prepared: PreparedForward, priced: Candidates, corrector: PredictionCorrector) -> Plan:
-        info = self._info(prepared.model)
-        return forward_plan.choose_forward(priced, info, prepared.sizes, prepared.request, self._config, corrector)
-
-    def exact_kind(self, plan: Plan, priced: Candidates, corrector: PredictionCorrector) -> PlanKind:
-        return PlanKind.DENSE
-
-    def batch_key(self, prepared: PreparedForward, plan: Plan) -> Hashable:
-        """Equal for the same model (not only its name: it may have been reloaded), task, and options that change the
-        pass."""
-        request = prepared.request
-        if plan.kind is PlanKind.SPARSE or request.task in ("hidden", "explain"):
-            return request.id, id(request)
-        differing = request.options.model_dump(
-            exclude={"priority", "timeout_s", "truncate", "chunk_overlap", "max_error"}
-        )
-        if request.task == "score":
-            differing = {}  # its options are applied row by row, after the pass
-        return id(prepared.model), request.task, plan.kind, tuple(sorted(differing.items()))
+    def choose(self, prepared: PreparedForward, priced: Candidates, corrector: PredictionCorrector) -> Work:
+        info, request = prepared.info, prepared.request
+        plan = forward_plan.choose_forward(priced, info, prepared.sizes, request, self._config, corrector)
+        return PlannedWork(prepared, plan, PlanKind.DENSE, batch_key(prepared, plan))
 
     def label(self, request: ForwardRequest) -> str:
         return request.model if request.model in self._models.entries() else "unknown"
@@ -170,38 +167,16 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
             max_density=None if options.mode == "sparse" else config.max_density,
         )
 
-    def _check_counts(self, request: ForwardRequest) -> None:
-        pixels = 0 if request.pixel_values is None else len(request.pixel_values)
-        images = len(request.images) + pixels
-        count = len(request.texts) + len(request.token_ids) + len(request.pairs) + images
-        if count > self._config.max_texts:
-            raise too_large("input", count, self._config.max_texts, "items", param="input")
-        if images > self._config.max_images:
-            raise too_large("images", images, self._config.max_images, "images", param="images")
 
-    async def _tokenized(self, model: Model, request: ForwardRequest, deadline_s: float) -> Tokenized:
-        run = self._workers.run_decoder if model.info.inputs == "image" else self._workers.run
-        left_s = deadline_s - self._clock()
-        try:
-            async with asyncio.timeout(None if math.isinf(left_s) else max(0.0, left_s)):
-                return await run(model.tokenize, request)
-        except TimeoutError:
-            raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
-
-    def _candidates(self, prepared: PreparedForward, everything: bool) -> Candidates:
-        return forward_plan.forward_candidates(
-            self._info(prepared.model),
-            prepared.sizes,
-            prepared.request,
-            self._profile,
-            self._config,
-            everything=everything,
-        )
-
-    def _info(self, model: Model) -> ModelInfo:
-        """The model's sizes, with the fastest pass so far."""
-        fastest_s = self._fastest_s.get(model.info, model.info.smallest_pass_s)
-        return replace(model.info, smallest_pass_s=fastest_s) if fastest_s < model.info.smallest_pass_s else model.info
+def batch_key(prepared: PreparedForward, plan: Plan) -> Hashable:
+    """Equal for the same model (not only its name: it may be reloaded), task and options that change the pass."""
+    request = prepared.request
+    if plan.kind is PlanKind.SPARSE or request.task in ("hidden", "explain"):
+        return request.id, id(request)
+    differing = request.options.model_dump(exclude={"priority", "timeout_s", "truncate", "chunk_overlap", "max_error"})
+    if request.task == "score":
+        differing = {}  # its options are applied row by row, after the pass
+    return id(prepared.model), request.task, plan.kind, tuple(sorted(differing.items()))
 
 
 def _with_layers(outcome: Outcome, layers: tuple[LayerReport, ...]) -> Outcome:
