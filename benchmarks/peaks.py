@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.learning import MODEL
 from service.attention.output import no_checkpoint
 from service.attention.synthetic import InputShape, structured
 from service.config import Config
@@ -38,6 +37,7 @@ from service.engine.workers import Workers
 from service.engine.workloads.attention import AttentionWorkload, PreparedAttention
 from service.engine.workloads.base import PlannedWork, Workload
 from service.engine.workloads.forward import ForwardWorkload, PreparedForward
+from service.models.demo import DEMO_MODEL
 from service.models.loading.load import LoadSettings, load
 from service.models.model import Model
 from service.models.registry import Registry
@@ -146,7 +146,7 @@ def figures(rows: list[Row]) -> Figures:
 def measured(case: Case) -> Row:
     """Measure a case; must run in its own process."""
     torch.set_num_threads(multiprocessing.cpu_count())
-    model = load(MODEL, LoadSettings(CPU, 1 << 20, Config().max_batch_tokens)) if case.shape is None else None
+    model = load(DEMO_MODEL, LoadSettings(CPU, 1 << 20, Config().max_batch_tokens)) if case.shape is None else None
     small = _planned(_smaller(case), model)
     small.run()
     planned = _planned(case, model)
@@ -206,7 +206,7 @@ def _planned(case: Case, model: Model | None) -> _Planned:
     assert model is not None, "bug: a forward pass without its model"
     options: ForwardOptions = HiddenOptions() if case.task == "hidden" else EmbedOptions()
     ids = tuple(tuple(1000 + at for at in range(length)) for length in case.lengths)
-    texts = ForwardRequest("r", MODEL.name, case.task, options, token_ids=ids)  # type: ignore[arg-type]
+    texts = ForwardRequest("r", DEMO_MODEL.name, case.task, options, token_ids=ids)  # type: ignore[arg-type]
     tokenized = model.tokenize(texts)
     sizes = tuple((len(row), 0) for row in tokenized.rows)
     plan = forward_plan.plan_forward(model.info, sizes, texts, PROFILE, config)

@@ -189,7 +189,9 @@ class Config(BaseSettings):
         "device's begins with counts, then cpu or cuda.",
     )
     carbon_g_per_kwh: float | None = Field(
-        None, ge=0, description="Of the electricity here; joules, where they are measured, are then told as grams too."
+        None,
+        ge=0,
+        description="Grams of CO2 per kWh of electricity; measured joules are then reported in grams, too.",
     )
     ledger_url: str | None = Field(
         None,

@@ -104,6 +104,11 @@ def malformed(message: str, *, param: str | None = None) -> FarsightError:
     return FarsightError(Kind.MALFORMED, message, param=param)
 
 
+def internal_error(request_id: str) -> FarsightError:
+    """500: a bug. The caller gets the id; the log has the rest."""
+    return FarsightError(Kind.INTERNAL, f"internal error; request id {request_id}")
+
+
 def too_large(
     what: str, size: int | float, limit: int | float, unit: str, *, param: str | None = None
 ) -> FarsightError:

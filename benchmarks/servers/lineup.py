@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MODEL = "all-MiniLM-L6-v2"
+from service.models.demo import DEMO_MODEL
+
+MODEL = DEMO_MODEL.name
 MAX_BATCH = 32
 APPS = Path(__file__).parent
 

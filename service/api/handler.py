@@ -16,7 +16,7 @@ from service.config import TenantConfig
 from service.core.answer import Answer
 from service.core.request import Request
 from service.engine.pricing import Estimate
-from service.errors import FarsightError, Kind, malformed
+from service.errors import FarsightError, internal_error, malformed
 from service.telemetry.logging import about
 from service.telemetry.request_record import Received, RequestRecord
 
@@ -117,7 +117,7 @@ class Handler:
                 failure = error
             except Exception as error:  # a bug: the caller gets the id, the log gets the rest
                 logger.error("request %s failed", received.id, exc_info=error, extra=about(received.id))
-                failure = FarsightError(Kind.INTERNAL, f"internal error; request id {received.id}")
+                failure = internal_error(received.id)
             if record.fail(failure.kind, failure.code):  # else the engine has counted it
                 self.service.refused(received.endpoint, failure.kind)
             return on_error(failure)

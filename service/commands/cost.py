@@ -71,8 +71,8 @@ def estimate(
     table = Table("plan", "FLOPs", "peak memory", "seconds", "USD", "", title=device_names(target)[0])
     for kind, one in attention_candidates(shape, options, profile, config).items():
         usd = cost_usd(one.predicted_s, hour_usd)
-        told = f"{one.cost.flops:.3g}", f"{one.cost.peak_bytes / 2**20:.0f} MiB", f"{one.predicted_s:.3g}", f"{usd:.3g}"
-        table.add_row(kind.value, *told, one.reason)
+        sizes = f"{one.cost.flops:.3g}", f"{one.cost.peak_bytes / 2**20:.0f} MiB"
+        table.add_row(kind.value, *sizes, f"{one.predicted_s:.3g}", f"{usd:.3g}", one.reason)
     console.print(table)
 
 

@@ -208,7 +208,7 @@ class Engine:
         return self._with_queue(self.pricing.estimate_shape(shape, options, admits))
 
     def _with_queue(self, estimate: Estimate) -> Estimate:
-        """A request without a plan is told what waits in all."""
+        """For a request without a plan: what waits in all."""
         return estimate if estimate.chosen is not None else replace(estimate, queue_s=self.ahead_s())
 
     def _would_admit(self, plan: Plan, options: Options, tenant: str) -> Admitted:

@@ -15,7 +15,7 @@ from service.core.plan import PlanKind
 from service.engine.job import Job, Result
 from service.engine.output_audit import output_error
 from service.engine.workloads.base import Outcome
-from service.errors import FarsightError, Kind
+from service.errors import FarsightError, Kind, internal_error
 from service.scheduling.preemption import Abandoned
 from service.telemetry.energy import carbon_g
 from service.telemetry.logging import about
@@ -117,14 +117,14 @@ class Settlement:
             logger.error("audit of request %s failed", request_id, exc_info=result.outcome, extra=about(request_id))
 
     def failure(self, job: Job, error: Exception) -> FarsightError:
-        """What the caller is told: the refusal itself, a deadline, or an internal error without its text."""
+        """The error for the caller: the refusal itself, a deadline, or an internal error without its text."""
         if isinstance(error, FarsightError):
             return error
         if isinstance(error, Abandoned):
             return self.late(job.arrived_s, "running")
         request_id = job.request.id
         logger.error("request %s failed", request_id, exc_info=error, extra=about(request_id))
-        return FarsightError(Kind.INTERNAL, f"internal error; request id {request_id}")
+        return internal_error(request_id)
 
     def late(self, arrived_s: float, state: str) -> FarsightError:
         """The deadline has passed while the request was in this state."""

@@ -264,7 +264,7 @@ class Metrics:
             self.idle_energy.inc(joules)
 
     def allocated(self, usd: float) -> None:
-        """What the device cost since this was last told, used or not."""
+        """What the device cost since the last report, used or not."""
         self.allocated_cost.inc(usd)
 
     def budget_used(self, tenant: str, budget: str, ratio: float) -> None:

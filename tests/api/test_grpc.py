@@ -17,6 +17,7 @@ import torch
 from grpc_health.v1 import health_pb2
 
 from service.api import answer as answers
+from service.api.codec import raw_bytes
 from service.api.grpc import health as grpc_health
 from service.api.grpc import messages, methods
 from service.api.handler import Handler
@@ -45,7 +46,7 @@ from tests.api.common import INFO
 T = TypeVar("T")
 
 SAMPLE = torch.arange(8.0).reshape(1, 1, 2, 4)
-RAW = bytes(wire.to_raw(SAMPLE))
+RAW = bytes(raw_bytes(SAMPLE))
 
 
 def answer(tensors: dict[str, torch.Tensor]) -> Answer:
@@ -149,7 +150,7 @@ def attention(datatype: str = "FP32", sample: torch.Tensor = SAMPLE, **parameter
     request = pb.ModelInferRequest(model_name="attention", id="caller-1")
     for name in ("query", "key", "value"):
         request.inputs.add(name=name, datatype=datatype, shape=sample.shape)
-        request.raw_input_contents.append(bytes(wire.to_raw(sample)))
+        request.raw_input_contents.append(bytes(raw_bytes(sample)))
     fields = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
     for name, value in parameters.items():
         setattr(request.parameters[name], fields[type(value)], value)

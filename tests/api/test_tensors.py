@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.api.codec import raw_bytes
 from service.api.open_inference import tensors
 from service.errors import FarsightError, Kind
 
@@ -26,7 +27,7 @@ SAMPLES = {
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensors.to_raw(tensor))
+    return bytes(raw_bytes(tensor))
 
 
 def nested(value: Any, depth: int) -> Any:
@@ -109,7 +110,7 @@ def test_empty(shape: list[int]) -> None:
 
 def test_a_scalar_has_one_element() -> None:
     assert torch.as_tensor(tensors.from_raw("x", "FP32", [], struct.pack("<f", 2.5))).item() == 2.5
-    assert len(tensors.to_raw(torch.tensor(1.0))) == 4
+    assert len(raw_bytes(torch.tensor(1.0))) == 4
 
 
 @pytest.mark.parametrize(

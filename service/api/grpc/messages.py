@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from service.api.answer import estimate_document, headers
-from service.api.codec import dump_json
+from service.api.codec import dump_json, raw_bytes
 from service.api.handler import Parsed
 from service.api.open_inference import tensors
 from service.api.open_inference.inputs import InferInput
 from service.api.open_inference.metadata import MODEL_VERSION
+from service.api.open_inference.parameters import check_no_parameters
 from service.api.open_inference.protocol import InferRequest, outputs
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.core.answer import Answer
@@ -55,7 +55,7 @@ def parse_message(request: pb.ModelInferRequest) -> InferRequest:
     inputs = []
     for index, entry in enumerate(request.inputs):
         shape = tuple(entry.shape)
-        _no_parameters(entry.name, entry.parameters)
+        check_no_parameters(entry.name, entry.parameters)
         if raw and entry.HasField("contents"):
             raise invalid(f"{entry.name}: contents and raw_input_contents exclude each other", param=entry.name)
         value = tensors.from_raw(entry.name, entry.datatype, shape, raw[index]) if raw else _typed(entry)
@@ -64,7 +64,7 @@ def parse_message(request: pb.ModelInferRequest) -> InferRequest:
     for output in request.outputs:
         if output.name in requested:
             raise invalid(f"output {output.name[:96]!r} is requested twice", param="outputs")
-        _no_parameters(output.name, output.parameters, ignored=("binary_data",))  # always raw here
+        check_no_parameters(output.name, output.parameters, ignored=("binary_data",))  # always raw here
         requested[output.name] = None
     return InferRequest(
         model=request.model_name,
@@ -85,7 +85,7 @@ def render_message(answer: Answer, parsed: Parsed[InferRequest]) -> pb.ModelInfe
         response.parameters[name].string_param = text
     for name, tensor in outputs(answer, parsed.request).items():
         response.outputs.add(name=name, datatype=tensors.datatype_of(tensor), shape=tensor.shape)
-        response.raw_output_contents.append(bytes(tensors.to_raw(tensor)))
+        response.raw_output_contents.append(bytes(raw_bytes(tensor)))
     return response
 
 
@@ -104,12 +104,6 @@ def _typed(entry: pb.ModelInferRequest.InferInputTensor) -> tensors.Value:
         raise invalid(f"{entry.name}: expected {entry.datatype} in {wanted}, got {', '.join(filled)}", param=entry.name)
     values: list[Any] = list(getattr(entry.contents, wanted)) if wanted else []
     return tensors.from_list(entry.name, entry.datatype, tuple(entry.shape), values)
-
-
-def _no_parameters(name: str, parameters: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    for unknown in parameters:
-        if unknown not in ignored:
-            raise invalid(f"{name[:96]}: unknown parameter {unknown[:96]!r}", param=name[:96])
 
 
 def _parameter(name: str, value: pb.InferParameter) -> bool | int | float | str:

@@ -10,10 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
 from service.api import answer as answers
-from service.api.codec import Body
+from service.api.codec import Body, raw_bytes
 from service.api.open_inference import tensors
 from service.api.open_inference.inputs import InferInput
 from service.api.open_inference.metadata import MODEL_VERSION
+from service.api.open_inference.parameters import check_no_parameters
 from service.api.open_inference.protocol import InferRequest, outputs
 from service.api.schema import validated
 from service.core.answer import Answer
@@ -88,7 +89,7 @@ def _inputs(entries: Sequence[_InputJson], raw: memoryview) -> tuple[InferInput,
     for entry in entries:
         parameters = dict(entry.parameters or {})
         size = parameters.pop("binary_data_size", None)
-        _no_others(entry.name, parameters)
+        check_no_parameters(entry.name, parameters)
         if (size is None) == (entry.data is None):
             raise invalid(f"{entry.name}: expected exactly one of data and binary_data_size", param=entry.name)
         if size is None:
@@ -116,7 +117,7 @@ def _requested(entries: Sequence[_OutputJson]) -> dict[str, bool | None]:
         parameters = dict(entry.parameters or {})
         requested[entry.name] = _flag(parameters, "binary_data")
         parameters.pop("binary_data", None)
-        _no_others(entry.name, parameters)
+        check_no_parameters(entry.name, parameters)
     return requested
 
 
@@ -125,11 +126,6 @@ def _flag(parameters: Mapping[str, Any], name: str) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise invalid(f"{name}: expected true or false", param=name)
     return value
-
-
-def _no_others(name: str, parameters: Mapping[str, Any]) -> None:
-    for unknown in parameters:
-        raise invalid(f"{name[:96]}: unknown parameter {unknown[:96]!r}", param=name[:96])
 
 
 def render_http(
@@ -145,7 +141,7 @@ def render_http(
     for name, tensor in outputs(answer, request).items():
         entry: dict[str, Any] = {"name": name, "datatype": tensors.datatype_of(tensor), "shape": list(tensor.shape)}
         if infer.is_binary(name):
-            raw.append(tensors.to_raw(tensor))
+            raw.append(raw_bytes(tensor))
             entry["parameters"] = {"binary_data_size": raw[-1].nbytes}
         else:
             numbers = tensors.to_numbers(tensor)

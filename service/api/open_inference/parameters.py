@@ -43,6 +43,13 @@ def parse_options(options: type[Options], parameters: Mapping[str, Any], timeout
     return parsed.model_copy(update={"timeout_s": shortest})
 
 
+def check_no_parameters(name: str, parameters: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
+    """Raises INVALID if the tensor `name` has any parameter but those `ignored`."""
+    for unknown in parameters:
+        if unknown not in ignored:
+            raise invalid(f"{name[:96]}: unknown parameter {unknown[:96]!r}", param=name[:96])
+
+
 def _validated(options: type[Options], given: dict[str, Any]) -> Options:
     unknown = sorted(given.keys() - options.model_fields.keys())
     if unknown:

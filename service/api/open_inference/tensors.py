@@ -170,13 +170,6 @@ def datatype_of(tensor: torch.Tensor) -> str:
     return DATATYPES[tensor.dtype]
 
 
-def to_raw(tensor: torch.Tensor) -> memoryview:
-    """Row-major little-endian bytes; they share the tensor's memory if it is contiguous and on the CPU."""
-    octets = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    data: memoryview = octets.numpy().data
-    return data
-
-
 def to_numbers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """[n], row-major, for orjson, which writes infinities as null. 16-bit floats become FP32."""
     tensor = tensor.detach().cpu()

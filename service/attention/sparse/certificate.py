@@ -2,7 +2,7 @@
 
 Every key of a block lies within the block's radius r of its centroid c, so no score s q.k is above s q.c + s |q| r.
 The masses so bounded, over the mass that was read, bound the share of a row that was not. Ref: DESIGN 3; the bound says
-something only where keys cluster tightly, and it is told only there.
+something only where keys cluster tightly, and it is reported only there.
 """
 
 from __future__ import annotations

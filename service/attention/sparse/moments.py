@@ -48,7 +48,7 @@ class Moments:
         """q [m, D] in bits -> log2 of the mean of 2^x over each block's scores x [m, blocks]: at least (Jensen: the
         centroid's score), as estimated, and half the log2 of the mean of 4^x as estimated.
 
-        Estimated as Gaussian, but along the axis never above the block's own farthest key. The last two are told
+        Estimated as Gaussian, but along the axis never above the block's own farthest key. The last two are given
         relative to the first.
         """
         shape = len(q), blocks.stop - blocks.start

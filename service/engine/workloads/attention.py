@@ -20,6 +20,7 @@ from service.core.options import AttentionOptions
 from service.core.plan import Plan, PlanKind
 from service.core.request import AttentionRequest, AttentionShape
 from service.engine.workloads.base import Checkpoint, InputCounts, MeasuredWork, Outcome, PlannedWork, Workload
+from service.engine.workloads.error_bound import error_bound
 from service.engine.workloads.finite_check import check_finite
 from service.errors import FarsightError, Kind
 from service.planning import attention_plan, planner
@@ -185,15 +186,9 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
 
     def _bound(self, work: Work) -> ErrorBound:
         options, config = work.prepared.request.options, self._config
-        assert work.plan.epsilon is not None, "bug: a sparse plan without epsilon"
-        return ErrorBound(
-            max_error=planner.max_error(options, config),
-            exact_kind=work.exact_kind,
-            epsilon=work.plan.epsilon,
-            block_size=work.plan.block_size,
+        return replace(
+            error_bound(work, options, config, _seed(work.prepared.request.query)),
             audit_rows=options.audit_rows or config.audit_rows,
-            seed=_seed(work.prepared.request.query),
-            max_density=None if options.mode == "sparse" else config.max_density,
             needs_lse="lse" in options.returns,
             needs_certificate="certificate" in options.returns,
         )

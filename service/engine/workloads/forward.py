@@ -18,13 +18,14 @@ from service.core.request import ForwardRequest
 from service.engine.workers import Workers
 from service.engine.workloads.allowed_tasks import check_counts, check_task
 from service.engine.workloads.base import Checkpoint, InputCounts, MeasuredWork, Outcome, PlannedWork, Workload
+from service.engine.workloads.error_bound import error_bound
 from service.engine.workloads.finite_check import check_finite
 from service.errors import FarsightError, Kind
 from service.models.hook import ForwardContext
 from service.models.inputs.rows import Tokenized
 from service.models.model import Model
 from service.models.registry import Registry
-from service.planning import forward_plan, planner
+from service.planning import forward_plan
 from service.planning.attention_cost import pair_flops
 from service.planning.correction import PredictionCorrector
 from service.planning.device_profile import DeviceProfile
@@ -155,17 +156,8 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
 
     def _bound(self, work: Work) -> ErrorBound:
         """What every attention call of a sparse pass keeps to."""
-        options, config = work.prepared.request.options, self._config
-        assert work.plan.epsilon is not None, "bug: a sparse plan without epsilon"
-        return ErrorBound(
-            max_error=planner.max_error(options, config),
-            exact_kind=work.exact_kind,
-            epsilon=work.plan.epsilon,
-            block_size=work.plan.block_size,
-            audit_rows=config.audit_rows,
-            seed=zlib.crc32(repr(work.prepared.tokenized.rows[0].ids[:4096]).encode()),
-            max_density=None if options.mode == "sparse" else config.max_density,
-        )
+        seed = zlib.crc32(repr(work.prepared.tokenized.rows[0].ids[:4096]).encode())
+        return error_bound(work, work.prepared.request.options, self._config, seed)
 
 
 def batch_key(prepared: PreparedForward, plan: Plan) -> Hashable:
