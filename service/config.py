@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # USD for an hour of a device
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # USD for a device hour
 
 GIB = 1024**3
 MIB = 1024**2
@@ -44,19 +44,23 @@ class ModelConfig(BaseModel):
 
 
 class Budget(BaseModel):
-    """What a tenant may spend: `usd` or `device_s`, refilled evenly over a period, at most `burst` at one time."""
+    """What a tenant may spend: an amount (`usd` or `device_s`) per period, refilled evenly up to `burst`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     usd: float | None = Field(None, gt=0, allow_inf_nan=False)
-    device_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Seconds of device time.")
+    device_s: float | None = Field(None, gt=0, allow_inf_nan=False, description="Device time in seconds.")
     per: Literal["minute", "hour", "day"]
-    burst: float | None = Field(None, gt=0, allow_inf_nan=False, description="Default: the whole amount.")
+    burst: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Capacity; default: the amount of a whole period."
+    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> Budget:
         if (self.usd is None) == (self.device_s is None):
-            raise ValueError("budget: give exactly one of usd and device_s")
+            raise ValueError(
+                f"budget: expected exactly one of usd and device_s, got {'none' if self.usd is None else 'both'}"
+            )
         return self
 
     @property
@@ -81,24 +85,26 @@ class Budget(BaseModel):
 
 
 class TenantConfig(BaseModel):
-    """Who may use the service, with what share of it, and for how much."""
+    """A tenant: its API keys, its share of the device and its budgets."""
 
-    # an error must not show a key that was put where its hash belongs
+    # errors must not show the input: it may be a key instead of its hash
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     key_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
-        (), description="SHA-256 of each of its API keys, in hex; `farsight key` makes a pair. The key is kept nowhere."
+        (), description="SHA-256 of each API key, in hex; `farsight key` makes a key and its hash. Keys are not stored."
     )
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="Share of the device where others want it too.")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Share of the device, relative to other tenants' weights."
+    )
     budgets: tuple[Budget, ...] = ()
-    is_admin: bool = Field(False, description="Sees everybody's usage, reads /metrics, loads models.")
+    is_admin: bool = Field(False, description="Sees all tenants' usage, reads /metrics, loads models.")
 
     @model_validator(mode="after")
     def _distinct(self) -> TenantConfig:
         names = [budget.name for budget in self.budgets]
         if len(set(names)) != len(names):
-            raise ValueError(f"tenant {self.name!r}: budgets must differ in unit or period: {names}")
+            raise ValueError(f"tenant {self.name!r}: budgets must differ in unit or period, got {names}")
         return self
 
 
@@ -185,8 +191,8 @@ class Config(BaseSettings):
     # money
     price_per_device_hour_usd: Price | dict[str, Price] = Field(
         0.10,
-        description='One price, or by kind of device: {"cpu": 0.1, "NVIDIA H100": 3.0}; the longest name that the '
-        "device's begins with counts, then cpu or cuda.",
+        description='One price, or prices by device: {"cpu": 0.1, "NVIDIA H100": 3.0}. The longest prefix of the '
+        "device's name counts, else the one for cpu or cuda.",
     )
     carbon_g_per_kwh: float | None = Field(
         None,
@@ -196,19 +202,19 @@ class Config(BaseSettings):
     ledger_url: str | None = Field(
         None,
         description="SQLAlchemy URL of the ledger and the budgets; default: SQLite in `state_dir`. Several nodes or "
-        "services need PostgreSQL: postgresql+psycopg://...",
+        "services need PostgreSQL (postgresql+psycopg://...).",
     )
     ledger_keep_days: float = Field(
-        30.0, ge=2, description="Requests are kept one by one for so long, then as sums of hours."
+        30.0, ge=2, description="Days that single requests are kept; older ones are kept as hourly sums."
     )
     lease_share: float = Field(
-        0.02, gt=0, le=1, description="Of a budget: what a replica holds to spend without asking."
+        0.02, gt=0, le=1, description="Share of a budget that a replica leases, to spend without asking the ledger."
     )
 
-    # who may use it; without tenants everybody may, and pays as `default`
+    # tenants; without any, requests need no key and are recorded for `default`
     tenants: tuple[TenantConfig, ...] = ()
     tenants_file: Path | None = Field(
-        None, description="A JSON list of more tenants (a mounted secret); read again when it changes."
+        None, description="JSON file with a list of more tenants (a mounted secret); reloaded when it changes."
     )
 
     request_log: bool = Field(
@@ -257,9 +263,9 @@ class Config(BaseSettings):
         return {tenant.name: tenant.weight for tenant in self.tenants}
 
     def hour_usd(self, *names: str) -> float:
-        """Price of an hour of a device that goes by these names, the most telling one first. ValueError: there is none.
+        """Price in USD of a device hour; `names` of the device, the most specific first.
 
-        The longest configured name that one of them begins with counts.
+        The longest configured name that is a prefix of one of them counts. Raises ValueError if there is none.
         """
         if not isinstance(self.price_per_device_hour_usd, dict):
             return self.price_per_device_hour_usd
@@ -268,15 +274,15 @@ class Config(BaseSettings):
             if matching:
                 return self.price_per_device_hour_usd[max(matching, key=len)]
         known = ", ".join(self.price_per_device_hour_usd) or "none"
-        raise ValueError(f"price_per_device_hour_usd has no price for {' or '.join(names)}; it names {known}")
+        raise ValueError(f"price_per_device_hour_usd has no price for {' or '.join(names)}; it has prices for {known}")
 
     @property
     def ledger(self) -> str:
-        """The URL of the ledger, given or not."""
+        """SQLAlchemy URL of the ledger: `ledger_url` or its default."""
         return self.ledger_url or f"sqlite:///{self.state_dir.resolve()}/ledger-{self.metrics_port}.sqlite"
 
     @property
-    def journal_dir(self) -> Path:
+    def write_ahead_dir(self) -> Path:
         """Directory of the write-ahead logs of a node's replicas."""
         return self.state_dir / f"journal-{self.metrics_port}"
 

@@ -1,1 +1,1 @@
-"""Who asked, what they may spend, and the ledger of what they did: keys, budgets, journals, the bank."""
+"""API keys, budgets and the ledger: who may send requests, what they may spend, and what they used."""

@@ -1,4 +1,4 @@
-"""What one replica may spend of its tenants' budgets without asking: leased slices, reserved, settled, given back."""
+"""Budgets on one replica: parts leased from the ledger, so that most requests are reserved without asking it."""
 
 from __future__ import annotations
 
@@ -13,170 +13,172 @@ from service.billing.ledger import Ledger, LedgerError
 from service.config import Budget, TenantConfig
 from service.errors import FarsightError, Kind
 
-QUIET_S = 30.0  # without a request of the tenant: its lease goes back
-ASK_AGAIN_S = 2.0  # after the bank refused, or did not answer: others may have given something back
-MOST_LEASES = 2  # that are held; what refunds add beyond goes back
-LEVEL_EVERY = 10  # ticks between two looks at how full a budget is
+IDLE_LEASE_S = 30.0  # without a request of the tenant, after which its lease is given back
+RETRY_S = 2.0  # after a refusal or an error of the ledger: other replicas may have given something back
+MAX_LEASES = 2  # held for one budget; refunds above that are given back
+LEVEL_EVERY = 10  # ticks between refreshes of a budget's level
 
 
 @dataclass(slots=True)
 class BudgetLease:
-    """One budget of one tenant, as far as it is here. `balance` is leased and not reserved; negative after a request
-    that took more than it was predicted to."""
+    """What this replica holds of one budget of a tenant, in the budget's unit."""
 
     tenant: str
     budget: Budget
-    balance: float = 0.0
-    level: float = 1.0  # of the whole budget, when the bank was last asked
-    used_at_s: float = 0.0
-    refused: float = float("inf")  # the bank had less than so much,
-    until_s: float = 0.0  # has it then by itself,
-    ask_at_s: float = 0.0  # and may be asked again now
+    balance: float = 0.0  # leased and not reserved; negative after requests that used more than predicted
+    level: float = 1.0  # what was left of the whole budget at the last answer of the ledger, as a share of its capacity
+    used_at_s: float = 0.0  # last request of the tenant
+    refused_amount: float = float("inf")  # the ledger had less than this,
+    refilled_at_s: float = 0.0  # will have it by this time,
+    retry_at_s: float = 0.0  # and may be asked again from this time on
 
 
-Reserved = tuple[tuple[BudgetLease, float], ...]
+Reservation = tuple[tuple[BudgetLease, float], ...]
 
 
 class BudgetLeases:
-    """On the event loop, but for what asks the bank: that has a thread of its own, one question at a time."""
+    """The leases of all tenants. Called on the event loop; calls to the ledger run one at a time on a thread."""
 
-    def __init__(self, bank: Ledger, lease_share: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._bank, self._share, self._clock = bank, lease_share, clock
-        self._holdings: dict[tuple[str, Budget], BudgetLease] = {}
+    def __init__(self, ledger: Ledger, lease_share: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`lease_share`: size of a lease as a share of its budget's capacity."""
+        self._ledger, self._share, self._clock = ledger, lease_share, clock
+        self._leases: dict[tuple[str, Budget], BudgetLease] = {}
         self._guard = threading.Lock()
-        self._away_until_s = 0.0
+        self._unavailable_until_s = 0.0
         self._ticks = 0
-        self._asker = ThreadPoolExecutor(1, "bank")
+        self._worker = ThreadPoolExecutor(1, "leases")
 
-    def holdings(self) -> list[BudgetLease]:
+    def snapshot(self) -> list[BudgetLease]:
         with self._guard:
-            return list(self._holdings.values())
+            return list(self._leases.values())
 
-    async def reserve(self, tenant: TenantConfig, costs: Mapping[str, float]) -> Reserved:
-        """Set `costs` (by unit: usd, device_s) aside in every budget of the tenant.
+    async def reserve(self, tenant: TenantConfig, costs: Mapping[str, float]) -> Reservation:
+        """Reserve `costs` (by unit: usd, device_s) in every budget of the tenant. Asks the ledger only if leases are
+        too small.
 
-        Raises OVER_BUDGET with the seconds until the budget has refilled, TOO_LARGE where it never can, UNAVAILABLE
-        where the bank does not answer. Asks the bank only where what is held does not do.
+        Raises FarsightError: OVER_BUDGET with the seconds to the refill, TOO_LARGE if the budget can never hold it.
+        Raises LedgerError if the ledger is unavailable.
         """
         if not tenant.budgets:
             return ()
         while True:
             with self._guard:
-                wanted = tuple((self._holding(tenant.name, budget), costs[budget.unit]) for budget in tenant.budgets)
-                short = [(holding, amount) for holding, amount in wanted if holding.balance < amount]
+                wanted = tuple((self._lease_of(tenant.name, budget), costs[budget.unit]) for budget in tenant.budgets)
+                short = [(lease, amount) for lease, amount in wanted if lease.balance < amount]
                 if not short:
-                    for holding, amount in wanted:
-                        holding.balance -= amount
+                    for lease, amount in wanted:
+                        lease.balance -= amount
                     return wanted
-            for holding, amount in short:
-                self._check(holding, amount)
-                await asyncio.get_running_loop().run_in_executor(self._asker, self._ask, holding, amount)
+            for lease, amount in short:
+                self._refuse_early(lease, amount)
+                await asyncio.get_running_loop().run_in_executor(self._worker, self._extend, lease, amount)
 
     def check(self, tenant: TenantConfig, costs: Mapping[str, float]) -> None:
-        """Raise what `reserve` would raise, as far as that is known without asking."""
+        """Raise what `reserve` would raise, as far as this replica knows without asking the ledger."""
         for budget in tenant.budgets:
-            holding = self._holdings.get((tenant.name, budget)) or BudgetLease(tenant.name, budget)
-            if holding.balance < costs[budget.unit]:
-                self._check(holding, costs[budget.unit])
+            lease = self._leases.get((tenant.name, budget)) or BudgetLease(tenant.name, budget)
+            if lease.balance < costs[budget.unit]:
+                self._refuse_early(lease, costs[budget.unit])
 
-    def settle(self, reserved: Reserved, used: Mapping[str, float]) -> None:
-        """Pay what was used instead of what was set aside."""
+    def settle(self, reservation: Reservation, used: Mapping[str, float]) -> None:
+        """Charge what was used (by unit) instead of what was reserved."""
         with self._guard:
-            for holding, amount in reserved:
-                holding.balance += amount - used[holding.budget.unit]
+            for lease, amount in reservation:
+                lease.balance += amount - used[lease.budget.unit]
 
-    def tend(self) -> None:
-        """Once a second or so, from any thread but the event loop's: have a lease where a tenant is busy, and none
-        where it is not. Raises what the bank raises."""
-        self._asker.submit(self._tend).result()
+    def rebalance(self) -> None:
+        """Top up the leases of busy tenants, give back those of idle ones. Call about once a second, not on the loop.
+
+        Raises LedgerError.
+        """
+        self._worker.submit(self._rebalance).result()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give all leases back. Raises LedgerError."""
         try:
-            for holding in self.holdings():
-                self._give_back(holding, holding.balance)
+            for lease in self.snapshot():
+                self._give_back(lease, lease.balance)
         finally:
-            self._asker.shutdown()
+            self._worker.shutdown()
 
-    def _holding(self, tenant: str, budget: Budget) -> BudgetLease:
-        holding = self._holdings.setdefault((tenant, budget), BudgetLease(tenant, budget))
-        holding.used_at_s = self._clock()
-        return holding
+    def _lease_of(self, tenant: str, budget: Budget) -> BudgetLease:
+        lease = self._leases.setdefault((tenant, budget), BudgetLease(tenant, budget))
+        lease.used_at_s = self._clock()
+        return lease
 
-    def _check(self, holding: BudgetLease, amount: float) -> None:
-        """Refuse without asking what cannot be granted yet, or ever."""
-        budget = holding.budget
+    def _refuse_early(self, lease: BudgetLease, amount: float) -> None:
+        """Raise, without asking the ledger, if it cannot grant `amount` now or ever."""
+        budget = lease.budget
         if amount > budget.capacity:
             raise FarsightError(
                 Kind.TOO_LARGE,
-                f"predicted cost: {amount:.3g} {budget.unit} is over the {budget.capacity:g} {budget.unit} that budget "
-                f"{budget.name} of tenant {holding.tenant!r} ever has at one time",
+                f"predicted cost: expected at most {budget.capacity:g} {budget.unit}, the capacity of budget "
+                f"{budget.name} of tenant {lease.tenant!r}, got {amount:.3g} {budget.unit}",
                 code="over_budget",
             )
         now_s = self._clock()
-        if now_s < self._away_until_s:
-            raise LedgerError("the bank did not answer a moment ago")
-        if now_s < holding.ask_at_s and amount - holding.balance >= holding.refused:
-            raise self._refusal(holding, amount, max(0.0, holding.until_s - now_s))
+        if now_s < self._unavailable_until_s:
+            raise LedgerError("the ledger was unavailable a moment ago")
+        if now_s < lease.retry_at_s and amount - lease.balance >= lease.refused_amount:
+            raise self._over_budget(lease, amount, max(0.0, lease.refilled_at_s - now_s))
 
-    def _refusal(self, holding: BudgetLease, amount: float, refill_s: float) -> FarsightError:
-        budget = holding.budget
+    def _over_budget(self, lease: BudgetLease, amount: float, refill_s: float) -> FarsightError:
+        budget = lease.budget
         return FarsightError(
             Kind.OVER_BUDGET,
-            f"budget {budget.name} of tenant {holding.tenant!r} ({budget.amount:g} {budget.unit} per {budget.per}) has "
+            f"budget {budget.name} of tenant {lease.tenant!r} ({budget.amount:g} {budget.unit} per {budget.per}) has "
             f"less left than the {amount:.3g} {budget.unit} that this request is predicted to cost",
             retry_after_s=refill_s,
         )
 
-    # -- on the asker's thread ----------------------------------------------------------------------------------
+    # -- on the worker thread -----------------------------------------------------------------------------------
 
-    def _ask(self, holding: BudgetLease, amount: float) -> None:
-        missing = amount - holding.balance
-        if missing <= 0:  # an answer to somebody else brought enough
+    def _extend(self, lease: BudgetLease, amount: float) -> None:
+        missing = amount - lease.balance
+        if missing <= 0:  # extended for another request meanwhile
             return
-        if self._clock() < self._away_until_s:
-            raise LedgerError("the bank did not answer a moment ago")
+        if self._clock() < self._unavailable_until_s:
+            raise LedgerError("the ledger was unavailable a moment ago")
         try:
-            lease = self._bank.lease(
-                holding.tenant, holding.budget, missing, missing + self._share * holding.budget.capacity
-            )
+            most = missing + self._share * lease.budget.capacity
+            grant = self._ledger.lease(lease.tenant, lease.budget, missing, most)
         except LedgerError:
-            self._away_until_s = self._clock() + ASK_AGAIN_S  # who waits behind this one need not wait as long
+            # requests queued behind this one fail at once instead of waiting for a timeout each
+            self._unavailable_until_s = self._clock() + RETRY_S
             raise
         with self._guard:
-            holding.level = lease.level
-            if not lease.granted:
-                holding.refused, holding.until_s = missing, self._clock() + lease.refill_s
-                holding.ask_at_s = self._clock() + min(lease.refill_s, ASK_AGAIN_S)
-                raise self._refusal(holding, amount, lease.refill_s)
-            holding.balance += lease.granted
-            holding.refused = float("inf")
+            lease.level = grant.level
+            if not grant.amount:
+                lease.refused_amount, lease.refilled_at_s = missing, self._clock() + grant.refill_s
+                lease.retry_at_s = self._clock() + min(grant.refill_s, RETRY_S)
+                raise self._over_budget(lease, amount, grant.refill_s)
+            lease.balance += grant.amount
+            lease.refused_amount = float("inf")
 
-    def _tend(self) -> None:
+    def _rebalance(self) -> None:
         self._ticks += 1
-        for holding in self.holdings():
-            lease = self._share * holding.budget.capacity
-            if self._clock() - holding.used_at_s > QUIET_S:
-                self._give_back(holding, holding.balance)
-            elif holding.balance > MOST_LEASES * lease:
-                self._give_back(holding, holding.balance - lease)
-            elif holding.balance < lease / 2:
-                asked = lease - holding.balance
-                # of what there is, as much as there is
-                answer = self._bank.lease(holding.tenant, holding.budget, 0.0, asked)
+        for lease in self.snapshot():
+            size = self._share * lease.budget.capacity
+            if self._clock() - lease.used_at_s > IDLE_LEASE_S:
+                self._give_back(lease, lease.balance)
+            elif lease.balance > MAX_LEASES * size:
+                self._give_back(lease, lease.balance - size)
+            elif lease.balance < size / 2:
+                # least 0: take what is left, even if it is less than a whole lease
+                grant = self._ledger.lease(lease.tenant, lease.budget, 0.0, size - lease.balance)
                 with self._guard:
-                    holding.balance += answer.granted
-                    holding.level = answer.level
-            if holding.level < 1 and self._ticks % LEVEL_EVERY == 0:  # it refills, and others use it
-                holding.level = self._bank.lease(holding.tenant, holding.budget, 0.0, 0.0).level
+                    lease.balance += grant.amount
+                    lease.level = grant.level
+            if lease.level < 1 and self._ticks % LEVEL_EVERY == 0:  # it refills, and other replicas use it
+                lease.level = self._ledger.lease(lease.tenant, lease.budget, 0.0, 0.0).level
 
-    def _give_back(self, holding: BudgetLease, amount: float) -> None:
+    def _give_back(self, lease: BudgetLease, amount: float) -> None:
         with self._guard:
-            holding.balance -= amount
+            lease.balance -= amount
         if amount:
             try:
-                self._bank.give_back(holding.tenant, holding.budget, amount)
+                self._ledger.give_back(lease.tenant, lease.budget, amount)
             except BaseException:
                 with self._guard:
-                    holding.balance += amount
+                    lease.balance += amount
                 raise

@@ -1,4 +1,4 @@
-"""The ledger as rows with the columns of the FinOps FOCUS specification 1.2, for cost tools; our own are `x_`."""
+"""Rows with the columns of the FinOps FOCUS specification 1.2, for cost tools; columns of Farsight's own are `x_`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from service.billing.query import WIDTHS_S, time_of
 
 
 def rows(groups: list[dict[str, Any]], period: str, hour_usd: float | None) -> Iterator[dict[str, Any]]:
-    """Of `store.usage` grouped by tenant, model, plan and `period` (hour or day): a charge each.
+    """One charge for each group of `Ledger.usage` by tenant, model, plan and `period` ("hour" or "day").
 
-    `BilledCost` is what the tenant's budget was charged: failures of the service cost nothing. `EffectiveCost` is all
-    device time that was used.
+    `BilledCost` is what was charged to the tenant's budget: failures of the service cost nothing. `EffectiveCost` is
+    the cost of all device time used. `hour_usd`: price of a device hour, None if devices have different prices.
     """
     for group in groups:
         begin_s = float(group[period])

@@ -1,4 +1,4 @@
-"""A replica's side of the money: a request is reserved and written down when it is accepted, settled when it ends."""
+"""Usage of one replica: a request is reserved and logged when it is accepted, charged and logged when it settles."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from service.billing.budget_leases import BudgetLease, BudgetLeases, Reserved
+from service.billing.budget_leases import BudgetLease, BudgetLeases, Reservation
 from service.billing.ledger import Ledger, LedgerError
 from service.billing.row import OUTCOME_OK, CapacityRow, LedgerRow
 from service.billing.tenants import Tenants
-from service.billing.write_ahead_log import WriteAheadLog, adopt
+from service.billing.write_ahead_log import WriteAheadLog, recover
 from service.config import Config, TenantConfig
 from service.core.answer import Capacity, cost_usd
 from service.core.plan import Plan
@@ -25,65 +25,72 @@ from service.telemetry.metrics import Metrics
 logger = logging.getLogger("farsight")
 
 TICK_S = 1.0
-ADOPT_EVERY, CAPACITY_EVERY = 5, 5  # ticks
-# failures that the caller does not pay for
-OURS = frozenset({Kind.INTERNAL, Kind.OUT_OF_MEMORY, Kind.UNAVAILABLE})
+RECOVER_EVERY, CAPACITY_EVERY = 5, 5  # ticks
+NOT_CHARGED = frozenset({Kind.INTERNAL, Kind.OUT_OF_MEMORY, Kind.UNAVAILABLE})  # failures of the service
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A request that the ledger will hear of."""
+    """A request that is reserved and logged, and must be settled."""
 
-    number: int
+    number: int  # in the write-ahead log
     row: LedgerRow
-    reserved: Reserved
+    reservation: Reservation
 
 
 class UsageMeter:
-    """Of one replica. `accept` and `settle` are called on the event loop; a thread talks to the bank."""
+    """Meters the requests of one replica. `accept` and `settle` run on the event loop; a thread ships to the ledger."""
 
     def __init__(
         self,
         config: Config,
         tenants: Tenants,
-        bank: Ledger,
+        ledger: Ledger,
         metrics: Metrics,
         *,
         hour_usd: float,
         clock: Callable[[], float] = time.time,
+        lease_clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._bank, self._tenants, self._metrics = bank, tenants, metrics
+        """`hour_usd`: price of a device hour. `clock`: seconds since 1970. `lease_clock`: seconds that never jump.
+
+        Raises OSError if the write-ahead log cannot be created.
+        """
+        self._ledger, self._tenants, self._metrics = ledger, tenants, metrics
         self._hour_usd, self._clock = hour_usd, clock
-        self._directory = config.journal_dir
-        self._journal = WriteAheadLog(config.journal_dir)
-        self._purse = BudgetLeases(bank, config.lease_share)
-        self._told = self._exported = Capacity(0.0, 0.0)  # to the ledger, and as metrics
+        self._directory = config.write_ahead_dir
+        self._log = WriteAheadLog(config.write_ahead_dir)
+        self._leases = BudgetLeases(ledger, config.lease_share, lease_clock)
+        self._recorded = self._exported = Capacity(0.0, 0.0)  # so far: in the log, and in the metrics
         self._capacity: Callable[[], Capacity] = lambda: Capacity(0.0, 0.0)
         self._ticks = 0
         self._shipping = threading.Lock()
         self._reader = ThreadPoolExecutor(1, "ledger")
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="books", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="metering", daemon=True)
 
     def open(self, capacity: Callable[[], Capacity]) -> None:
-        """Start the thread. `capacity` tells what the device has done so far."""
+        """Start the thread. `capacity` returns the device's used and idle seconds since the start."""
         self._capacity = capacity
         self._thread.start()
 
-    def holdings(self) -> list[BudgetLease]:
-        return self._purse.holdings()
+    def leases(self) -> list[BudgetLease]:
+        return self._leases.snapshot()
 
     async def accept(self, tenant: TenantConfig, request_id: str, endpoint: str, model: str, plan: Plan) -> Accepted:
-        """Reserve what it is predicted to cost, and write it down. Raises FarsightError where it may not run."""
+        """Reserve the predicted cost and log the request.
+
+        Raises FarsightError: OVER_BUDGET, TOO_LARGE (more than a budget's capacity), UNAVAILABLE (ledger, disk).
+        """
         try:
-            reserved = await self._purse.reserve(tenant, self._costs(plan))
+            reservation = await self._leases.reserve(tenant, self._costs(plan))
         except FarsightError as error:
             if error.kind is Kind.OVER_BUDGET:
-                self._metrics.budget_refused(tenant.name)
+                self._metrics.budget_refused(self._tenants.label(tenant.name))
             raise
         except LedgerError as error:
-            self._failed("the bank does not answer", error)
-            message = f"the budget of tenant {tenant.name!r} cannot be asked for now"
+            self._failed("the ledger is unavailable", error)
+            message = f"the budget of tenant {tenant.name!r} cannot be checked now"
             raise FarsightError(Kind.UNAVAILABLE, message, retry_after_s=2.0) from error
         row = LedgerRow(
             at_s=self._clock(),
@@ -95,18 +102,18 @@ class UsageMeter:
             predicted_s=plan.predicted_s,
         )
         try:
-            return Accepted(self._journal.accepted(row), row, reserved)
+            return Accepted(self._log.accepted(row), row, reservation)
         except OSError as error:
-            self._purse.settle(reserved, {"usd": 0.0, "device_s": 0.0})
-            self._failed("a request cannot be written down", error)
+            self._leases.settle(reservation, {"usd": 0.0, "device_s": 0.0})
+            self._failed("an accepted request cannot be logged", error)
             raise FarsightError(Kind.UNAVAILABLE, "the ledger cannot be written", retry_after_s=5.0) from error
 
     def check(self, tenant: TenantConfig, plan: Plan) -> None:
-        """Raise where it would be refused now, as far as this replica knows; asks nobody."""
-        self._purse.check(tenant, self._costs(plan))
+        """Raise what `accept` would raise, as far as this replica knows without asking the ledger."""
+        self._leases.check(tenant, self._costs(plan))
 
     def _costs(self, plan: Plan) -> dict[str, float]:
-        """By unit of a budget."""
+        """Predicted cost by unit of a budget."""
         return {"usd": cost_usd(plan.predicted_s, self._hour_usd), "device_s": plan.predicted_s}
 
     def settle(self, accepted: Accepted, failure: Kind | None, row: LedgerRow) -> None:
@@ -115,90 +122,91 @@ class UsageMeter:
         `row` is `accepted.row` with what the request used; its outcome and charge are set here, and failures of the
         service are not charged.
         """
-        charged = {"usd": 0.0, "device_s": 0.0} if failure in OURS else {"usd": row.cost_usd, "device_s": row.device_s}
+        used = {"usd": row.cost_usd, "device_s": row.device_s}
+        charged = dict.fromkeys(used, 0.0) if failure in NOT_CHARGED else used
         row = replace(row, outcome=failure.value if failure else OUTCOME_OK, charged_usd=charged["usd"])
-        self._purse.settle(accepted.reserved, charged)
+        self._leases.settle(accepted.reservation, charged)
         try:
-            self._journal.settled(accepted.number, row)
-        except OSError as error:  # it is done and will be answered; this line is all that is left of it
-            self._failed(f"a settled request cannot be written down: {row}", error)
+            self._log.settled(accepted.number, row)
+        except OSError as error:  # it ran and will be answered; this log line is its only trace
+            self._failed(f"a settled request cannot be logged: {row}", error)
 
     async def usage(self, from_s: float, to_s: float, group_by: tuple[str, ...], tenant: str | None) -> dict[str, Any]:
-        """What the ledger knows, of this replica to this moment and of others to a second or so before.
+        """`Ledger.usage` with all requests of this replica; those of other replicas may be a second late.
 
         Raises FarsightError (UNAVAILABLE).
         """
 
-        def ask() -> dict[str, Any]:
-            self._tell_capacity()
-            self._journal_to_bank()
-            return self._bank.usage(from_s, to_s, group_by, tenant)
+        def read() -> dict[str, Any]:
+            self._record_capacity()
+            self._ship()
+            return self._ledger.usage(from_s, to_s, group_by, tenant)
 
-        try:  # one at a time: who asks in a loop waits for himself
-            return await asyncio.get_running_loop().run_in_executor(self._reader, ask)
+        try:  # one thread: a caller that polls waits for its own queries
+            return await asyncio.get_running_loop().run_in_executor(self._reader, read)
         except LedgerError as error:
-            raise FarsightError(Kind.UNAVAILABLE, "the ledger does not answer", retry_after_s=2.0) from error
+            raise FarsightError(Kind.UNAVAILABLE, "the ledger is unavailable", retry_after_s=2.0) from error
 
     def close(self) -> None:
-        """Give leases back and ship what is left; raises what the bank raises."""
+        """Give leases back and ship what is left. Raises LedgerError or OSError."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._tell_capacity()
+        self._record_capacity()
         self._reader.shutdown()
-        self._purse.close()
-        self._journal.close(self._bank)
+        self._leases.close()
+        self._log.close(self._ledger)
 
-    # -- on the books' thread -----------------------------------------------------------------------------------
+    # -- on the meter's thread ----------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._stopped.wait(TICK_S):
             self.tick()
 
     def tick(self) -> None:
-        """Every second; what fails is told and tried again."""
+        """Work of every second. Failures are logged and counted, and the next tick tries again."""
         self._ticks += 1
-        work = [self._tenants.refresh, self._export, self._journal_to_bank, self._purse.tend]
+        steps = [self._tenants.refresh, self._export, self._ship, self._leases.rebalance]
         if self._ticks % CAPACITY_EVERY == 0:
-            work.insert(0, self._tell_capacity)
-        if self._ticks % ADOPT_EVERY == 1:
-            work.append(self._adopt)
-        for one in work:  # none keeps the next from its turn
+            steps.insert(0, self._record_capacity)
+        if self._ticks % RECOVER_EVERY == 1:
+            steps.append(self._recover)
+        for step in steps:  # a step that fails must not stop the next ones
             try:
-                one()
+                step()
             except (LedgerError, OSError) as error:
-                self._failed("the ledger is behind, and is tried again", error)
+                self._failed("the ledger is behind; trying again in a second", error)
             except Exception as error:
                 self._metrics.ledger_errors.inc()
-                logger.error("a bug in the books", exc_info=error)
+                logger.error("bug in the usage meter", exc_info=error)
 
-    def _adopt(self) -> None:
-        if lost := adopt(self._directory, self._bank):
-            logger.warning("%d requests were lost with a replica that died; nobody pays for them", lost)
+    def _recover(self) -> None:
+        if lost := recover(self._directory, self._ledger):
+            logger.warning("%d requests were lost with a dead replica; they are not charged", lost)
 
     def _export(self) -> None:
         now = self._capacity()
         used_s, idle_s = now.used_s - self._exported.used_s, now.idle_s - self._exported.idle_s
         joules = None if now.idle_j is None else max(0.0, now.idle_j - (self._exported.idle_j or 0.0))
         self._exported = now
-        self._metrics.idle(max(0.0, idle_s), joules)  # not less than nothing: rounding
+        self._metrics.idle(max(0.0, idle_s), joules)  # rounding may make it negative
         self._metrics.allocated(cost_usd(used_s + idle_s, self._hour_usd))
-        for holding in self._purse.holdings():
-            self._metrics.budget_used(holding.tenant, holding.budget.name, 1 - holding.level)
-        self._metrics.ledger_pending.set(self._journal.pending)
+        for lease in self.leases():
+            self._metrics.budget_used(self._tenants.label(lease.tenant), lease.budget.name, 1 - lease.level)
+        self._metrics.ledger_pending.set(self._log.pending)
         self._metrics.report_memory()
 
-    def _tell_capacity(self) -> None:
+    def _record_capacity(self) -> None:
         with self._shipping:
             now = self._capacity()
-            used_s, idle_s = now.used_s - self._told.used_s, now.idle_s - self._told.idle_s
+            used_s, idle_s = now.used_s - self._recorded.used_s, now.idle_s - self._recorded.idle_s
             usd = cost_usd(used_s + idle_s, self._hour_usd)
-            self._journal.capacity(CapacityRow(at_s=self._clock(), used_s=used_s, idle_s=idle_s, usd=usd))
-            self._told = now
+            self._log.capacity(CapacityRow(at_s=self._clock(), used_s=used_s, idle_s=idle_s, usd=usd))
+            self._recorded = now
 
-    def _journal_to_bank(self) -> None:
+    def _ship(self) -> None:
         with self._shipping:
-            self._journal.ship(self._bank)
+            self._log.ship(self._ledger)
 
     def _failed(self, what: str, error: Exception) -> None:
         self._metrics.ledger_errors.inc()

@@ -1,18 +1,18 @@
-"""What may be asked of the ledger, as people write it: a time, and what to sum by."""
+"""Parameters of a ledger query as text: points in time and the names to group by."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
 HOUR_S, DAY_S = 3600, 86_400
-WIDTHS_S = {"hour": HOUR_S, "day": DAY_S}  # of time that is summed
+WIDTHS_S = {"hour": HOUR_S, "day": DAY_S}
 KEYS = ("tenant", "endpoint", "model", "plan", "outcome")
 GROUPS = (*KEYS, *WIDTHS_S)
-LAST_S = 250_000_000_000.0  # in the year 9892; later ones cannot be written
+LAST_S = 250_000_000_000.0  # in the year 9892; datetime cannot show much later times
 
 
 def moment(text: str) -> float:
-    """Seconds since 1970 of a date or time (UTC where it names no zone), or of such a number. Raises ValueError."""
+    """Seconds since 1970 of a date or time (UTC without a zone) or of a number of seconds. Raises ValueError."""
     try:
         found = datetime.fromisoformat(text) if "-" in text else datetime.fromtimestamp(float(text), UTC)
         seconds = (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
@@ -20,19 +20,20 @@ def moment(text: str) -> float:
             return seconds
         raise ValueError
     except (ValueError, OverflowError, OSError):
-        raise ValueError(f"{text[:40]!r} is neither a date nor a time since 1970, nor seconds since then") from None
+        raise ValueError(f"expected a date, a time or seconds since 1970, got {text[:40]!r}") from None
 
 
 def time_of(seconds: float) -> str:
+    """ISO 8601 in UTC of seconds since 1970."""
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def group_names(text: str) -> tuple[str, ...]:
-    """Any of `GROUPS`, with commas. Raises ValueError."""
+    """Names of `GROUPS` separated by commas. Raises ValueError."""
     names = tuple(name for name in text.split(",") if name)
     for name in names:
         if name not in GROUPS:
-            raise ValueError(f"group_by: {name[:32]!r} is none of {', '.join(GROUPS)}")
+            raise ValueError(f"group_by: expected any of {', '.join(GROUPS)}, got {name[:32]!r}")
     if len(set(names)) != len(names):
-        raise ValueError("group_by: a name is there twice")
+        raise ValueError(f"group_by: expected each name once, got {','.join(names)!r}")
     return names

@@ -1,4 +1,4 @@
-"""The ledger on one page: spend over time by tenant and plan, saved against dense, latency, error. Needs matplotlib."""
+"""An HTML page about the ledger: spend, savings compared with dense, latency and error over time. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from matplotlib.figure import Figure
 
 from service.billing.query import time_of
 
-MOST_NAMES = 8  # of a chart; the rest is one
+MAX_NAMES = 8  # in one chart; the rest are summed
 OTHERS = "others"
 PLAN_COLOURS = {"dense": "tab:blue", "chunked": "tab:green", "sparse": "tab:red"}
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerExtract:
-    """What the page shows: sums by slot of time, and single requests of the days that are kept one by one."""
+    """What the page shows: sums by slot of time (an hour or a day), and single requests of recent days."""
 
     from_s: float
     to_s: float
     slot_s: float
-    slots: Sequence[Mapping[str, Any]]  # of `store.usage` by tenant, plan, outcome and hour or day
+    slots: Sequence[Mapping[str, Any]]  # `Ledger.usage` by tenant, plan, outcome and hour or day
     slot_name: str  # "hour" or "day"
     requests: Sequence[Mapping[str, Any]]  # at_s, plan, outcome, total_s, queue_s, error_upper
     capacity: Mapping[str, float]
 
 
 def page(ledger: LedgerExtract) -> str:
-    """HTML with its charts inside."""
+    """HTML with the charts embedded as images."""
     charts = [
         ("Spend by tenant", _stacked(ledger, "tenant", "cost_usd", "USD")),
         ("Spend by plan", _stacked(ledger, "plan", "cost_usd", "USD")),
-        ("Spent, and saved against dense", _saved(ledger)),
+        ("Spent, and saved compared with dense", _saved(ledger)),
         ("Latency of single requests", _latency(ledger)),
-        ("Measured error of sparse answers (upper limit)", _errors(ledger)),
+        ("Measured error of sparse answers (upper bound)", _errors(ledger)),
         ("Requests by outcome", _stacked(ledger, "outcome", "requests", "requests")),
     ]
     figures = "\n".join(
@@ -52,14 +52,14 @@ def page(ledger: LedgerExtract) -> str:
         if image is not None
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Farsight: what it cost</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>Farsight cost report</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; margin: 1rem 0 }} td, th {{ padding: .25rem .8rem; text-align: right }}
 th {{ border-bottom: 2px solid #888 }} td:first-child, th:first-child {{ text-align: left }}
 main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0 }} figcaption {{ font-weight: 600 }} img {{ width: 100% }}
 </style></head><body>
-<h1>What it cost</h1><p>{escape(time_of(ledger.from_s))} to {escape(time_of(ledger.to_s))}</p>
+<h1>Cost report</h1><p>{escape(time_of(ledger.from_s))} to {escape(time_of(ledger.to_s))}</p>
 {_summary(ledger)}{_tenants(ledger)}<main>
 {figures}
 </main></body></html>
@@ -75,12 +75,12 @@ def _summary(ledger: LedgerExtract) -> str:
     device_s = ledger.capacity["used_s"] + ledger.capacity["idle_s"]
     rows = [
         ("requests accepted", f"{count:,}"),
-        ("of them not answered", f"{failed:,}"),
+        ("accepted, not answered", f"{failed:,}"),
         ("used", f"{used:.6g} USD"),
         ("charged to budgets", f"{charged:.6g} USD"),
-        ("devices, idle time included", f"{ledger.capacity['usd']:.6g} USD"),
-        ("used share of the devices", f"{ledger.capacity['used_s'] / device_s:.1%}" if device_s else "unknown"),
-        ("saved against dense (predicted)", f"{saved:.6g} USD"),
+        ("devices, including idle time", f"{ledger.capacity['usd']:.6g} USD"),
+        ("utilization of the devices", f"{ledger.capacity['used_s'] / device_s:.1%}" if device_s else "unknown"),
+        ("saved compared with dense (predicted)", f"{saved:.6g} USD"),
     ]
     return "<table>" + "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows) + "</table>"
 
@@ -89,29 +89,30 @@ def _tenants(ledger: LedgerExtract) -> str:
     names = ("requests", "tokens", "device_s", "cost_usd", "charged_usd", "saved_usd")
     sums: dict[str, dict[str, float]] = {}
     for row in ledger.slots:
-        of = sums.setdefault(row["tenant"], dict.fromkeys(names, 0.0))
+        tenant_sums = sums.setdefault(row["tenant"], dict.fromkeys(names, 0.0))
         for name in names:
-            of[name] += row[name]
+            tenant_sums[name] += row[name]
     head = "".join(f"<th>{name}</th>" for name in ("tenant", *names))
     body = "".join(
-        f"<tr><td>{escape(tenant)}</td>" + "".join(f"<td>{of[name]:,.6g}</td>" for name in names) + "</tr>"
-        for tenant, of in sorted(sums.items(), key=lambda one: -one[1]["cost_usd"])
+        f"<tr><td>{escape(tenant)}</td>" + "".join(f"<td>{row[name]:,.6g}</td>" for name in names) + "</tr>"
+        for tenant, row in sorted(sums.items(), key=lambda item: -item[1]["cost_usd"])
     )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _stacked(ledger: LedgerExtract, by: str, value: str, unit: str) -> bytes | None:
-    """Sums of a column over time, the largest names each for itself."""
+    """Stacked bars of a column over time, one colour for each of the largest names."""
     totals: dict[str, float] = {}
     for row in ledger.slots:
         totals[row[by]] = totals.get(row[by], 0.0) + row[value]
     names = sorted(totals, key=lambda name: -totals[name])
-    shown = names[:MOST_NAMES]
+    shown = names[:MAX_NAMES]
     times = sorted({row[ledger.slot_name] for row in ledger.slots})
-    place = {at_s: index for index, at_s in enumerate(times)}
+    columns = {at_s: index for index, at_s in enumerate(times)}
     heights = {name: np.zeros(len(times)) for name in (*shown, *([OTHERS] if len(names) > len(shown) else []))}
     for row in ledger.slots:
-        heights[row[by] if row[by] in heights else OTHERS][place[row[ledger.slot_name]]] += row[value]
+        name = row[by] if row[by] in heights else OTHERS
+        heights[name][columns[row[ledger.slot_name]]] += row[value]
     if not times:
         return None
     figure, axes = _figure(unit)
@@ -128,8 +129,8 @@ def _saved(ledger: LedgerExtract) -> bytes | None:
     times = sorted({row[ledger.slot_name] for row in ledger.slots})
     if not times:
         return None
-    figure, axes = _figure("USD, summed up")
-    for name, label in (("cost_usd", "spent"), ("saved_usd", "saved against dense (predicted)")):
+    figure, axes = _figure("USD, cumulative")
+    for name, label in (("cost_usd", "spent"), ("saved_usd", "saved compared with dense (predicted)")):
         sums = [sum(row[name] for row in ledger.slots if row[ledger.slot_name] == at_s) for at_s in times]
         ends = [at_s + ledger.slot_s for at_s in times]
         axes.plot(_days([times[0], *ends]), np.cumsum([0.0, *sums]), label=label)
@@ -178,7 +179,7 @@ def _figure(unit: str) -> tuple[Figure, Axes]:
 
 
 def _days(seconds: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """As matplotlib counts time."""
+    """Days since 1970, matplotlib's unit of time. [T] -> [T]"""
     return np.asarray(seconds, dtype=np.float64) / 86400
 
 

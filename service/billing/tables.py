@@ -1,4 +1,4 @@
-"""The tables of the ledger and the budgets, and what is asked of them. SQLite or PostgreSQL, through SQLAlchemy."""
+"""Tables of the ledger and the budgets, and their queries. SQLite or PostgreSQL, through SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 from service.billing.query import HOUR_S, KEYS, WIDTHS_S
 from service.billing.row import CapacityRow, LedgerRow
 
-tables = sa.MetaData()
+metadata = sa.MetaData()
 
-# of the text columns; a wider value is an error in PostgreSQL
+# of the text columns; PostgreSQL rejects longer values
 TEXT_LENGTHS = {
     "request_id": 128,
     "tenant": 64,
@@ -26,7 +26,7 @@ TEXT_LENGTHS = {
 
 
 def _columns(row: type[LedgerRow] | type[CapacityRow]) -> Iterator[sa.Column[Any]]:
-    """Primary key (write-ahead log, line number), which makes inserts idempotent, then the fields of the row."""
+    """Key (id of the write-ahead log, number in it), by which a row sent twice is recognised; then the row's fields."""
     yield sa.Column("journal", sa.String(64), primary_key=True)
     yield sa.Column("number", sa.BigInteger, primary_key=True)
     for name, kind in get_type_hints(row).items():
@@ -35,37 +35,37 @@ def _columns(row: type[LedgerRow] | type[CapacityRow]) -> Iterator[sa.Column[Any
         yield sa.Column(name, column_type, nullable=is_nullable, index=name == "at_s")
 
 
-requests = sa.Table("requests", tables, *_columns(LedgerRow))
+requests = sa.Table("requests", metadata, *_columns(LedgerRow))
+capacity = sa.Table("capacity", metadata, *_columns(CapacityRow))
 
 SUMS = ("tokens", "flops", "flops_dense", "device_s", "joules", "cost_usd", "charged_usd", "saved_usd")
+CAPACITY_SUMS = ("used_s", "idle_s", "usd")
 
-# older requests, an hour of one kind in one row
+# older requests: one row for each hour and combination of keys
 hours = sa.Table(
     "hours",
-    tables,
-    sa.Column("at_s", sa.Float(53), primary_key=True),  # its beginning
+    metadata,
+    sa.Column("at_s", sa.Float(53), primary_key=True),  # start of the hour
     *(sa.Column(name, sa.String(96), primary_key=True) for name in KEYS),
     sa.Column("requests", sa.BigInteger, nullable=False),
     *(sa.Column(name, sa.Float(53), nullable=name == "joules") for name in SUMS),
 )
 
-capacity = sa.Table("capacity", tables, *_columns(CapacityRow))
-
-# what is left of a tenant's budget at one time
+# what was left of a tenant's budget at a time
 budgets = sa.Table(
     "budgets",
-    tables,
+    metadata,
     sa.Column("tenant", sa.String(64), primary_key=True),
     sa.Column("budget", sa.String(32), primary_key=True),
     sa.Column("level", sa.Float(53), nullable=False),
     sa.Column("at_s", sa.Float(53), nullable=False),
 )
 
-READING = "is_reading"  # execution option of a connection that only looks
+READ_ONLY = "is_read_only"  # execution option of a connection
 
 
 def connect(url: str) -> sa.Engine:
-    """The database of `url` with its tables."""
+    """Open the database of `url` and create missing tables. Raises OSError and SQLAlchemyError."""
     parsed = sa.make_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
     if is_sqlite and parsed.database:
@@ -76,34 +76,34 @@ def connect(url: str) -> sa.Engine:
 
         @sa.event.listens_for(engine, "connect")
         def _(connection: Any, _: Any) -> None:
-            connection.isolation_level = None  # the transactions are ours, below
-            # a commit survives the death of any process; the last ones may be lost when the machine itself dies
+            connection.isolation_level = None  # transactions begin below
+            # a commit survives the crash of any process; a crash of the machine may lose the last ones
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute("PRAGMA busy_timeout=10000")
 
         @sa.event.listens_for(engine, "begin")
         def _(connection: sa.Connection) -> None:
-            # who will write says so first: a level that was read must not change before it is written
-            is_reading = connection.get_execution_options().get(READING, False)
-            connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")
+            # writers lock at the start: a level must not change between reading and writing it
+            is_read_only = connection.get_execution_options().get(READ_ONLY, False)
+            connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
 
     try:
-        tables.create_all(engine)
-    except sa.exc.DBAPIError:  # somebody else makes them at this moment
-        tables.create_all(engine)
+        metadata.create_all(engine)
+    except sa.exc.DBAPIError:  # another process is creating them
+        metadata.create_all(engine)
     return engine
 
 
 def add_new(connection: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert those rows that are not there yet."""
+    """Insert the rows whose keys are new."""
     if rows:
         dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
         connection.execute(dialect.insert(table).on_conflict_do_nothing(), list(rows))
 
 
-def fold(connection: sa.Connection, before_s: float) -> None:
-    """Requests and capacity of whole hours before that time become sums."""
+def roll_up(connection: sa.Connection, before_s: float) -> None:
+    """Replace requests and capacity of whole hours before `before_s` (seconds since 1970) by their sums."""
     until_s = before_s // HOUR_S * HOUR_S
     old = requests.c.at_s < until_s
     hour = _slot(requests.c.at_s, HOUR_S)
@@ -114,19 +114,20 @@ def fold(connection: sa.Connection, before_s: float) -> None:
     for row in found:
         key = dict(zip(("at_s", *KEYS), row, strict=False))
         _add(connection, hours, key, dict(zip(("requests", *SUMS), row[len(key) :], strict=True)))
-    stretches = capacity.c.at_s < until_s
-    told = [sa.func.sum(capacity.c[name]) for name in ("used_s", "idle_s", "usd")]
-    slot = _slot(capacity.c.at_s, HOUR_S)
-    summed = connection.execute(sa.select(slot, *told).where(stretches, capacity.c.journal != "").group_by(slot)).all()
-    connection.execute(capacity.delete().where(stretches, capacity.c.journal != ""))
-    for at_s, used_s, idle_s, usd in summed:
-        # the sum of an hour has no journal; its number is the hour
+
+    # the sum of an hour has an empty log id, and the hour as its number
+    old = sa.and_(capacity.c.at_s < until_s, capacity.c.journal != "")
+    hour = _slot(capacity.c.at_s, HOUR_S)
+    totals = sa.select(hour, *(sa.func.sum(capacity.c[name]) for name in CAPACITY_SUMS))
+    summed = connection.execute(totals.where(old).group_by(hour)).all()
+    connection.execute(capacity.delete().where(old))
+    for at_s, *values in summed:
         key = {"journal": "", "number": int(at_s) // HOUR_S, "at_s": at_s}
-        _add(connection, capacity, key, {"used_s": used_s, "idle_s": idle_s, "usd": usd})
+        _add(connection, capacity, key, dict(zip(CAPACITY_SUMS, values, strict=True)))
 
 
 def _add(connection: sa.Connection, table: sa.Table, key: dict[str, Any], sums: dict[str, Any]) -> None:
-    """An hour that came in parts, because a node was away, is one row all the same."""
+    """Add to the row of an hour: rows of a node that was away may arrive after its first roll-up."""
     same = sa.and_(*(table.c[name] == value for name, value in key.items()))
     more = {name: sa.func.coalesce(table.c[name], 0) + value for name, value in sums.items() if value is not None}
     if not connection.execute(table.update().where(same).values(more)).rowcount:
@@ -140,7 +141,7 @@ def _slot(column: sa.ColumnElement[float], width_s: int) -> sa.ColumnElement[flo
 def usage(
     connection: sa.Connection, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None = None
 ) -> list[dict[str, Any]]:
-    """Sums of [from_s, to_s) by any of `GROUPS` (hour and day as their beginning, in seconds since 1970)."""
+    """Sums of [from_s, to_s), in seconds since 1970, by any of `query.GROUPS`; hour and day are their first second."""
     parts = []
     for table, count in ((requests, sa.literal(1)), (hours, hours.c.requests)):
         where = [table.c.at_s >= from_s, table.c.at_s < to_s]
@@ -160,24 +161,23 @@ def usage(
     rows = []
     for found in connection.execute(query).mappings():
         if found["requests"]:
-            told = [name for name in ("requests", *SUMS) if found[name] is not None]
-            rows.append({**found, **{name: whole.get(name, float)(found[name]) for name in told}})
+            known = [name for name in ("requests", *SUMS) if found[name] is not None]
+            rows.append({**found, **{name: whole.get(name, float)(found[name]) for name in known}})
     return rows
 
 
-def singles(connection: sa.Connection, from_s: float, to_s: float, most: int) -> list[dict[str, Any]]:
-    """Requests of [from_s, to_s) one by one; of more than `most` evenly every k-th."""
+def sample_requests(connection: sa.Connection, from_s: float, to_s: float, limit: int) -> list[dict[str, Any]]:
+    """Single requests of [from_s, to_s), in order of time; if there are more than `limit`, every k-th."""
     where = sa.and_(requests.c.at_s >= from_s, requests.c.at_s < to_s)
     count = connection.execute(sa.select(sa.func.count()).select_from(requests).where(where)).scalar_one()
-    step = max(1, -(-count // most))
+    step = max(1, -(-count // limit))
     names = ("at_s", "plan", "outcome", "total_s", "queue_s", "error_upper")
     query = sa.select(*(requests.c[name] for name in names)).where(where, requests.c.number % step == 0)
     return [dict(row) for row in connection.execute(query.order_by(requests.c.at_s)).mappings()]
 
 
-def capacity_of(connection: sa.Connection, from_s: float, to_s: float) -> dict[str, float]:
-    """Device seconds used and idle in [from_s, to_s), and what they cost, as far as replicas have told."""
-    names = ("used_s", "idle_s", "usd")
-    sums = [sa.func.coalesce(sa.func.sum(capacity.c[name]), 0.0) for name in names]
+def capacity_sums(connection: sa.Connection, from_s: float, to_s: float) -> dict[str, float]:
+    """Device seconds used and idle in [from_s, to_s) and their cost, as far as replicas have recorded them."""
+    sums = [sa.func.coalesce(sa.func.sum(capacity.c[name]), 0.0) for name in CAPACITY_SUMS]
     found = connection.execute(sa.select(*sums).where(capacity.c.at_s >= from_s, capacity.c.at_s < to_s)).one()
-    return dict(zip(names, map(float, found), strict=True))
+    return dict(zip(CAPACITY_SUMS, map(float, found), strict=True))

@@ -1,4 +1,4 @@
-"""API keys to tenants. Only hashes of keys are known here; a service without tenants is open to everybody."""
+"""API keys to tenants. Only hashes of keys are known here; a service without tenants needs no key."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from service.errors import FarsightError, Kind
 
 logger = logging.getLogger("farsight")
 
-EVERYBODY = TenantConfig(name="default", is_admin=True)
+DEFAULT_TENANT = TenantConfig(name="default", is_admin=True)  # of all requests to a service without tenants
 TENANTS = TypeAdapter(list[TenantConfig])
 
 
 def key_hash(key: str) -> str:
-    """Keys are long and random (`farsight key`), so one round of SHA-256 cannot be searched backwards."""
+    """SHA-256 in hex. One round is enough: keys are long and random (`farsight key`), so they cannot be guessed."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def key_of(headers: Mapping[str, str]) -> str | None:
-    """`authorization: Bearer KEY` or `x-api-key: KEY`; names in lower case."""
+    """The key in `authorization: Bearer KEY` or `x-api-key: KEY`; header names in lower case."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return bearer.strip()
@@ -33,66 +33,67 @@ def key_of(headers: Mapping[str, str]) -> str | None:
 
 
 class Tenants:
-    """The configured tenants and those of `tenants_file`, which may change while the service runs."""
+    """The tenants of the configuration and of `tenants_file`, which may change while the service runs."""
 
     def __init__(self, config: Config) -> None:
-        """ValueError where the file cannot be read, or two tenants share a name or a key."""
+        """Raises OSError or ValueError if the file cannot be used, ValueError if tenants share a name or a key."""
         self._configured, self._file = config.tenants, config.tenants_file
-        self._read_at = 0.0
+        self._mtime_s = 0.0
         self._by_hash: dict[str, TenantConfig] = {}
         self.by_name: dict[str, TenantConfig] = {}
-        self.weights: dict[str, float] = {}  # the same object for ever: the scheduler looks into it
-        self._set(config.tenants_file)
+        self.weights: dict[str, float] = {}  # updated in place: the scheduler keeps a reference
+        self._load(config.tenants_file)
 
     @property
     def is_open(self) -> bool:
+        """No tenant is configured: requests need no key."""
         return not self.by_name
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.by_name
 
     def label(self, name: str) -> str:
         """A tenant's name as a metric label; "unknown" unless configured, so that callers cannot create series."""
-        return name if name == EVERYBODY.name or name in self.by_name else "unknown"
+        return name if name == DEFAULT_TENANT.name or name in self.by_name else "unknown"
 
     def of(self, key: str | None) -> TenantConfig:
-        """Whose key this is; 401 where it is nobody's."""
+        """The tenant of an API key. Raises FarsightError (UNAUTHENTICATED)."""
         if self.is_open:
-            return EVERYBODY
+            return DEFAULT_TENANT
         if not key:
             raise FarsightError(
-                Kind.UNAUTHENTICATED, "an API key is needed: `authorization: Bearer KEY` or `x-api-key: KEY`"
+                Kind.UNAUTHENTICATED, "missing API key: expected `authorization: Bearer KEY` or `x-api-key: KEY`"
             )
-        # by its hash: how long a look-up takes tells nothing about a key
+        # looked up by its hash: the time of the lookup reveals nothing about other keys
         tenant = self._by_hash.get(key_hash(key))
         if tenant is None:
-            raise FarsightError(Kind.UNAUTHENTICATED, "the API key is not known")
+            raise FarsightError(Kind.UNAUTHENTICATED, "unknown API key")
         return tenant
 
     def named(self, name: str) -> TenantConfig:
-        """Of a request on its way; 401 where its tenant was removed meanwhile. In process nobody has a key."""
+        """The tenant of a request in flight; `default` for requests made in process, without a key.
+
+        Raises FarsightError (UNAUTHENTICATED) if the tenant was removed since.
+        """
         if name in self.by_name:
             return self.by_name[name]
-        if not self.is_open and name != EVERYBODY.name:
-            raise FarsightError(Kind.UNAUTHENTICATED, "the tenant of this API key is no more")
-        return EVERYBODY
+        if not self.is_open and name != DEFAULT_TENANT.name:
+            raise FarsightError(Kind.UNAUTHENTICATED, "the tenant of this API key was removed")
+        return DEFAULT_TENANT
 
     def refresh(self) -> None:
-        """Take a changed file in; one that cannot be used leaves things as they are, and is told."""
+        """Load `tenants_file` if it has changed. If it cannot be used, log why and keep the tenants as they are."""
         if self._file is None:
             return
         try:
-            if self._file.stat().st_mtime != self._read_at:
-                self._set(self._file)
+            if self._file.stat().st_mtime != self._mtime_s:
+                self._load(self._file)
                 logger.info("tenants: %s", ", ".join(self.by_name))
         except (OSError, ValueError) as error:
-            logger.error("tenants_file is not taken in: %s", error)
+            logger.error("tenants_file was not loaded: %s", error)
 
-    def _set(self, file: Path | None) -> None:
+    def _load(self, file: Path | None) -> None:
         found = list(self._configured)
         if file is not None:
-            self._read_at = file.stat().st_mtime  # before it is read: a later change is seen later
-            found += _from_file(file)
+            self._mtime_s = file.stat().st_mtime  # before reading: a change while reading is loaded next time
+            found += _read(file)
         by_hash: dict[str, TenantConfig] = {}
         for tenant in found:
             for digest in tenant.key_sha256:
@@ -103,16 +104,16 @@ class Tenants:
         if len(by_name) != len(found):
             raise ValueError(f"tenant names must differ: {[tenant.name for tenant in found]}")
         if file is not None and not by_name:
-            raise ValueError(f"{file} names no tenant: the service would be open to everybody")
+            raise ValueError(f"{file}: expected at least one tenant, got none; requests would need no key")
         self._by_hash, self.by_name = by_hash, by_name
         self.weights.update({name: tenant.weight for name, tenant in by_name.items()})
 
 
-def _from_file(file: Path) -> list[TenantConfig]:
+def _read(file: Path) -> list[TenantConfig]:
     try:
         return TENANTS.validate_python(json.loads(file.read_text()))
-    except ValidationError as error:  # without the input, which may hold a key put where its hash belongs
-        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+    except ValidationError as error:  # without the input: it may be a key instead of its hash
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ValueError(f"{file}: {problems}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -1,4 +1,4 @@
-"""The bank as one named Ray actor: replicas find it by name, Ray starts it again where it dies."""
+"""The ledger as one named Ray actor, which replicas find by name and Ray restarts when it dies."""
 
 from __future__ import annotations
 
@@ -10,106 +10,107 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from service.billing.ledger import Lease, LedgerError, LocalLedger
+from service.billing.ledger import LeaseGrant, LedgerError, LocalLedger
 from service.config import Budget, Config
 
 NAMESPACE = "farsight"
-ANSWER_S = 10.0  # that a replica waits for the bank
-# budgets wait for nothing else, and rows not for a long look into the ledger
-MONEY, LEDGER, LOOKS = "money", "ledger", "looks"
+TIMEOUT_S = 10.0  # of a call to the actor
+# a thread each: leases wait for nothing else, and writes not for long queries
+BUDGETS, WRITES, QUERIES = "budgets", "writes", "queries"
 
 
-class _Actor:
+class _LedgerActor:
     def __init__(self, url: str, keep_days: float) -> None:
-        self._bank = LocalLedger(url, keep_days)
+        self._ledger = LocalLedger(url, keep_days)
 
-    @ray.method(concurrency_group=MONEY)
-    def lease(self, tenant: str, budget: Budget, least: float, wanted: float) -> Lease:
-        return self._bank.lease(tenant, budget, least, wanted)
+    @ray.method(concurrency_group=BUDGETS)
+    def lease(self, tenant: str, budget: Budget, least: float, most: float) -> LeaseGrant:
+        return self._ledger.lease(tenant, budget, least, most)
 
-    @ray.method(concurrency_group=MONEY)
+    @ray.method(concurrency_group=BUDGETS)
     def give_back(self, tenant: str, budget: Budget, amount: float) -> None:
-        self._bank.give_back(tenant, budget, amount)
+        self._ledger.give_back(tenant, budget, amount)
 
-    @ray.method(concurrency_group=LEDGER)
+    @ray.method(concurrency_group=WRITES)
     def record(self, requests: Sequence[Mapping[str, Any]], capacity: Sequence[Mapping[str, Any]]) -> None:
-        self._bank.record(requests, capacity)
+        self._ledger.record(requests, capacity)
 
-    @ray.method(concurrency_group=LOOKS)
+    @ray.method(concurrency_group=QUERIES)
     def usage(self, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None) -> dict[str, Any]:
-        return self._bank.usage(from_s, to_s, group_by, tenant)
+        return self._ledger.usage(from_s, to_s, group_by, tenant)
 
 
-# Ray's type stubs do not know concurrency groups
-_remote: Any = ray.remote
-_LedgerActor = _remote(num_cpus=0, max_restarts=-1, concurrency_groups={MONEY: 1, LEDGER: 1, LOOKS: 1})(_Actor)
+_remote: Any = ray.remote  # Ray's type stubs lack concurrency groups
+_RemoteActor = _remote(num_cpus=0, max_restarts=-1, concurrency_groups={BUDGETS: 1, WRITES: 1, QUERIES: 1})(
+    _LedgerActor
+)
 
 
 class RemoteLedger:
-    """A `Ledger` for replicas. Calls block: they are made on threads beside the event loop.
+    """A `Ledger` for replicas. Calls block, so they are made on threads, never on the event loop.
 
-    A lease that is granted after we stopped waiting is given back; rows that are recorded twice are in the ledger
-    once.
+    A lease granted after its call timed out is given back; rows recorded twice are in the ledger once.
     """
 
     def __init__(self, config: Config) -> None:
+        """Raises LedgerError if the ledger is unavailable: a service that cannot record usage must not start."""
         self._config = config
-        self._late: list[tuple[Any, str, Budget]] = []  # leases that may still be granted
+        self._timed_out: list[tuple[Any, str, Budget]] = []  # leases that may still be granted
         self._actor = self._find()
-        self.usage(0.0, 0.0, (), None)  # a service that could not write down what it does must not start
+        self.usage(0.0, 0.0, (), None)
 
-    def lease(self, tenant: str, budget: Budget, least: float, wanted: float) -> Lease:
-        self._take_late()
-        reference = self._actor.lease.remote(tenant, budget, least, wanted)
+    def lease(self, tenant: str, budget: Budget, least: float, most: float) -> LeaseGrant:
+        self._return_late_grants()
+        reference = self._actor.lease.remote(tenant, budget, least, most)
         try:
-            lease: Lease = self._answer(reference)
+            grant: LeaseGrant = self._get(reference)
         except LedgerError:
-            self._late.append((reference, tenant, budget))
+            self._timed_out.append((reference, tenant, budget))
             raise
-        return lease
+        return grant
 
     def give_back(self, tenant: str, budget: Budget, amount: float) -> None:
-        self._answer(self._actor.give_back.remote(tenant, budget, amount))
+        self._get(self._actor.give_back.remote(tenant, budget, amount))
 
     def record(self, requests: Sequence[Mapping[str, Any]], capacity: Sequence[Mapping[str, Any]]) -> None:
-        self._answer(self._actor.record.remote(requests, capacity))
+        self._get(self._actor.record.remote(requests, capacity))
 
     def usage(self, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None) -> dict[str, Any]:
-        found: dict[str, Any] = self._answer(self._actor.usage.remote(from_s, to_s, group_by, tenant))
+        found: dict[str, Any] = self._get(self._actor.usage.remote(from_s, to_s, group_by, tenant))
         return found
 
     def _find(self) -> Any:
-        # detached: it outlives the replicas that come and go
+        # detached: it outlives each replica
         options = {"name": ledger_name(self._config), "namespace": NAMESPACE, "lifetime": "detached"}
         arguments = self._config.ledger, self._config.ledger_keep_days
-        return _LedgerActor.options(**options, get_if_exists=True).remote(*arguments)
+        return _RemoteActor.options(**options, get_if_exists=True).remote(*arguments)
 
-    def _answer(self, reference: Any) -> Any:
+    def _get(self, reference: Any) -> Any:
         try:
-            return ray.get(reference, timeout=ANSWER_S)
-        except LedgerError as error:  # as Ray wraps it: its text is a traceback
+            return ray.get(reference, timeout=TIMEOUT_S)
+        except LedgerError as error:  # without Ray's wrapping, whose text is a traceback
             cause = getattr(error, "cause", error)
             raise type(cause)(str(cause)) from None
         except ActorDiedError as error:
             self._actor = self._find()
-            raise LedgerError("the bank has died") from error
+            raise LedgerError("the ledger's actor died") from error
         except RayError as error:
-            raise LedgerError(f"the bank: {type(error).__name__}") from error
+            raise LedgerError(f"the ledger's actor: {type(error).__name__}") from error
 
-    def _take_late(self) -> None:
-        for one in tuple(self._late):
-            reference, tenant, budget = one
+    def _return_late_grants(self) -> None:
+        for call in tuple(self._timed_out):
+            reference, tenant, budget = call
             if not ray.wait([reference], timeout=0)[0]:
                 continue
-            self._late.remove(one)
+            self._timed_out.remove(call)
             try:
-                lease: Lease = ray.get(reference)
+                grant: LeaseGrant = ray.get(reference)
             except RayError:  # it was not granted
                 continue
-            self.give_back(tenant, budget, lease.granted)
+            self.give_back(tenant, budget, grant.amount)
 
 
 def ledger_name(config: Config) -> str:
-    """One for all replicas of a service; another for another service of the same cluster, or another ledger."""
+    """The actor's name: the same for all replicas of a service, different for other services, ledgers and versions."""
     settings = f"{config.ledger} {config.ledger_keep_days} {version('farsight')}"
-    return f"farsight-bank-{config.http_port}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    return f"farsight-ledger-{config.http_port}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""A bank with a clock that is turned by hand."""
+"""A ledger with a fake clock, and rows for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Clock:
         return self.now_s
 
 
-def bank_at(directory: Path, clock: Clock, keep_days: float = 30.0) -> LocalLedger:
+def ledger_at(directory: Path, clock: Clock, keep_days: float = 30.0) -> LocalLedger:
     return LocalLedger(f"sqlite:///{directory}/ledger.sqlite", keep_days, clock)
 
 
@@ -46,5 +46,5 @@ def ledger_row(**given: Any) -> LedgerRow:
 
 
 def row(*, number: int, journal: str = "j", **given: Any) -> dict[str, Any]:
-    """The same as the ledger gets it: with its key."""
+    """The same with its key, as `Ledger.record` takes it."""
     return {"journal": journal, "number": number, **asdict(ledger_row(**given))}

@@ -1,4 +1,4 @@
-"""The same bank on a real PostgreSQL: dialects differ in conflicts, locks and arithmetic."""
+"""The ledger on a real PostgreSQL: dialects differ in conflicts, locks and arithmetic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from service.billing.ledger import LedgerError, LocalLedger
-from service.billing.tables import fold
+from service.billing.tables import roll_up
 from service.config import Budget
 from tests.billing.common import Clock, row
 
@@ -60,47 +60,47 @@ def url(server: str) -> str:
 
 def test_budgets_and_ledger(url: str) -> None:
     clock = Clock()
-    bank = LocalLedger(url, 2, clock)
-    assert bank.lease("a", MINUTE, 50, 50).granted == 50
-    assert bank.lease("a", MINUTE, 25, 30).refill_s == pytest.approx(15)
-    bank.give_back("a", MINUTE, 20)
+    ledger = LocalLedger(url, 2, clock)
+    assert ledger.lease("a", MINUTE, 50, 50).amount == 50
+    assert ledger.lease("a", MINUTE, 25, 30).refill_s == pytest.approx(15)
+    ledger.give_back("a", MINUTE, 20)
     clock.now_s += 5
-    bank.close()
-    bank = LocalLedger(url, 2, clock)  # another one, as after a death
-    assert bank.lease("a", MINUTE, 1, 100).granted == pytest.approx(35)
+    ledger.close()
+    ledger = LocalLedger(url, 2, clock)  # a new one on the same database, as after a crash
+    assert ledger.lease("a", MINUTE, 1, 100).amount == pytest.approx(35)
 
     rows = [
         row(journal="j", number=index, at_s=600_000.0 + 97 * index, joules=index % 2 or None) for index in range(500)
     ]
-    bank.record(rows, [{"journal": "j", "number": 999, "at_s": 600_000.0, "used_s": 6.0, "idle_s": 4.0, "usd": 1.0}])
-    bank.record(rows[:100], [])
-    before = bank.usage(0, 2e6, ("tenant", "hour"), None)
-    assert sum(one["requests"] for one in before["groups"]) == 500
+    ledger.record(rows, [{"journal": "j", "number": 999, "at_s": 600_000.0, "used_s": 6.0, "idle_s": 4.0, "usd": 1.0}])
+    ledger.record(rows[:100], [])
+    before = ledger.usage(0, 2e6, ("tenant", "hour"), None)
+    assert sum(group["requests"] for group in before["groups"]) == 500
     for before_s in (610_000.0, 640_000.0, 1e6):
-        with bank._transaction() as connection:
-            fold(connection, before_s)
-    after = bank.usage(0, 2e6, ("tenant", "hour"), None)
+        with ledger._transaction() as connection:
+            roll_up(connection, before_s)
+    after = ledger.usage(0, 2e6, ("tenant", "hour"), None)
     assert len(after["groups"]) == len(before["groups"])
-    for one, other in zip(before["groups"], after["groups"], strict=True):
-        assert other == pytest.approx(one)
-    assert orjson.loads(orjson.dumps(after)) == after  # no decimals, which JSON does not have
+    for group, other in zip(before["groups"], after["groups"], strict=True):
+        assert other == pytest.approx(group)
+    assert orjson.loads(orjson.dumps(after)) == after  # no decimals: JSON cannot hold them
     assert after["capacity"] == before["capacity"] == {"used_s": 6.0, "idle_s": 4.0, "usd": 1.0}
-    assert bank.singles(0, 2e6, 10) == []
+    assert ledger.sample_requests(0, 2e6, 10) == []
     with pytest.raises(LedgerError, match="null value"):
-        bank.record([row(journal="j", number=1001, tenant=None)], [])
-    bank.close()
+        ledger.record([row(journal="j", number=1001, tenant=None)], [])
+    ledger.close()
 
 
-def test_banks_that_ask_at_once_never_grant_more_than_there_is(url: str) -> None:
+def test_concurrent_ledgers_never_grant_more_than_the_budget(url: str) -> None:
     """Two services on one database, each with threads: rows are locked while they change."""
     clock = Clock()
-    banks = [LocalLedger(url, 30, clock) for _ in range(2)]
+    ledgers = [LocalLedger(url, 30, clock) for _ in range(2)]
 
     def ask(index: int) -> float:
-        return sum(banks[index % 2].lease("new", MINUTE, 0.5, 0.7).granted for _ in range(30))
+        return sum(ledgers[index % 2].lease("new", MINUTE, 0.5, 0.7).amount for _ in range(30))
 
     with ThreadPoolExecutor(8) as pool:
         granted = sum(pool.map(ask, range(8)))
     assert granted == pytest.approx(60, abs=0.5)
-    for bank in banks:
-        bank.close()
+    for ledger in ledgers:
+        ledger.close()

@@ -1,4 +1,4 @@
-"""Keys to tenants: who is known, who is not, and a file of them that changes."""
+"""API keys to tenants, known and unknown, and a tenants file that changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def refusal(tenants: Tenants, key: str | None) -> Kind:
     return caught.value.kind
 
 
-def test_without_tenants_everybody_may_and_is_default() -> None:
+def test_without_tenants_any_request_is_of_the_default_tenant() -> None:
     tenants = Tenants(Config())
     assert tenants.is_open
     for key in (None, "anything"):
@@ -29,7 +29,7 @@ def test_without_tenants_everybody_may_and_is_default() -> None:
         assert tenants.of(key).is_admin
 
 
-def test_a_key_names_its_tenant_and_nothing_else_does() -> None:
+def test_only_a_key_identifies_its_tenant() -> None:
     tenants = Tenants(Config(tenants=(GOLD,)))
     assert tenants.of("gold-key") is tenants.of("other-key") is GOLD
     for key in (None, "", "gold", "gold-key ", key_hash("gold-key")):
@@ -47,7 +47,7 @@ def test_a_key_names_its_tenant_and_nothing_else_does() -> None:
         ({}, None),
     ],
 )
-def test_keys_come_as_bearer_or_in_a_header_of_their_own(headers: dict[str, str], key: str | None) -> None:
+def test_keys_are_read_from_either_header(headers: dict[str, str], key: str | None) -> None:
     assert key_of(headers) == key
 
 
@@ -62,15 +62,13 @@ def test_a_file_adds_tenants_and_changes_while_the_service_runs(tmp_path: Path) 
     os.utime(file, (1, 1))
     tenants.refresh()
     assert refusal(tenants, "s1") is Kind.UNAUTHENTICATED
-    assert weights == {"gold": 3.0, "silver": 9.0}  # seen by who looked before
+    assert weights == {"gold": 3.0, "silver": 9.0}  # the same object: the scheduler keeps it
     assert tenants.of("s2").budgets == (Budget(usd=1, per="day"),)
     assert tenants.of("gold-key") is GOLD
 
 
 @pytest.mark.parametrize("text", ["", "[{}]", '[{"name": "gold"}]', "[", '[{"name": "x", "key_sha256": ["secret"]}]'])
-def test_a_file_that_cannot_be_used_changes_nothing(
-    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_invalid_file_changes_nothing(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "tenants.json"
     file.write_text(json.dumps([{"name": "silver", "key_sha256": [key_hash("s1")]}]))
     tenants = Tenants(Config(tenants=(GOLD,), tenants_file=file))
@@ -78,18 +76,18 @@ def test_a_file_that_cannot_be_used_changes_nothing(
     os.utime(file, (1, 1))
     tenants.refresh()
     assert tenants.of("s1").name == "silver"
-    assert "tenants_file is not taken in" in caplog.text
-    assert "secret" not in caplog.text  # a key where its hash belongs stays out of the log
+    assert "tenants_file was not loaded" in caplog.text
+    assert "secret" not in caplog.text  # a key given instead of its hash must not be logged
 
 
-def test_what_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_invalid_tenants_are_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must differ"):
         Config(tenants=(GOLD, GOLD))
     with pytest.raises(ValueError, match="share a key"):
         Tenants(Config(tenants=(GOLD, TenantConfig(name="thief", key_sha256=GOLD.key_sha256[:1]))))
     empty = tmp_path / "none.json"
     empty.write_text("[]")
-    with pytest.raises(ValueError, match="open to everybody"):
+    with pytest.raises(ValueError, match="expected at least one tenant, got none"):
         Tenants(Config(tenants_file=empty))
     with pytest.raises(ValueError, match="exactly one"):
         Budget(per="day")

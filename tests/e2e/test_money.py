@@ -1,4 +1,4 @@
-"""Money on a real service of two replicas: keys, budgets across replicas, and a ledger that outlives kill -9."""
+"""Billing on a real service of two replicas: keys, budgets across replicas, and a ledger that survives kill -9."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ BODY = {"model": "all-MiniLM-L6-v2", "input": ["what does this cost?"] * 8}
 
 
 @dataclass
-class Paying:
-    """A running service, its directory, and clients that remember every answer."""
+class Billed:
+    """A running service, its directory, and every answer its clients got."""
 
     service: Service
     directory: Path
@@ -55,10 +55,10 @@ class Paying:
 
     def processes(self, title: str) -> list[psutil.Process]:
         family = psutil.Process(self.service.process.pid).children(recursive=True)
-        return [one for one in family if title in " ".join(_command(one))]
+        return [process for process in family if title in " ".join(_command(process))]
 
     def ask(self, tenant: str, name: str, until_s: float) -> None:
-        """Requests one after another; -1 where the connection broke."""
+        """Send requests one after another; -1 if the connection broke."""
         with self.client(tenant) as client:
             for index in range(100_000):
                 if time.monotonic() > until_s:
@@ -81,85 +81,85 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def paying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Paying]:
+def billed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Billed]:
     directory = tmp_path_factory.mktemp("money")
     os.environ["FARSIGHT_TENANTS"] = json.dumps(TENANTS)
     try:
         service = start(directory, 29000, "--demo", "--replicas", "2")
     finally:
         del os.environ["FARSIGHT_TENANTS"]
-    yield Paying(service, directory)
+    yield Billed(service, directory)
     assert stop(service) == 0
     assert not list((directory / f"journal-{service.metrics_port}").iterdir())
 
 
-def test_a_budget_holds_across_replicas(paying: Paying) -> None:
+def test_a_budget_holds_across_replicas(billed: Billed) -> None:
     begin_s = time.monotonic()
-    threads = [threading.Thread(target=paying.ask, args=("metered", f"m{index}", begin_s + 8)) for index in range(4)]
+    threads = [threading.Thread(target=billed.ask, args=("metered", f"m{index}", begin_s + 8)) for index in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    with paying.client("metered") as client:
+    with billed.client("metered") as client:
         refused = client.post("/v1/embeddings", json=BODY)
         took_s = time.monotonic() - begin_s
-        time.sleep(2)  # each replica writes to the ledger once a second; who is asked knows its own requests at once
+        time.sleep(2)  # each replica ships once a second; the one that answers includes its own requests at once
         own = client.get("/v1/usage?group_by=tenant,outcome").json()["data"]
-    codes = Counter(code for _, code in paying.answers)
+    codes = Counter(code for _, code in billed.answers)
     assert set(codes) == {200, 429}
-    if refused.status_code == 429:  # or the refill was enough for one
+    if refused.status_code == 429:  # otherwise the refill was enough for one request
         assert refused.json()["error"]["code"] == "over_budget"
         assert int(refused.headers["retry-after"]) >= 1
     answered = codes[200] + (refused.status_code == 200)
-    assert [(one["tenant"], one["outcome"], one["requests"]) for one in own] == [("metered", "ok", answered)]
+    assert [(group["tenant"], group["outcome"], group["requests"]) for group in own] == [("metered", "ok", answered)]
     spent_s = own[0]["device_s"]
     refilled_s = took_s * 3600 / 86400
-    # what is predicted may be wrong for the requests that run: one on each replica, four wait
+    # predictions may be wrong for the requests that run: one on each replica, four wait
     assert 0.5 * BURST_S < spent_s <= BURST_S + refilled_s + 2 * 0.02 * BURST_S + 0.25
 
 
-def test_kill_9_of_a_replica_and_of_the_bank_loses_and_doubles_nothing(paying: Paying) -> None:
-    paying.answers.clear()
+def test_kill_9_of_a_replica_and_of_the_ledger_loses_and_duplicates_nothing(billed: Billed) -> None:
+    billed.answers.clear()
     begin_s = time.monotonic()
-    threads = [threading.Thread(target=paying.ask, args=("shop", f"s{index}", begin_s + 25)) for index in range(6)]
+    threads = [threading.Thread(target=billed.ask, args=("shop", f"s{index}", begin_s + 25)) for index in range(6)]
     for thread in threads:
         thread.start()
     time.sleep(4)
-    replicas = paying.processes("ray::ServeReplica")
+    replicas = billed.processes("ray::ServeReplica")
     assert len(replicas) == 2
     replicas[0].send_signal(signal.SIGKILL)
     time.sleep(4)
-    bank = paying.processes("ray::_Actor")
-    assert len(bank) == 1
-    bank[0].send_signal(signal.SIGKILL)
+    actors = billed.processes("ray::_LedgerActor")
+    assert len(actors) == 1
+    actors[0].send_signal(signal.SIGKILL)
     for thread in threads:
         thread.join()
-    answered = [identity for identity, code in paying.answers if code == 200]
+    answered = [identity for identity, code in billed.answers if code == 200]
     assert len(answered) > 50
-    assert {code for _, code in paying.answers} <= {200, 500, 502, 503, 504, -1}
+    assert {code for _, code in billed.answers} <= {200, 500, 502, 503, 504, -1}
     deadline_s = time.monotonic() + 60
     missing: set[str] = set(answered)
     while missing and time.monotonic() < deadline_s:
         time.sleep(1)
-        rows = [row for row in paying.ledger() if row["tenant"] == "shop"]
+        rows = [row for row in billed.ledger() if row["tenant"] == "shop"]
         missing = set(answered) - {row["request_id"] for row in rows if row["outcome"] == "ok"}
     assert not missing
     settled = Counter(row["request_id"] for row in rows if row["outcome"] == "ok")
-    # a request that was tried again on another replica is there twice only if it ran twice: once lost, once answered
+    # a request retried on another replica has two rows only if it ran twice: once lost, once answered
     assert max(settled.values()) == 1
     unanswered = set(settled) - set(answered)
-    assert len(unanswered) <= 6  # settled in the moment in which its replica died; a client each
+    assert len(unanswered) <= 6  # settled just before the replica died; at most one for each client
     lost = [row for row in rows if row["outcome"] == "lost"]
     assert all(row["charged_usd"] == row["device_s"] == 0 for row in lost)
-    with paying.client("root") as client:
+    with billed.client("root") as client:
         usage = client.get("/v1/usage?group_by=tenant,outcome").json()
-    told = {one["outcome"]: one["requests"] for one in usage["data"] if one["tenant"] == "shop"}
-    assert told["ok"] == len(settled)
+    recorded = {group["outcome"]: group["requests"] for group in usage["data"] if group["tenant"] == "shop"}
+    assert recorded["ok"] == len(settled)
 
 
-def test_the_metrics_of_the_node_take_an_administrators_key(paying: Paying) -> None:
-    with httpx.Client(base_url=paying.service.url) as client:
+def test_the_metrics_of_the_node_need_an_administrators_key(billed: Billed) -> None:
+    with httpx.Client(base_url=billed.service.url) as client:
         assert client.get("/metrics").status_code == 401
-    with paying.client("root") as client:
+    with billed.client("root") as client:
         text = client.get("/metrics").text
     assert 'farsight_cost_usd_total{model="all-MiniLM-L6-v2",plan="dense",tenant="metered"}' in text

@@ -19,7 +19,7 @@ from service.api.handler import Call, Handler, request_id
 from service.api.http.body import read_body
 from service.api.http.responses import BLOCK_BYTES, JSON, PartsResponse, error_response, json_response
 from service.api.service import InferenceService
-from service.billing.tenants import EVERYBODY, key_of
+from service.billing.tenants import DEFAULT_TENANT, key_of
 from service.config import TenantConfig
 from service.engine.pricing import Estimate
 from service.errors import FarsightError, Kind, too_large
@@ -133,7 +133,7 @@ class HttpRoutes:
         """The tenant of the key, before its body is read. Raises FarsightError: 401 without a known key, 403 if an
         administrator's is needed."""
         if access is Access.EVERYBODY:
-            return EVERYBODY
+            return DEFAULT_TENANT
         tenant = self.service.tenants.of(key_of(headers))
         if access is Access.ADMINS and not tenant.is_admin:
             raise FarsightError(Kind.FORBIDDEN, f"tenant {tenant.name!r} is not an administrator")
