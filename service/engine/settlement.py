@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from service.billing.tenants import Tenants
 from service.config import Config
@@ -79,24 +79,17 @@ class Settlement:
             self.metrics.spent(job.planned.label, plan, tenant, device_s, usd, stats.joules)
         if job.accepted is None or self._accounts.meter is None:
             return
-        row = replace(job.accepted.row, plan=plan, device_s=device_s, cost_usd=usd)
-        if stats is not None:
-            row = replace(row, joules=stats.joules)
+        used: dict[str, Any] = {
+            "plan": plan,
+            "device_s": device_s,
+            "cost_usd": usd,
+            "joules": stats.joules if stats else None,
+        }
         if answer is None:
-            row = replace(row, total_s=self._clock() - job.arrived_s)
+            used["total_s"] = self._clock() - job.arrived_s
         else:
-            usage, upper = answer.usage, answer.error.relative_l2_upper
-            row = replace(
-                row,
-                tokens=usage.tokens,
-                flops=float(usage.flops),
-                flops_dense=float(usage.flops_dense),
-                saved_usd=usage.saved_usd,
-                queue_s=answer.timing.queue_s,
-                total_s=answer.timing.total_s,
-                error_upper=upper if math.isfinite(upper) else None,
-            )
-        self._accounts.meter.settle(job.accepted, failure, row)
+            used |= _answered(answer)
+        self._accounts.meter.settle(job.accepted, failure, replace(job.accepted.row, **used))
 
     def left(self, job: Job, kind: Kind) -> None:
         """A request ends without an answer. One that runs is settled when it has stopped: it used the device."""
@@ -172,3 +165,17 @@ class Settlement:
             shows_layers=outcome.shows_layers,
             details=outcome.details,
         )
+
+
+def _answered(answer: Answer) -> dict[str, Any]:
+    """Fields of the ledger's row that only an answer has."""
+    usage, upper = answer.usage, answer.error.relative_l2_upper
+    return {
+        "tokens": usage.tokens,
+        "flops": float(usage.flops),
+        "flops_dense": float(usage.flops_dense),
+        "saved_usd": usage.saved_usd,
+        "queue_s": answer.timing.queue_s,
+        "total_s": answer.timing.total_s,
+        "error_upper": upper if math.isfinite(upper) else None,
+    }

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from service.attention import ERROR_EXPONENT
 from service.config import Config
@@ -44,7 +44,10 @@ def corrected(priced: Candidates, corrector: PredictionCorrector) -> Candidates:
     for kind, candidate in priced.items():
         factor = corrector.factor(candidate.path)
         predicted_s, shared_s = factor * candidate.predicted_s, factor * candidate.shared_s
-        found[kind] = replace(candidate, predicted_s=predicted_s, shared_s=shared_s, correction=factor)
+        # not `replace`, which takes twice as long: this runs for every plan of every request
+        found[kind] = Candidate(
+            kind, candidate.cost, predicted_s, candidate.fits, candidate.reason, shared_s, candidate.path, factor
+        )
     return found
 
 
