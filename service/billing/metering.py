@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,15 +116,17 @@ class UsageMeter:
         """Predicted cost by unit of a budget."""
         return {"usd": cost_usd(plan.predicted_s, self._hour_usd), "device_s": plan.predicted_s}
 
-    def settle(self, accepted: Accepted, failure: Kind | None, row: LedgerRow) -> None:
+    def settle(self, accepted: Accepted, failure: Kind | None, used: Mapping[str, Any]) -> None:
         """Charge the budget and log the settled request.
 
-        `row` is `accepted.row` with what the request used; its outcome and charge are set here, and failures of the
-        service are not charged.
+        `used`: fields of its row that are known now, "cost_usd" and "device_s" among them. Its outcome and charge are
+        set here: failures of the service are not charged.
         """
-        used = {"usd": row.cost_usd, "device_s": row.device_s}
-        charged = dict.fromkeys(used, 0.0) if failure in NOT_CHARGED else used
-        row = replace(row, outcome=failure.value if failure else OUTCOME_OK, charged_usd=charged["usd"])
+        charged = {"usd": used["cost_usd"], "device_s": used["device_s"]}
+        if failure in NOT_CHARGED:
+            charged = dict.fromkeys(charged, 0.0)
+        outcome = failure.value if failure else OUTCOME_OK
+        row = replace(accepted.row, **used, outcome=outcome, charged_usd=charged["usd"])
         self._leases.settle(accepted.reservation, charged)
         try:
             self._log.settled(accepted.number, row)

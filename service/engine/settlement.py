@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from service.billing.tenants import Tenants
@@ -89,7 +89,7 @@ class Settlement:
             used["total_s"] = self._clock() - job.arrived_s
         else:
             used |= _answered(answer)
-        self._accounts.meter.settle(job.accepted, failure, replace(job.accepted.row, **used))
+        self._accounts.meter.settle(job.accepted, failure, used)
 
     def left(self, job: Job, kind: Kind) -> None:
         """A request ends without an answer. One that runs is settled when it has stopped: it used the device."""

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +189,7 @@ class Crashes(RuleBasedStateMachine):
     def _settle(self, replica: int, accepted: Accepted, used_share: float) -> None:
         row = accepted.row
         used_s = row.predicted_s * used_share
-        self.meters[replica].settle(accepted, None, replace(row, device_s=used_s))
+        self.meters[replica].settle(accepted, None, {"device_s": used_s, "cost_usd": row.cost_usd})
         self.outcomes[row.request_id] = "ok"
         self.spent_s += used_s
 
