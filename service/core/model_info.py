@@ -42,7 +42,8 @@ class ModelInfo:
     architecture: str
     dtype: str
     max_length: int  # tokens per input
-    dimensions: int  # numbers of one embedding or hidden state
+    dimensions: int  # numbers of one embedding
+    state_dimensions: int  # numbers of one hidden state
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -57,6 +58,8 @@ class ModelInfo:
     packed: bool  # inputs of any lengths share a pass without padding; if not, only inputs of equal shape do
     inputs: Literal["text", "source and target", "image"] = "text"
     labels: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()  # names of the texts that may go before every text of a request
+    default_prompt: str | None = None
     task_attention: tuple[LayerKind, ...] | None = None  # for the model's own task; None: `attention`
     position_bias: bool = False  # adds a bias for every pair of positions, with quadratic memory (T5)
     smallest_pass_s: float = 0.0  # fixed seconds of a pass: a few tokens through all layers, measured at load

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Priority(StrEnum):
@@ -121,6 +121,22 @@ class EmbedOptions(ForwardOptions):
     dimensions: int | None = Field(
         None, ge=1, description="Cut each embedding to its first `dimensions` numbers, then normalise it."
     )
+    prompt_name: str | None = Field(
+        None,
+        description="The model's prompt that is put before every text, by its name (`GET /v1/models` lists them); "
+        "default: the model's own default, if it has one.",
+    )
+    input_type: Literal["query", "document"] | None = Field(
+        None,
+        description="The model's prompt for queries or for documents (`document`, `passage` or `corpus`), by kind "
+        "instead of by name; none if the model has no such prompt.",
+    )
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> EmbedOptions:
+        if self.prompt_name is not None and self.input_type is not None:
+            raise ValueError("expected at most one of prompt_name and input_type")
+        return self
 
 
 class ClassifyOptions(ForwardOptions):

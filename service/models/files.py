@@ -11,6 +11,15 @@ from service.config import ModelConfig
 from service.core.options import ModelTask
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# any of them makes a tokenizer
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 # last part of a class name in config.json's `architectures`: the task of such a model
 HEADS: dict[str, ModelTask] = {
     "ForSequenceClassification": "classify",
@@ -40,8 +49,12 @@ def directory_of(config: ModelConfig) -> Path:
         raise FileNotFoundError(
             f"model {config.name!r}: {directory / WEIGHTS[0]} is missing (weights are read from safetensors only)"
         )
-    if not takes_images(read_json(directory / "config.json")) and not (directory / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"model {config.name!r}: {directory / 'tokenizer.json'} is missing")
+    has_tokenizer = any((directory / file).is_file() for file in VOCABULARIES)
+    if not has_tokenizer and not takes_images(read_json(directory / "config.json")):
+        first, *others = VOCABULARIES
+        raise FileNotFoundError(
+            f"model {config.name!r}: {directory / first} is missing, and so are {', '.join(others)}"
+        )
     return directory
 
 
@@ -57,16 +70,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def takes_images(config: dict[str, Any]) -> bool:
     """Whether a model with this config.json takes images instead of text."""
-    return "image_size" in config and "patch_size" in config and "vocab_size" not in config
+    return "image_size" in config and "patch_size" in config
 
 
 def task_of(directory: Path) -> ModelTask:
-    """The task that the files declare: `embed` if sentence-transformers wrote them, else by the class of the head.
+    """The task that the files declare: `embed` if an embedder of sentence-transformers, else by the class of the head.
 
-    Raises ValueError if config.json is not a JSON object.
+    Raises ValueError if the files are not JSON, or are for a task that is not served.
     """
     config = read_json(directory / "config.json")
-    if (directory / "modules.json").is_file():
+    if (directory / "modules.json").is_file() and _is_embedder(directory):
         return "embed"
     name = next(iter(config.get("architectures") or []), "")
     for suffix, task in HEADS.items():
@@ -74,3 +87,32 @@ def task_of(directory: Path) -> ModelTask:
             has_one_label = len(config.get("id2label") or {}) == 1 or config.get("num_labels") == 1
             return "rerank" if task == "classify" and has_one_label else task
     return "embed"
+
+
+def _is_embedder(directory: Path) -> bool:
+    """Whether modules.json describes an embedder; False: a CrossEncoder, which is its Transformer alone."""
+    kind = read_json(directory / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    if kind == "SentenceTransformer":
+        return True
+    if kind != "CrossEncoder":
+        raise ValueError(f"config_sentence_transformers.json: a {kind} is not served")
+    if others := [name for name, _ in module_types(directory)[1:]]:
+        raise ValueError(f"modules.json: {others} of a CrossEncoder are not supported")
+    return False
+
+
+def module_types(directory: Path) -> list[tuple[str, str]]:
+    """(class name, folder) of each module in modules.json, in order.
+
+    Raises ValueError if there is none, or one is not sentence-transformers' own: its code would come with the model.
+    """
+    modules = json.loads((directory / "modules.json").read_text())
+    if not isinstance(modules, list) or not modules:
+        raise ValueError("modules.json: expected a list of modules")
+    found = []
+    for module in modules:
+        library, _, name = str(module.get("type", "")).rpartition(".")
+        if library.partition(".")[0] != "sentence_transformers":
+            raise ValueError(f"modules.json: {module.get('type')!r} is not a module of sentence-transformers")
+        found.append((name, str(module.get("path", ""))))
+    return found

@@ -26,6 +26,7 @@ from service.core.answer import ErrorReport, LayerReport
 from service.core.plan import PlanKind
 
 NAME = "farsight"
+OWN_ATTENTION = "does not compute attention through the AttentionInterface"  # why a model is refused
 MAX_WAIT = 64  # passes
 NARROW = 4096  # tokens that a row of a sliding window sees: below, an exact layer is faster than any selection
 
@@ -206,6 +207,7 @@ def _candidates(local_size: int | None) -> Iterator[Pattern]:
     if local_size is not None:  # first: within the window both are right, and longer inputs must not lose it
         yield Pattern(is_causal=True, window=(local_size - 1, 0))
         yield Pattern(is_causal=False, window=(local_size, local_size))
+        yield Pattern(is_causal=False, window=(local_size - 1, local_size - 1))  # EmbeddingGemma
     for is_causal in (False, True):
         yield Pattern(is_causal)
 

@@ -24,7 +24,7 @@ from service.errors import invalid
 from service.models import heads, hook
 from service.models.inputs.processor import InputProcessor
 from service.models.inputs.rows import EncodedInput, Tokenized
-from service.models.packing import pack
+from service.models.packing import computed_positions, pack, stack
 from service.models.tasks import embed, explain, score
 
 TokenizedRequests = Sequence[tuple[ForwardRequest, Tokenized]]
@@ -64,10 +64,16 @@ class Model:
     device: torch.device
     pooling: embed.Pooling
     classifier: heads.Classifier | None = None  # None: classified by the model's own forward pass
+    activation: str | None = None  # stored for the head's logits: "Identity" or "Sigmoid"; None: by the kind of head
     first_position: int = 0
+    padding_id: int | None = None  # tokens of this id take no position, also inside a text (RoBERTa)
     max_batch_tokens: int = 16384
     history: hook.SparseHistory = field(default_factory=hook.SparseHistory)
     resets: tuple[Callable[[], None], ...] = ()  # called before each pass: state that must not carry over
+
+    @property
+    def takes_images(self) -> bool:
+        return self.inputs.spec.image_processor is not None
 
     def tokenize(self, request: ForwardRequest) -> Tokenized:
         """The rows of one request, on any thread. Raises FarsightError like `InputProcessor.encode`."""
@@ -105,17 +111,23 @@ class Model:
         self, rows: Sequence[EncodedInput], context: hook.ForwardContext, dimensions: int | None = None
     ) -> torch.Tensor:
         """Embeddings of n rows: [n, dimensions] float32 on the CPU."""
-        out = torch.empty(len(rows), dimensions or self.info.dimensions)
+        vectors: dict[int, torch.Tensor] = {}
         for part in self.hidden_states(rows, context):
-            out[list(part.indices)] = embed.pool(part.states, part.bounds, self.pooling, dimensions).cpu()
-        return out
+            prompts = torch.tensor([rows[index].prompt for index in part.indices], device=self.device)
+            pooled = embed.pool(part.states, part.bounds, self.pooling, prompts=prompts, dimensions=dimensions)
+            vectors.update(zip(part.indices, pooled.cpu(), strict=True))
+        return torch.stack([vectors[index] for index in range(len(rows))])
 
     def classify(self, rows: Sequence[EncodedInput], context: hook.ForwardContext) -> torch.Tensor:
         """Logits of n rows: [n, labels] float32 on the CPU. Raises FarsightError (422) if the head refuses a row."""
         out = torch.empty(len(rows), len(self.info.labels))
         if self.classifier is None:
-            # heads of encoder-decoder models require one end token in every row, equally many in all rows of a batch
-            alone = self.module.config.is_encoder_decoder
+            config = self.module.config
+            # heads of encoder-decoder models require one end token in every row, equally many in all rows of a batch;
+            # heads of decoders without a padding token refuse batches
+            alone = config.is_encoder_decoder or (
+                not self.takes_images and config.get_text_config().pad_token_id is None
+            )
             for batch in [[index] for index in range(len(rows))] if alone else self._same_shape(rows):
                 try:
                     logits = self.head_logits([rows[index] for index in batch], context)
@@ -124,7 +136,8 @@ class Model:
                 out[batch] = logits.float().cpu()
             return out
         for part in self.hidden_states(rows, context):
-            out[list(part.indices)] = self.classifier(part.states, part.bounds).float().cpu()
+            ids = torch.tensor([token for index in part.indices for token in rows[index].ids], device=self.device)
+            out[list(part.indices)] = self.classifier(part.states, part.bounds, ids).float().cpu()
         return out
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -133,6 +146,8 @@ class Model:
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         problem = getattr(self.module.config, "problem_type", None)
+        if self.activation is not None:
+            return logits.sigmoid() if self.activation == "Sigmoid" else logits
         if problem == "regression":
             return logits
         if problem == "multi_label_classification" or logits.shape[1] == 1:
@@ -204,7 +219,8 @@ class Model:
                 yield self._flat(batch, self.unpacked_states([rows[index] for index in batch], context, layer))
             return
         for indices in split_by_tokens([len(row) for row in rows], self.max_batch_tokens):
-            packed = pack([rows[index] for index in indices], self.device, self.first_position)
+            members = [rows[index] for index in indices]
+            packed = pack(members, self.device, self.first_position, self.padding_id)
             arguments = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
             if packed.type_ids is not None:
                 arguments["token_type_ids"] = packed.type_ids
@@ -223,7 +239,7 @@ class Model:
         self, rows: Sequence[EncodedInput], context: hook.ForwardContext, layer: int = -1
     ) -> torch.Tensor:
         """Hidden states of S rows of equal shape in one pass, without packing: [S, L, H]."""
-        arguments = self._arguments(rows)
+        arguments = self._stacked(rows)
         arguments.pop("decoder_input_ids", None)  # `base` is the encoder
         return self._base_states(arguments, context, layer)
 
@@ -232,7 +248,7 @@ class Model:
 
         Raises ValueError if the model's head refuses the rows.
         """
-        logits: torch.Tensor = self._run(self.module, self._arguments(rows), context).logits
+        logits: torch.Tensor = self._run(self.module, self._stacked(rows), context).logits
         return logits
 
     def _base_states(
@@ -261,14 +277,9 @@ class Model:
             reset()
         if self.info.task == "score" or hasattr(module.config, "use_cache"):
             arguments = {**arguments, "use_cache": False}
-        context.positions.append(self._positions(arguments))
+        context.positions.append(computed_positions(arguments, self.inputs.spec.patches))
         with hook.running(replace(context, cu_seqlens=cu_seqlens)):
             return module(**arguments)
-
-    def _positions(self, arguments: dict[str, Any]) -> int:
-        if "pixel_values" in arguments:
-            return len(arguments["pixel_values"]) * self.inputs.spec.patches
-        return sum(arguments[name].numel() for name in ("input_ids", "decoder_input_ids") if name in arguments)
 
     def _same_shape(self, rows: Sequence[EncodedInput]) -> list[list[int]]:
         shapes = [(len(row.ids), len(row.target or ()), row.patches) for row in rows]
@@ -279,17 +290,7 @@ class Model:
         bounds = tuple(accumulate([states.shape[1]] * len(states), initial=0))
         return PassStates(indices, states.flatten(0, 1), torch.tensor(bounds, device=self.device))
 
-    def _arguments(self, rows: Sequence[EncodedInput]) -> dict[str, Any]:
+    def _stacked(self, rows: Sequence[EncodedInput]) -> dict[str, torch.Tensor]:
         """Arguments of one unpacked pass over rows of equal shape."""
-        if rows[0].pixels is not None:
-            pixels = torch.stack([row.pixels for row in rows if row.pixels is not None])
-            return {"pixel_values": pixels.to(self.device, next(self.module.parameters()).dtype)}
-        arguments = {"input_ids": torch.tensor([row.ids for row in rows], device=self.device)}
-        if any(row.types for row in rows):
-            types = [row.types or (0,) * len(row.ids) for row in rows]
-            arguments["token_type_ids"] = torch.tensor(types, device=self.device)
-        if rows[0].target is not None:
-            start = self.module.config.decoder_start_token_id
-            shifted = [(start, *(row.target or ())[:-1]) for row in rows]
-            arguments["decoder_input_ids"] = torch.tensor(shifted, device=self.device)
-        return arguments
+        start = getattr(self.module.config, "decoder_start_token_id", None)
+        return stack(rows, self.device, next(self.module.parameters()).dtype, start)

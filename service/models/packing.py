@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 
@@ -21,15 +22,52 @@ class Packed:
     cu_seqlens: tuple[int, ...]  # S + 1 offsets into T
 
 
-def pack(rows: Sequence[EncodedInput], device: torch.device, first_position: int = 0) -> Packed:
-    """S rows, none of them empty -> one row of T tokens. Positions start at `first_position` in each sequence."""
+def pack(
+    rows: Sequence[EncodedInput], device: torch.device, first_position: int = 0, padding_id: int | None = None
+) -> Packed:
+    """S rows, none of them empty -> one row of T tokens. Positions start at `first_position` in each sequence; tokens
+    `padding_id` stand at that number and are not counted, as RoBERTa numbers its tokens."""
     lengths = [len(row.ids) for row in rows]
     assert all(lengths), "bug: an empty sequence cannot be packed"
     cu_seqlens = (0, *accumulate(lengths))
-    positions = torch.cat([torch.arange(first_position, first_position + length) for length in lengths])
+    positions = torch.cat([_positions(row.ids, first_position, padding_id) for row in rows])
     input_ids = torch.tensor(list(chain.from_iterable(row.ids for row in rows)))
     type_ids: torch.Tensor | None = None
     if any(row.types is not None for row in rows):
         types = [row.types or (0,) * len(row.ids) for row in rows]
         type_ids = torch.tensor(list(chain.from_iterable(types)))[None].to(device)
     return Packed(input_ids[None].to(device), positions[None].to(device), type_ids, cu_seqlens)
+
+
+def stack(
+    rows: Sequence[EncodedInput], device: torch.device, dtype: torch.dtype, decoder_start: int | None
+) -> dict[str, Any]:
+    """S rows of equal shape -> arguments of one pass without packing: [S, L] ids or [S, C, H, W] pixels of `dtype`.
+
+    `decoder_start`: the id that targets are shifted behind.
+    """
+    if rows[0].pixels is not None:
+        pixels = torch.stack([row.pixels for row in rows if row.pixels is not None])
+        return {"pixel_values": pixels.to(device, dtype)}
+    arguments = {"input_ids": torch.tensor([row.ids for row in rows], device=device)}
+    if any(row.types for row in rows):
+        types = [row.types or (0,) * len(row.ids) for row in rows]
+        arguments["token_type_ids"] = torch.tensor(types, device=device)
+    if rows[0].target is not None:
+        shifted = [(decoder_start, *(row.target or ())[:-1]) for row in rows]
+        arguments["decoder_input_ids"] = torch.tensor(shifted, device=device)
+    return arguments
+
+
+def computed_positions(arguments: Mapping[str, Any], patches: int) -> int:
+    """Positions that a pass with these arguments computes, padding included. `patches`: tokens of one image."""
+    if "pixel_values" in arguments:
+        return len(arguments["pixel_values"]) * patches
+    return sum(arguments[name].numel() for name in ("input_ids", "decoder_input_ids") if name in arguments)
+
+
+def _positions(ids: Sequence[int], first: int, padding_id: int | None) -> torch.Tensor:
+    if padding_id is None or padding_id not in ids:
+        return torch.arange(first, first + len(ids))
+    counted = torch.tensor(ids) != padding_id
+    return torch.where(counted, counted.cumsum(0) + first - 1, padding_id)

@@ -246,4 +246,4 @@ def _scratch_bytes(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
             kept = shape.batch * shape.heads * blocks * ceil(shape.query_length / block_size)
             # four rows of moments for each block of every key head
             moments = 4 * shape.batch * shape.heads * blocks * (3 * shape.head_dim + shape.value_dim)
-            return SPARSE_TILE_BYTES + 6 * head + kept + moments
+            return SPARSE_SCRATCH_BYTES + 6 * head + kept + moments

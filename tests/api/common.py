@@ -11,6 +11,7 @@ INFO = ModelInfo(
     dtype="float32",
     max_length=128,
     dimensions=3,
+    state_dimensions=3,
     num_layers=1,
     num_heads=1,
     num_kv_heads=1,

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from service.errors import FarsightError
 from service.models.inputs.processor import InputProcessor
 from service.models.inputs.spec import InputSpec
-from service.models.inputs.tokenizer import read_tokenizer
+from service.models.inputs.tokenizer import load_tokenizer, text_tokenizer
 from tests.models import zoo
 from tests.models.common import asked
 
@@ -30,9 +30,9 @@ def byte_level() -> Tokenizer:
 
 
 def inputs(tokenizer: Tokenizer, directory: Path, **fields: object) -> InputProcessor:
-    tokenizer.save(str(directory / "tokenizer.json"))
+    zoo.save_tokenizer(tokenizer, directory)
     settings = {"max_length": 64, "vocab_size": 1000, "max_text_bytes": 1 << 20, **fields}
-    return InputProcessor(InputSpec("m", tokenizer=read_tokenizer(directory), **settings))  # type: ignore[arg-type]
+    return InputProcessor(InputSpec("m", tokenizer=text_tokenizer(load_tokenizer(directory)), **settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [byte_level, zoo.tokenizer, lambda: zoo.tokenizer(with_pair_types=True)])

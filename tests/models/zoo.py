@@ -91,10 +91,18 @@ def save(kind: str, head: type[Any], directory: Path, **more: Any) -> Any:
     module.save_pretrained(directory)
     if kind != "vit":
         pair = {"bert": True}.get(kind, False)
-        tokenizer(with_pair_types=pair).save(str(directory / "tokenizer.json"))
+        save_tokenizer(tokenizer(with_pair_types=pair), directory, gives_types=pair)
     saved = json.loads((directory / "config.json").read_text())
     assert saved["model_type"] == kind
     return module
+
+
+def save_tokenizer(made: Tokenizer, directory: Path, *, gives_types: bool = False, **settings: Any) -> None:
+    """As Transformers saves one: tokenizer.json and `settings` beside it."""
+    made.save(str(directory / "tokenizer.json"))
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if gives_types else [])]
+    given = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names, **settings}
+    (directory / "tokenizer_config.json").write_text(json.dumps(given))
 
 
 def tokenizer(*, with_pair_types: bool = False) -> Tokenizer:

@@ -234,6 +234,15 @@ def test_peak_counts_an_output_far_larger_than_the_inputs() -> None:
     assert work.peak_bytes > 4 * 100_000 * 1_000_000
 
 
+def test_a_sparse_peak_holds_the_scratch_of_selection_and_audit() -> None:
+    """Gathered keys and values, scores and sums are alive together: four tiles of the kernel."""
+    shape = AttentionShape(1, 8, 8, 8192, 8192, 64, 64)
+    peak = cost.attention_cost(PlanKind.SPARSE, shape, AttentionOptions(is_causal=True)).peak_bytes
+    tensors = 4 * 4 * 8 * 8192 * 64
+    assert peak > tensors + 16 * 1024**2 + 6 * 4 * 8192 * 64
+    assert cost.SPARSE_SCRATCH_BYTES == 16 * 1024**2
+
+
 def test_peaks_count_what_is_kept_and_no_more() -> None:
     def peak(task: Task, **options: Any) -> int:
         return forward_cost.forward_cost(

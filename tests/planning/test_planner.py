@@ -136,7 +136,7 @@ def test_a_plan_keeps_the_dense_price_of_its_request(mode: str) -> None:
 
 EMBED = ForwardRequest("r", "m", "embed", EmbedOptions())
 INFO = ModelInfo(
-    *("m", "embed", "bert", "float32", 512, 384, 6, 12, 12, 32, 30522, 22_000_000, 384, 1536),
+    *("m", "embed", "bert", "float32", 512, 384, 384, 6, 12, 12, 32, 30522, 22_000_000, 384, 1536),
     weights=MatrixSizes(10_600_000),
     task_weights=MatrixSizes(10_600_000),
     attention=(LayerKind(6, is_causal=False),),

@@ -96,7 +96,7 @@ def _model_outputs(info: ModelInfo) -> list[dict[str, Any]]:
             outputs = [("scores", _FLOATS, [-1, len(info.labels)])]
         case "score":
             outputs = [("logprob_sum", _FLOATS, [-1]), ("scored_tokens", "INT64", [-1])]
-    outputs += [("hidden_states", _FLOATS, [-1, info.dimensions]), ("lengths", "INT64", [-1])]
+    outputs += [("hidden_states", _FLOATS, [-1, info.state_dimensions]), ("lengths", "INT64", [-1])]
     return [{"name": name, "datatype": datatype, "shape": shape} for name, datatype, shape in outputs]
 
 

@@ -30,7 +30,8 @@ class EncodedInput:
     types: tuple[int, ...] | None = None  # token type (segment) of each id, if the input is a pair
     target: tuple[int, ...] | None = None  # target ids, encoder-decoder models only
     pixels: torch.Tensor | None = None  # [C, H, W] float32
-    patches: int = 0
+    patches: int = 0  # tokens of the image, the model's own included
+    prompt: int = 0  # leading tokens that are the model's prompt, special ones included
     spans: tuple[TokenSpan, ...] | None = None  # for `target`, else for `ids`; only for tasks that report tokens
 
     def __len__(self) -> int:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.models.inputs.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from service.models.inputs.image import ImageProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text that goes before every text of a request."""
+
+    text: str
+    tokens: int  # at the beginning of a row, special ones included
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +30,9 @@ class InputSpec:
     max_text_bytes: int  # bytes of one text
     tokenizer: TextTokenizer | None = None
     image_processor: ImageProcessor | None = None
-    patches: int = 0  # tokens of one image
-    has_types: bool = False  # the model distinguishes the two texts of a pair by token types
+    patches: int = 0  # tokens of one image, the model's own included
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)  # of embeddings, by name
+    default_prompt: str | None = None  # name of the one that is applied if a request names none
+    has_types: bool = False  # the model distinguishes the two texts of a pair by token types, zero if left out
+    always_types: bool = False  # types count even if all are zero, as where they are looked up as tokens (GPT-2)
     has_target: bool = False  # the model scores a target given its source

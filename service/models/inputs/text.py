@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tokenizers import Encoding
 
@@ -11,8 +12,10 @@ from service.core.options import EmbedOptions
 from service.core.request import ForwardRequest
 from service.errors import FarsightError, Kind, invalid, too_large
 from service.models.inputs.rows import EncodedInput, Tokenized, TokenSpan
-from service.models.inputs.spec import InputSpec
+from service.models.inputs.spec import InputSpec, Prompt
 
+# names of prompts for each kind of input, the first that a model has
+INPUT_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 MAX_TOTAL_TEXTS = 16  # all texts of one request together: this many times the bytes that one text may have
 
 
@@ -33,6 +36,26 @@ def encode_texts(spec: InputSpec, request: ForwardRequest) -> Tokenized:
         _check_sizes(request.texts, spec.max_text_bytes)
         builder.add_texts(request.texts)
     return builder.build()
+
+
+def prompt_of(spec: InputSpec, request: ForwardRequest) -> Prompt | None:
+    """The prompt of a request for embeddings: by its name, by the kind of its input, or the model's default.
+
+    Raises FarsightError (422) that names the prompts there are.
+    """
+    options = request.options
+    if not isinstance(options, EmbedOptions):
+        return None
+    if options.prompt_name is not None:
+        if options.prompt_name not in spec.prompts:
+            known = ", ".join(spec.prompts) or "none"
+            message = f"prompt_name: model {spec.model!r} has {known}, got {options.prompt_name[:64]!r}"
+            raise invalid(message, param="prompt_name")
+        return spec.prompts[options.prompt_name]
+    if options.input_type is not None:  # a model without such a prompt gets none, not its default one
+        names = [name for name in INPUT_PROMPTS[options.input_type] if name in spec.prompts]
+        return spec.prompts[names[0]] if names else None
+    return None if spec.default_prompt is None else spec.prompts[spec.default_prompt]
 
 
 def _check_sizes(texts: Sequence[str], max_bytes: int) -> None:
@@ -70,12 +93,17 @@ class _EncodedInputBuilder:
         self._add([self._row(part) for part in self._fit(ids, self._spec.max_length)])
 
     def add_texts(self, texts: Sequence[str]) -> None:
-        template = self._tokenizer.single
+        template, prompt = self._tokenizer.single, prompt_of(self._spec, self._request)
         room = self._spec.max_length - template.special
+        if prompt is not None:
+            texts = [prompt.text + text for text in texts]
         for text, encoding in zip(texts, self._tokenizer.encode(texts), strict=True):
             parts = self._fit(tuple(encoding.ids), room, added=template.special)
             spans = self._spans(encoding, text, len(parts[0]))
-            self._add([self._row(template.filled(part)[0], spans=spans) for part in parts])
+            rows = [self._row(template.filled(part)[0], spans=spans) for part in parts]
+            if prompt is not None:
+                rows[0] = replace(rows[0], prompt=prompt.tokens)
+            self._add(rows)
 
     def add_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Add (query, document) pairs, of which the document may be cut, or (source, target) pairs, where both may."""
@@ -166,6 +194,8 @@ class _EncodedInputBuilder:
             if low < 0 or high >= self._spec.vocab_size:
                 token, limit = low if low < 0 else high, self._spec.vocab_size - 1
                 raise invalid(f"input {self._index}: token id {token} is outside 0..{limit}", param="input")
+        if types is None and self._spec.always_types:
+            types = (0,) * len(ids)
         return EncodedInput(ids, types, target, spans=spans)
 
     def _add(self, rows: list[EncodedInput]) -> None:

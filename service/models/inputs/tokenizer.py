@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, normalizers
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer
 
 from service.models.inputs.rows import TokenSpan
 
@@ -84,20 +87,40 @@ class TextTokenizer:
         return self.plain.decode([token], skip_special_tokens=False)
 
 
-def read_tokenizer(directory: Path) -> TextTokenizer:
-    """Read tokenizer.json, without its truncation and padding: both would hide what was cut.
+def load_tokenizer(directory: Path, *, lower_case: bool = False) -> Any:
+    """The tokenizer that Transformers makes of the directory. `lower_case`: of all text, as sentence-transformers does.
 
-    Raises Exception (the library has no other class) if the file cannot be read.
+    Raises ValueError if it runs in Python only; other errors of Transformers for damaged files.
     """
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    plain = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise ValueError(f"its tokenizer {type(tokenizer).__name__} runs in Python only; a tokenizer.json is needed")
+    if lower_case:
+        _make_lower_case(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def text_tokenizer(tokenizer: Any) -> TextTokenizer:
+    """What we use of a loaded tokenizer: without truncation and padding, both of which would hide what was cut."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.no_truncation()
+    plain.no_padding()
     plain.post_processor = None
-    sample = plain.encode("a", add_special_tokens=False)
-    return TextTokenizer(
-        plain, _template(tokenizer.post_process(sample)), _template(tokenizer.post_process(sample, plain.encode("b")))
-    )
+    plain.encode_special_tokens = bool(tokenizer.split_special_tokens)
+    # the post-processor knows its own ids: any vocabulary shows where it puts them
+    probe = Tokenizer(WordLevel({"a": 0}, unk_token="a"))  # noqa: S106 (not a password)
+    if backend.post_processor is not None:
+        probe.post_processor = backend.post_processor
+    return TextTokenizer(plain, _template(probe.encode("a")), _template(probe.encode("a", "a")))
+
+
+def _make_lower_case(backend: Tokenizer) -> None:
+    present: Any = backend.normalizer
+    is_sequence = isinstance(present, normalizers.Sequence)
+    parts = list(present) if is_sequence else [] if present is None else [present]
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
 
 
 def _template(processed: Encoding) -> Template:

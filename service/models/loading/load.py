@@ -7,7 +7,9 @@ measured (`measure.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +22,31 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     PretrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as TEXT_ENCODERS
 from transformers.utils.logging import disable_progress_bar
 
 from service.config import ModelConfig
 from service.core.model_info import MatrixSizes, ModelInfo
 from service.core.options import ModelTask
 from service.models import hook
-from service.models.files import directory_of, read_json, takes_images, task_of
+from service.models.files import directory_of, takes_images, task_of
 from service.models.heads import packed_classifier
 from service.models.inputs.processor import InputProcessor
-from service.models.inputs.spec import InputSpec
-from service.models.inputs.tokenizer import read_tokenizer
+from service.models.inputs.spec import InputSpec, Prompt
+from service.models.inputs.tokenizer import load_tokenizer, text_tokenizer
 from service.models.loading.measure import counted, warmed
-from service.models.loading.rope import may_pack, rope_resets
+from service.models.loading.probe import probe_context
+from service.models.loading.rope import may_pack, rope_resets, scale_rope, scaled_length
+from service.models.loading.sentence_files import SentenceFiles, read_sentence_files
 from service.models.loading.verify import verified
 from service.models.model import Model
 from service.models.preemption import install_checkpoints
 from service.models.tasks import embed
+
+logger = logging.getLogger("farsight")
 
 DEFAULT_MAX_LENGTH = 512  # tokens, if neither the files nor the model's positions have a limit
 
@@ -61,24 +69,31 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
     hook.register()
     disable_progress_bar()  # type: ignore[no-untyped-call]
     source = _read_source(config)
+    tokenizer = None if source.takes_images else load_tokenizer(source.directory, lower_case=source.files.lower_case)
     module: Any = _read_module(source).to(settings.device).eval()
     install_checkpoints(module)
     base = module.get_encoder() if source.hf_config.is_encoder_decoder else module.base_model
-    positions, first_position = _positions(source.hf_config, base)
-    spec = _input_spec(source, settings, positions)
+    positions, padding_id = _positions(source, base)
+    if tokenizer is None:
+        spec = _image_spec(source, settings, base)
+    else:
+        spec = _text_spec(source, settings, positions, tokenizer, base)
+    pooling = _pooling(source)
     model = Model(
         info=_info(source, module, base, spec),
         inputs=InputProcessor(spec),
         module=module,
         base=base,
         device=settings.device,
-        pooling=_pooling(source),
+        pooling=replace(pooling, steps=tuple(step.to(settings.device) for step in pooling.steps)),
         classifier=packed_classifier(module) if source.task in ("classify", "rerank") else None,
-        first_position=first_position,
+        activation=source.files.activation,
+        first_position=0 if padding_id is None else padding_id + 1,
+        padding_id=padding_id,
         max_batch_tokens=settings.max_batch_tokens,
         resets=tuple(rope_resets(module)),
     )
-    return warmed(counted(verified(model)))
+    return warmed(counted(verified(model, tokenizer)))
 
 
 # -- from files to a module -------------------------------------------------------------------------------------
@@ -92,6 +107,7 @@ class _Source:
     directory: Path
     hf_config: PretrainedConfig
     task: ModelTask
+    files: SentenceFiles
 
     @property
     def takes_images(self) -> bool:
@@ -102,38 +118,27 @@ def _read_source(config: ModelConfig) -> _Source:
     directory = directory_of(config)
     hf_config: PretrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if config.rope_scaling is not None:
-        _scale_rope(config.name, hf_config, config.rope_scaling)
-    return _Source(config, directory, hf_config, config.task or task_of(directory))
-
-
-def _scale_rope(model: str, hf_config: PretrainedConfig, rope_scaling: dict[str, Any]) -> None:
-    """Set the rotary scaling of `hf_config`, and the positions that it then has."""
-    given = dict(rope_scaling)
-    if "type" in given:  # as older files spell it
-        given["rope_type"] = given.pop("type")
-    if "rope_type" not in given:
-        raise ValueError(f"model {model!r}: rope_scaling needs a rope_type (linear, dynamic, yarn, ...)")
-    present = getattr(hf_config, "rope_parameters", None)
-    if not isinstance(present, dict) or "rope_theta" not in present:
-        raise ValueError(f"model {model!r}: rope_scaling: {hf_config.model_type} has no rotary positions")
-    scaling = {"original_max_position_embeddings": hf_config.max_position_embeddings, **given}
-    hf_config.rope_parameters = {**present, **scaling}
-    # dynamic frequencies grow once a sequence is over the model's own length, so that length must stay as it is
-    if "factor" in scaling and scaling["rope_type"] != "dynamic":
-        hf_config.max_position_embeddings = int(scaling["original_max_position_embeddings"] * scaling["factor"])
+        scale_rope(config.name, hf_config, config.rope_scaling)
+    task = config.task or task_of(directory)
+    return _Source(config, directory, hf_config, task, read_sentence_files(directory, task))
 
 
 def _read_module(source: _Source) -> nn.Module:
-    module, info = _auto_class(source).from_pretrained(
-        source.directory,
-        config=source.hf_config,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=getattr(torch, source.config.dtype),
-        attn_implementation=hook.NAME,
-        output_loading_info=True,
-    )
+    try:
+        module, info = _auto_class(source).from_pretrained(
+            source.directory,
+            config=source.hf_config,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=getattr(torch, source.config.dtype),
+            attn_implementation=hook.NAME,
+            output_loading_info=True,
+        )
+    except KeyError as error:
+        if error.args == (hook.NAME,):  # a table of its own implementations of attention
+            raise ValueError(f"{source.hf_config.model_type} {hook.OWN_ATTENTION}") from error
+        raise
     # missing weights would be random numbers; a pooler may be missing if it is not used
     missing = [name for name in info["missing_keys"] if source.task != "embed" or "pooler" not in name]
     if missing:
@@ -146,7 +151,8 @@ def _read_module(source: _Source) -> nn.Module:
 def _auto_class(source: _Source) -> Any:
     match source.task:
         case "embed":
-            return AutoModel
+            # such as T5's encoder, whose directory may hold no decoder
+            return AutoModelForTextEncoding if source.hf_config.model_type in TEXT_ENCODERS else AutoModel
         case "classify" | "rerank":
             return AutoModelForImageClassification if source.takes_images else AutoModelForSequenceClassification
         case "score":
@@ -156,70 +162,89 @@ def _auto_class(source: _Source) -> Any:
 # -- from files to what a model says of itself ------------------------------------------------------------------
 
 
-def _positions(hf_config: PretrainedConfig, base: nn.Module) -> tuple[int | None, int]:
-    """(number of positions, number of the first). None: no limit, as with T5's relative positions.
+def _positions(source: _Source, base: nn.Module) -> tuple[int | None, int | None]:
+    """(number of positions, id of the padding token that takes none). None: no limit, as with T5's relative positions.
 
-    RoBERTa's positions begin after its padding id.
+    RoBERTa's positions begin after its padding id. Raises ValueError if such a model has none.
     """
-    embeddings = getattr(base, "embeddings", None)
-    first = hf_config.pad_token_id + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
-    count = getattr(hf_config, "max_position_embeddings", None)
-    rope = getattr(hf_config, "rope_parameters", None) or {}
-    if count is not None and rope.get("rope_type") == "dynamic":
-        count *= rope.get("factor", 1.0)
-    return (None if count is None else int(count) - first), first
+    hf_config = source.hf_config
+    count = scaled_length(hf_config)
+    if not hasattr(getattr(base, "embeddings", None), "create_position_ids_from_input_ids"):
+        return count, None
+    padding_id: int | None = hf_config.pad_token_id
+    if padding_id is None:
+        raise ValueError(f"config.json has no pad_token_id; the positions of {hf_config.model_type} begin after it")
+    return (None if count is None else count - padding_id - 1), padding_id
 
 
-def _input_spec(source: _Source, settings: LoadSettings, positions: int | None) -> InputSpec:
+def _image_spec(source: _Source, settings: LoadSettings, base: Any) -> InputSpec:
+    from service.models.inputs.image import read_processor
+
+    processor = read_processor(source.directory, source.hf_config)
+    pixels = torch.zeros(1, processor.channels, *processor.size)
+    # counted, not computed from the patches: models add tokens of their own (registers, a distillation token)
+    with torch.inference_mode(), hook.running(probe_context()):
+        tokens = base(pixels.to(settings.device, next(base.parameters()).dtype)).last_hidden_state.shape[1]
+    name = source.config.name
+    return InputSpec(name, tokens, 0, settings.max_text_bytes, image_processor=processor, patches=tokens)
+
+
+def _text_spec(source: _Source, settings: LoadSettings, positions: int | None, tokenizer: Any, base: Any) -> InputSpec:
     config, hf_config = source.config, source.hf_config
     if config.max_length is not None and positions is not None and config.max_length > positions:
         raise ValueError(f"model {config.name!r}: max_length {config.max_length} is over its {positions} positions")
-    if source.takes_images:
-        from service.models.inputs.image import read_processor
+    text = text_tokenizer(tokenizer)
+    # a tokenizer that does not give them leaves them at zero
+    is_read = "token_type_ids" in inspect.signature(base.forward).parameters
+    gives_types = is_read and "token_type_ids" in tokenizer.model_input_names
+    added = {part[0] for part in text.single.parts if part is not None}
+    if getattr(tokenizer, "init_kwargs", {}).get("add_eos_token") and tokenizer.eos_token_id not in added:
+        logger.warning(
+            "model %s: tokenizer_config.json has add_eos_token, tokenizer.json does not add one; Transformers follows "
+            "the latter, and so does this service: the model may have been trained otherwise", config.name,
+        )  # fmt: skip
 
-        processor = read_processor(source.directory, hf_config)
-        patches = (processor.size[0] // hf_config.patch_size) * (processor.size[1] // hf_config.patch_size) + 1
-        return InputSpec(config.name, patches, 0, settings.max_text_bytes, image_processor=processor, patches=patches)
+    def prompt(before: str) -> Prompt:
+        row, _ = text.single.filled(text.plain.encode(before, add_special_tokens=False).ids)
+        return Prompt(before, len(row) - (bool(row) and row[-1] in tokenizer.all_special_ids))
+
     return InputSpec(
         model=config.name,
-        max_length=config.max_length or _declared_length(source.directory, positions),
+        max_length=config.max_length or _declared_length(source.files, tokenizer, positions),
         vocab_size=hf_config.get_text_config().vocab_size,
         max_text_bytes=settings.max_text_bytes,
-        tokenizer=read_tokenizer(source.directory),
-        has_types=getattr(hf_config, "type_vocab_size", 0) > 1,
+        tokenizer=text,
+        prompts={name: prompt(before) for name, before in source.files.prompts.items()},
+        default_prompt=source.files.default_prompt,
+        has_types=gives_types and getattr(hf_config, "type_vocab_size", 2) > 1,
+        always_types=gives_types and not hasattr(hf_config, "type_vocab_size"),
         has_target=bool(hf_config.is_encoder_decoder) and source.task == "score",
     )
 
 
-def _declared_length(directory: Path, positions: int | None) -> int:
+def _declared_length(files: SentenceFiles, tokenizer: Any, positions: int | None) -> int:
     """Tokens: the smallest of what the sentence-transformers and tokenizer files declare and the model's positions."""
-    declared = [
-        read_json(directory / "sentence_bert_config.json").get("max_seq_length"),
-        read_json(directory / "tokenizer_config.json").get("model_max_length"),
-        positions,
-    ]
+    declared = [files.max_length, tokenizer.model_max_length, positions]
     lengths = [int(length) for length in declared if isinstance(length, int | float) and 0 < length < 1e9]
     return min(lengths) if lengths else DEFAULT_MAX_LENGTH
 
 
 def _pooling(source: _Source) -> embed.Pooling:
+    """As the files say; `pooling` of the service's configuration replaces the modes alone."""
+    pooling = source.files.pooling
     if source.config.pooling is not None:
-        has_files = (source.directory / "modules.json").is_file()
-        normalize = embed.read_pooling(source.directory).normalize if has_files else True
-        return embed.Pooling(source.config.pooling, normalize)
-    if source.takes_images:
-        return embed.Pooling("cls", normalize=True)
-    return embed.read_pooling(source.directory)
+        modes: dict[str, embed.PoolMode] = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
+        return replace(pooling, modes=(modes[source.config.pooling],))
+    return replace(pooling, modes=("cls",)) if source.takes_images else pooling
 
 
 def _info(source: _Source, module: Any, base: nn.Module, spec: InputSpec) -> ModelInfo:
     """Without what passes show: matrices, attention layers and the shortest pass (`measure.py`)."""
     config, hf_config, task = source.config, source.hf_config, source.task
     text = hf_config.get_text_config()
-    names: Any = hf_config.id2label
-    if task == "rerank" and len(names) != 1:
-        raise ValueError(f"model {config.name!r}: rerank needs one label, this model has {len(names)}")
-    labels = tuple(str(names[at]) for at in range(len(names))) if task in ("classify", "rerank") else ()
+    labels = _labels(hf_config) if task in ("classify", "rerank") else ()
+    if task == "rerank" and len(labels) != 1:
+        raise ValueError(f"model {config.name!r}: rerank needs one label, this model has {len(labels)}")
     return ModelInfo(
         name=config.name,
         task=task,
@@ -227,6 +252,7 @@ def _info(source: _Source, module: Any, base: nn.Module, spec: InputSpec) -> Mod
         dtype=config.dtype,
         max_length=spec.max_length,
         dimensions=text.hidden_size,
+        state_dimensions=text.hidden_size,
         num_layers=text.num_hidden_layers,
         num_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -242,4 +268,13 @@ def _info(source: _Source, module: Any, base: nn.Module, spec: InputSpec) -> Mod
         packed=may_pack(hf_config, base),
         inputs="image" if spec.image_processor else "source and target" if spec.has_target else "text",
         labels=labels,
+        prompts=tuple(spec.prompts),
+        default_prompt=spec.default_prompt,
     )
+
+
+def _labels(hf_config: PretrainedConfig) -> tuple[str, ...]:
+    """One for each output of the head; outputs without a name get Transformers' own, LABEL_i."""
+    names: Any = hf_config.id2label or {}
+    count: int = hf_config.num_labels or 0
+    return tuple(str(names.get(at, f"LABEL_{at}")) for at in range(count))

@@ -42,11 +42,16 @@ def counted(model: Model) -> Model:
                 for part in model.scored_states(rows, context):
                     model.logits(part.states)
             case "embed":
-                states(rows, context)
+                model.embed(rows, context)
 
     rows = probe_rows(model)
+    state = next(model.hidden_states(rows[:1], probe_context())).states
+    is_embedder = model.info.task == "embed"
     info = replace(
         model.info,
+        # as they come out: projections and the steps after pooling may make them narrower or wider
+        dimensions=model.embed(rows[:1], probe_context()).shape[1] if is_embedder else state.shape[1],
+        state_dimensions=state.shape[1],
         weights=_matrix_sizes(model, rows, states),
         task_weights=_matrix_sizes(model, rows, task),
         attention=_layer_kinds(rows[:1], states),
@@ -61,14 +66,19 @@ def warmed(model: Model) -> Model:
     Then runs ever larger passes, as requests will: what libraries prepare at the first pass of a size (kernels, memory)
     must not be part of the first caller's time.
     """
-    row = probe_rows(model)[0]
-    short = replace(row, ids=row.ids[:4])
-    smallest_s = min(_pass_s(model, [short]) for _ in range(5))
-    row = replace(row, ids=(row.ids * WARM_REPEATS)[: model.info.max_length])
+    row = _repeated(probe_rows(model)[0], 1, 4)
+    smallest_s = min(_pass_s(model, [row]) for _ in range(5))
+    row = _repeated(probe_rows(model)[0], WARM_REPEATS, model.info.max_length)
     count = 1
     while count * len(row) <= model.max_batch_tokens and _pass_s(model, [row] * count) < WARM_S:
         count *= 2
     return replace(model, info=replace(model.info, smallest_pass_s=smallest_s))
+
+
+def _repeated(row: EncodedInput, times: int, most: int) -> EncodedInput:
+    """`row` so many times in a row, at most `most` tokens."""
+    types = None if row.types is None else (row.types * times)[:most]
+    return replace(row, ids=(row.ids * times)[:most], types=types)
 
 
 def _matrix_sizes(model: Model, rows: list[EncodedInput], run: _Pass) -> MatrixSizes:
@@ -83,7 +93,8 @@ def _matrix_sizes(model: Model, rows: list[EncodedInput], run: _Pass) -> MatrixS
         width = module.out_channels if isinstance(module, nn.Conv2d) else output.shape[-1]
         calls.append((output.numel() // width, module.weight.numel()))
 
-    matrices = [layer for layer in model.module.modules() if isinstance(layer, nn.Linear | Conv1D | nn.Conv2d)]
+    layers = [*model.module.modules(), *(part for step in model.pooling.steps for part in step.modules())]
+    matrices = [layer for layer in layers if isinstance(layer, nn.Linear | Conv1D | nn.Conv2d)]
     handles = [matrix.register_forward_hook(record) for matrix in matrices]
     run(rows, probe_context())
     for handle in handles:

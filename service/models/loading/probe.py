@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from service.core.plan import PlanKind
@@ -10,6 +12,17 @@ from service.models.inputs.rows import EncodedInput
 from service.models.model import Model
 
 PROBE_LENGTHS = (17, 5)  # tokens of the two sequences
+# what tokenizers treat in ways of their own: nothing, spaces, cases, accents, scripts, direction, width, length, code
+TEXTS = (
+    *("", " ", "   ", "\t", "\n\n", " leading", "trailing ", "two  spaces", "line\nbreak", "a", "A", "42", "3.14159"),
+    *("The quick brown Fox", "UPPER CASE", "naïve café Ünïcödé", "Straße ΑΒΓ", "e\u0301 combining", "\ufb01 ligature"),
+    *("日本語のテキスト", "한국어", "שלום עולם", "مرحبا بالعالم", "हिन्दी", "\U0001f642 emoji"),
+    *("\U0001f469\u200d\U0001f467 joined", "zero\u200bwidth\u200d\ufeff", "x\u00a0y", "\x00\x07 control"),
+    *("don't, you're: (e.g.) [x] {y} <z>", "https://example.org/a?b=c&d=%20", "def f(x):\n    return x**2"),
+    *("ACGTACGTTTGA", "C(=O)O.[Na+]", "query: passage:", "word " * 40, "a" * 300, "antidisestablishmentarianism" * 6),
+)
+LITERAL = ("<pad>", "<s>", "</s>", "[PAD]", "[CLS]", "[SEP]", "[UNK]", "<|endoftext|>", "<unk>", "<mask>")
+MAX_LITERAL = 16  # special tokens of the tokenizer itself that are tried inside a text
 
 
 def probe_context() -> ForwardContext:
@@ -32,4 +45,10 @@ def probe_rows(model: Model) -> list[EncodedInput]:
     if hf_config.is_encoder_decoder and hf_config.eos_token_id is not None:  # classifiers need an end token
         ids = [(*row[:-1], hf_config.eos_token_id) for row in ids]
     target = ids[1] if spec.has_target else None
-    return [EncodedInput(row, target=target) for row in ids]
+    return [EncodedInput(row, (0,) * len(row) if spec.always_types else None, target) for row in ids]
+
+
+def probe_texts(tokenizer: Any) -> list[str]:
+    """Texts that show how a tokenizer reads: TEXTS, and special tokens spelled out inside a text."""
+    literal = dict.fromkeys((*LITERAL, *tokenizer.all_special_tokens[:MAX_LITERAL]))
+    return [*TEXTS, *(f"before {token} after" for token in literal), *(f"at the end {token}" for token in literal)]

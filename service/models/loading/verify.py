@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,18 +12,28 @@ import torch
 from service.models import hook
 from service.models.inputs.rows import EncodedInput
 from service.models.loading.probe import probe_context, probe_rows
+from service.models.loading.verify_texts import verified_texts
 from service.models.model import Model, states_by_row
+from service.models.tasks import embed
 
+MAX_PASSED = 16  # texts whose passes are compared, too
 # relative L2 distance to eager attention that rounding explains, by dtype
 MAX_DISTANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
 
 
-def verified(model: Model) -> Model:
+def verified(model: Model, tokenizer: Any) -> Model:
     """`model`, packed if its packed passes equal eager attention, else unpacked.
 
-    Raises RuntimeError if unpacked passes differ from eager attention, too, or cannot run.
+    Args:
+        model: as read from its files.
+        tokenizer: that Transformers makes of the same files; None for images.
+
+    Raises RuntimeError if unpacked passes differ from eager attention, too, or cannot run, or texts are read in another
+    way than by `tokenizer`.
     """
     rows = probe_rows(model)
+    if tokenizer is not None:
+        rows += _passed(verified_texts(model, tokenizer), tokenizer.pad_token_id)
     expected = _eager_outputs(model, rows)
     failures = []
     for packed in (True, False) if model.info.packed else (False,):
@@ -44,15 +54,19 @@ def verified(model: Model) -> Model:
 
 @torch.inference_mode()
 def _eager_outputs(model: Model, rows: list[EncodedInput]) -> list[torch.Tensor]:
-    """Each row alone, with eager attention: hidden states [L, H] of all rows, then logits of all rows if there is a
-    head. Float32 on the CPU."""
-    states, logits = [], []
+    """Each row alone, with eager attention: hidden states [L, H] of all rows, then what the task makes of them:
+    logits, or embeddings [1, D]. Float32 on the CPU."""
+    states, results = [], []
     with _eager_attention(model.module):
         for row in rows:
-            if model.info.task != "embed":
-                logits.append(model.head_logits([row], probe_context()).flatten(0, -2))
             states.append(model.unpacked_states([row], probe_context())[0])
-    return [output.float().cpu() for output in (*states, *logits)]
+            if model.info.task != "embed":
+                results.append(model.head_logits([row], probe_context()).flatten(0, -2))
+                continue
+            bounds = torch.tensor([0, len(row)], device=model.device)
+            prompts = torch.tensor([row.prompt], device=model.device)
+            results.append(embed.pool(states[-1], bounds, model.pooling, prompts=prompts))
+    return [output.float().cpu() for output in (*states, *results)]
 
 
 @torch.inference_mode()
@@ -60,21 +74,30 @@ def _outputs(model: Model, rows: list[EncodedInput]) -> list[torch.Tensor]:
     """The same outputs as `_eager_outputs`, with our attention and all rows together."""
     context = probe_context()
     states = dict(states_by_row(model.hidden_states(rows, context)))
-    logits: dict[int, torch.Tensor] = {}
-    if model.info.task == "score":
-        scored = states_by_row(model.scored_states(rows, context))
-        logits = {index: model.logits(found) for index, found in scored}
-    elif model.info.task in ("classify", "rerank"):
-        logits = dict(enumerate(model.classify(rows, context)[:, None]))
-    outputs = [*(states[index] for index in sorted(states)), *(logits[index] for index in sorted(logits))]
+    results: dict[int, torch.Tensor] = {}
+    match model.info.task:
+        case "score":
+            scored = states_by_row(model.scored_states(rows, context))
+            results = {index: model.logits(found) for index, found in scored}
+        case "classify" | "rerank":
+            results = dict(enumerate(model.classify(rows, context)[:, None]))
+        case "embed":
+            results = dict(enumerate(model.embed(rows, context)[:, None]))
+    outputs = [*(states[index] for index in sorted(states)), *(results[index] for index in sorted(results))]
     return [output.float().cpu() for output in outputs]
+
+
+def _passed(rows: Sequence[EncodedInput], padding_id: int | None) -> list[EncodedInput]:
+    """Some of `rows`: evenly spread ones, and those with a padding token inside."""
+    padded = [row for row in rows if padding_id in row.ids][:MAX_PASSED]
+    return [*rows[:: max(1, len(rows) // MAX_PASSED)], *padded]
 
 
 @contextmanager
 def _eager_attention(module: Any) -> Iterator[None]:
     module.set_attn_implementation("eager")
     if module.config._attn_implementation != "eager":
-        raise RuntimeError(f"{module.config.model_type} does not compute attention through the AttentionInterface")
+        raise RuntimeError(f"{module.config.model_type} {hook.OWN_ATTENTION}")
     try:
         yield
     finally:
