@@ -20,7 +20,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
+    name: str = Field(max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$")
     path: str | None = Field(None, description="Directory of the model; alternative to `package`.")
     package: str | None = Field(None, description="Installed Python package with the model in its folder `model/`.")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -74,7 +74,7 @@ class EmbeddingsBody(EmbedOptions):
     model: str
     input: TextsOrIds | None = None
     images: Images | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = Field("float", description="`null` is `float`.")
     user: str | None = Field(None, description="Accepted and ignored.")
 
 
@@ -89,9 +89,9 @@ class ClassifyBody(ClassifyOptions):
 
 
 class Document(BaseModel):
-    """A document to rank; a plain string is accepted as well."""
+    """A document to rank; a plain string is accepted as well. Other fields of it are the caller's own, and ignored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     text: StrictStr
 

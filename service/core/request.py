@@ -73,6 +73,7 @@ class ForwardRequest:
     options: ForwardOptions
     texts: tuple[str, ...] = ()
     token_ids: tuple[tuple[int, ...], ...] = ()
+    token_types: tuple[tuple[int, ...], ...] = ()  # of each row of `token_ids`; none: all zero
     pairs: tuple[tuple[str, str], ...] = ()
     images: tuple[bytes, ...] = ()
     pixel_values: torch.Tensor | None = None  # [n, C, H, W] float32, preprocessed for the model

@@ -22,7 +22,10 @@ from service.config import Config, ModelConfig
 from service.engine.engine import Engine
 from service.telemetry.metrics import Metrics
 from tests.models import zoo
+from tests.models.test_directories import old_layout, plain
 
+IDS = ["input_ids", "attention_mask", "token_type_ids"]
+PROMPTS = {"query": "the animal ", "passage": "the street "}
 TEXTS = ["the animal did not cross", "it was tired", "long documents are read by machines"]
 
 
@@ -36,7 +39,11 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     zoo.save("t5", hf.AutoModelForSeq2SeqLM, root / "translator")
     zoo.save("vit", hf.AutoModelForImageClassification, root / "vision", id2label={0: "cat", 1: "dog"})
     zoo.save("vit", hf.AutoModel, root / "vision-embed")
-    models = tuple(ModelConfig(name=one.name, path=str(one)) for one in sorted(root.iterdir()))
+    old_layout(plain("bert"), "mean_tokens", {"prompts": PROMPTS})(root / "embedder")
+    models = tuple(
+        ModelConfig(name={"embedder": "org/embedder"}.get(one.name, one.name), path=str(one))
+        for one in sorted(root.iterdir())
+    )
     (root / "broken").mkdir()
     (root / "broken" / "config.json").write_text("{}")
     engine = Engine.start(
@@ -259,8 +266,8 @@ def test_every_path_is_priced(call: Any) -> None:
         assert estimate[estimate["chosen"]["kind"]]["flops"] == answered["usage"]["flops"]
 
 
-def infer(call: Any, model: str, inputs: dict[str, Any], outputs: list[str] | None = None, **parameters: Any) -> Any:
-    types = {"input_ids": "INT64", "pixel_values": "FP32"}
+def infer_body(inputs: dict[str, Any], **parameters: Any) -> dict[str, Any]:
+    types = dict.fromkeys(IDS, "INT64") | {"pixel_values": "FP32"}
     listed = []
     for name, value in inputs.items():
         array = np.asarray(value)
@@ -272,7 +279,11 @@ def infer(call: Any, model: str, inputs: dict[str, Any], outputs: list[str] | No
                 "data": array.flatten().tolist(),
             }
         )
-    body: dict[str, Any] = {"inputs": listed, "parameters": parameters}
+    return {"inputs": listed, "parameters": parameters}
+
+
+def infer(call: Any, model: str, inputs: dict[str, Any], outputs: list[str] | None = None, **parameters: Any) -> Any:
+    body = infer_body(inputs, **parameters)
     if outputs:
         body["outputs"] = [{"name": name} for name in outputs]
     response = call(f"/v2/models/{model}/infer", **body)
@@ -311,7 +322,72 @@ def test_hidden_states_of_any_layer_by_the_open_inference_protocol(call: Any, en
 
 def test_metadata_names_what_each_model_takes_and_gives(call: Any) -> None:
     document = call("/v2/models/ranker", "GET").json()
-    assert [one["name"] for one in document["inputs"]] == ["query", "text", "input_ids", "attention_mask"]
+    assert [one["name"] for one in document["inputs"]] == ["query", "text", *IDS]
     assert [one["name"] for one in document["outputs"]] == ["scores", "hidden_states", "lengths"]
     info = call("/v1/models/translator", "GET").json()
     assert (info["task"], info["inputs"], info["packed"]) == ("score", "source and target", False)
+
+
+def test_prompts_are_chosen_by_name_or_by_kind(call: Any) -> None:
+    def vector(text: str, **options: Any) -> Any:
+        response = call("/v1/embeddings", model="org/embedder", input=text, **options)
+        assert response.status_code == 200, response.text
+        return np.array(response.json()["data"][0]["embedding"])
+
+    bare = vector("was tired")
+    for options, before in (
+        ({"prompt_name": "query"}, PROMPTS["query"]),
+        ({"input_type": "query"}, PROMPTS["query"]),
+        ({"input_type": "document"}, PROMPTS["passage"]),
+    ):
+        prompted = vector("was tired", **options)
+        assert np.abs(prompted - vector(before + "was tired")).max() < 1e-6
+        assert np.abs(prompted - bare).max() > 1e-3
+    for options, says in (
+        ({"prompt_name": "nobody"}, "model 'org/embedder' has query, passage, got 'nobody'"),
+        ({"prompt_name": "query", "input_type": "query"}, "at most one of prompt_name and input_type"),
+        ({"input_type": "answer"}, "input_type"),
+    ):
+        refused = call("/v1/embeddings", model="org/embedder", input="was tired", **options)
+        assert refused.status_code == 422
+        assert says in refused.json()["error"]["message"]
+    assert call("/v1/models/org/embedder", "GET").json()["prompts"] == ["query", "passage"]
+
+
+def test_a_name_may_have_a_slash_on_every_route(call: Any) -> None:
+    vectors = infer(call, "org/embedder", {"text": TEXTS})["embedding"]
+    assert vectors.shape == (3, 32)
+    for path in ("org/embedder", "org/embedder/ready", "org/embedder/versions/1", "org/embedder/versions/1/ready"):
+        assert call(f"/v2/models/{path}", "GET").status_code == 200
+    assert call("/v2/models/org/nobody", "GET").status_code == 404
+    assert call("/v1/models/org/nobody", "GET").status_code == 404
+
+
+def test_what_other_servers_accept_is_accepted(call: Any) -> None:
+    """LiteLLM and Dify send a null format, TEI's clients documents with fields of their own."""
+    body = call("/v1/embeddings", model="org/embedder", input="it was", encoding_format=None).json()
+    assert len(body["data"][0]["embedding"]) == 32
+    documents = [{"text": TEXTS[0], "id": 7, "meta": {"a": 1}}, TEXTS[1]]
+    ranked = call("/v1/rerank", model="ranker", query="tired", documents=documents, return_documents=True)
+    assert {one["document"]["text"] for one in ranked.json()["results"]} == set(TEXTS[:2])
+    for head in ("data:image/png;base64,", "DATA:image/png;BASE64,", ""):
+        assert call("/v1/classify", model="vision", images=[head + picture(1)]).status_code == 200
+
+
+def test_token_types_are_what_a_pair_of_texts_has(call: Any) -> None:
+    expected = infer(call, "ranker", {"query": ["it was"], "text": [TEXTS[0]]})["scores"]
+    pair = zoo.tokenizer(with_pair_types=True).encode("it was", TEXTS[0])
+    inputs = {"input_ids": np.array([pair.ids]), "token_type_ids": np.array([pair.type_ids])}
+    assert np.abs(infer(call, "ranker", inputs)["scores"] - expected).max() < 1e-5
+    padded = {name: np.pad(ids, ((0, 0), (0, 3))) for name, ids in inputs.items()}
+    padded["attention_mask"] = np.array([[1] * len(pair.ids) + [0] * 3])
+    assert np.abs(infer(call, "ranker", padded)["scores"] - expected).max() < 1e-5
+    refusals = (
+        ({"input_ids": inputs["input_ids"]}, "send texts, or token_type_ids"),
+        ({**inputs, "token_type_ids": inputs["token_type_ids"] + 2}, "expected token types 0..1, got 2..3"),
+        ({**inputs, "token_type_ids": inputs["token_type_ids"][:, 1:]}, "as input_ids"),
+    )
+    for wrong, says in refusals:
+        response = call("/v2/models/ranker/infer", **infer_body(wrong))
+        assert response.status_code == 422
+        assert says in response.json()["error"]

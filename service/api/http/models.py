@@ -69,7 +69,7 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
         )
 
     add("/v1/models", endpoints.index, "The transformers that are loaded, with their lengths and sizes")
-    add("/v1/models/{name}", endpoints.model, "One model", Kind.NOT_FOUND)
+    add("/v1/models/{name:path}", endpoints.model, "One model", Kind.NOT_FOUND)
 
     def add_control(path: str, endpoint: Endpoint, summary: str, access: Access = Access.ADMINS) -> None:
         app.add_api_route(
@@ -84,5 +84,5 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
     summary = "State of every model, and why one is not ready"
     add_control("index", endpoints.repository_index, summary, Access.TENANTS)
     summary = "Load or reload a model; the one before serves until the new one is proven"
-    add_control("models/{name}/load", endpoints.load, summary)
-    add_control("models/{name}/unload", endpoints.unload, "Stop serving a model; requests that have begun finish")
+    add_control("models/{name:path}/load", endpoints.load, summary)
+    add_control("models/{name:path}/unload", endpoints.unload, "Stop serving a model; requests that have begun finish")

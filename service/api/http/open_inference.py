@@ -107,7 +107,8 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
     add("/v2", endpoints.server, "Server metadata")
     add("/v2/health/live", endpoints.live, "The process answers", Access.EVERYBODY)
     add("/v2/health/ready", endpoints.ready, "Models are loaded and the device answers", Access.EVERYBODY)
-    for prefix in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
-        add(prefix, endpoints.model, "Inputs and outputs of a model")
+    # the longest first: names may contain a slash
+    for prefix in ("/v2/models/{name:path}/versions/{version}", "/v2/models/{name:path}"):
         add(f"{prefix}/ready", endpoints.model_ready, "The model answers")
         add(f"{prefix}/infer", endpoints.infer, "Inference with JSON or binary tensors")
+        add(prefix, endpoints.model, "Inputs and outputs of a model")

@@ -77,9 +77,9 @@ def image_bytes(given: list[str]) -> tuple[bytes, ...]:
     """Base64, or data URLs of it."""
     found = []
     for index, text in enumerate(given):
-        if text.startswith("data:"):
+        if text[:5].lower() == "data:":
             head, comma, text = text.partition(",")
-            if not comma or not head.endswith(";base64"):
+            if not comma or not head.lower().endswith(";base64"):
                 raise invalid(f"image {index}: expected a data URL with ;base64", param="images")
         try:
             found.append(base64.b64decode(text, validate=True))

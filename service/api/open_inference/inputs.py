@@ -13,6 +13,7 @@ from service.core.options import Task
 from service.errors import invalid
 
 MAX_IDS = 4 * 1024**2  # token ids of one request: each becomes a Python integer
+_BESIDE_IDS = ("attention_mask", "token_type_ids")
 _KINDS = ("text", "input_ids", "image", "pixel_values")
 
 
@@ -50,8 +51,9 @@ def forward_inputs(named: Mapping[str, InferInput], known: Sequence[str], task: 
     """Inputs of a forward pass under the field names of `ForwardRequest`.
 
     text: BYTES [n] or [n, 1], with `query` or `target` pairs of texts; input_ids: INT64 [n, L], cut to the ids that
-    attention_mask [n, L] marks; image: BYTES [n] or [n, 1]; pixel_values: FP32 [n, C, H, W]. `known` are the names
-    that the model accepts. Raises INVALID unless exactly one of these kinds is given.
+    attention_mask [n, L] marks, with their token_type_ids [n, L]; image: BYTES [n] or [n, 1]; pixel_values: FP32
+    [n, C, H, W]. `known` are the names that the model accepts. Raises INVALID unless exactly one of these kinds is
+    given.
     """
     kinds = [name for name in _KINDS if name in named]
     if len(kinds) != 1:
@@ -61,11 +63,12 @@ def forward_inputs(named: Mapping[str, InferInput], known: Sequence[str], task: 
             f"inputs: expected exactly one of {' and '.join(map(repr, accepted))}, got {got}", param=accepted[0]
         )
     kind = kinds[0]
-    if kind != "input_ids" and "attention_mask" in named:
-        raise invalid(f"attention_mask: belongs to 'input_ids', got {kind!r}", param="attention_mask")
+    for beside in _BESIDE_IDS:
+        if kind != "input_ids" and beside in named:
+            raise invalid(f"{beside}: belongs to 'input_ids', got {kind!r}", param=beside)
     match kind:
         case "input_ids":
-            return {"token_ids": _token_ids(named["input_ids"], named.get("attention_mask"))}
+            return _id_inputs(named["input_ids"], *(named.get(beside) for beside in _BESIDE_IDS))
         case "pixel_values":
             return {"pixel_values": numbers(named["pixel_values"])}
         case "image":
@@ -118,17 +121,35 @@ def _texts(entry: InferInput) -> tuple[str, ...]:
         raise invalid(f"{entry.name}: an element is not valid UTF-8", param=entry.name) from error
 
 
-def _token_ids(entry: InferInput, mask: InferInput | None) -> tuple[tuple[int, ...], ...]:
-    """INT64 [n, L], cut to the ids that `mask` marks: padding never reaches the model."""
-    ids = numbers(entry)
-    if ids.dtype not in (torch.int32, torch.int64) or ids.ndim != 2:
-        raise invalid(f"input_ids: expected INT64 [n, L], got {entry.datatype} {list(entry.shape)}", param="input_ids")
+def _id_inputs(entry: InferInput, mask: InferInput | None, types: InferInput | None) -> dict[str, Any]:
+    """Token ids, and their types if there are any: INT64 [n, L], cut to what `mask` marks, so that padding never
+    reaches the model."""
+    ids = _integers(entry)
     if not len(ids) or ids.numel() > MAX_IDS:
         raise invalid(f"input_ids: expected 1 to {MAX_IDS} ids, got {ids.numel()}", param="input_ids")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else _padding_mask(mask, ids)
     if not bool(valid.any(dim=1).all()):
         raise invalid("input_ids: expected at least one valid id in each row", param="input_ids")
-    return tuple(tuple(row[keep].tolist()) for row, keep in zip(ids, valid, strict=True))
+    found = {"token_ids": _kept(ids, valid)}
+    if types is not None:
+        if types.shape != entry.shape:
+            message = f"token_type_ids: expected {list(entry.shape)}, as input_ids, got {list(types.shape)}"
+            raise invalid(message, param="token_type_ids")
+        found["token_types"] = _kept(_integers(types), valid)
+    return found
+
+
+def _integers(entry: InferInput) -> torch.Tensor:
+    """INT64 [n, L]."""
+    found = numbers(entry)
+    if found.dtype not in (torch.int32, torch.int64) or found.ndim != 2:
+        message = f"{entry.name}: expected INT64 [n, L], got {entry.datatype} {list(entry.shape)}"
+        raise invalid(message, param=entry.name)
+    return found
+
+
+def _kept(rows: torch.Tensor, valid: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row[keep].tolist()) for row, keep in zip(rows, valid, strict=True))
 
 
 def _padding_mask(entry: InferInput, ids: torch.Tensor) -> torch.Tensor:

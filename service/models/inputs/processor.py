@@ -51,9 +51,9 @@ class InputProcessor:
         if request.task == "score" and self.spec.has_target != bool(request.pairs):
             scored = "a target given its source" if self.spec.has_target else "one input, without source and target"
             raise invalid(f"{model} scores {scored}", param="target")
-        if request.task == "rerank" and request.token_ids and self.spec.has_types:
+        if request.task == "rerank" and request.token_ids and not request.token_types and self.spec.has_types:
             raise invalid(
-                f"{model} needs token types for query and document: send texts, not token ids", param="input_ids"
+                f"{model} needs token types for query and document: send texts, or token_type_ids", param="input_ids"
             )
         if request.options.truncate == "chunk" and request.task != "embed":
             raise invalid('truncate "chunk" is for embeddings; use "error" or "end"', param="truncate")

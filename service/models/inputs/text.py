@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
+from typing import TypeVar
 
 from tokenizers import Encoding
 
@@ -13,6 +15,8 @@ from service.core.request import ForwardRequest
 from service.errors import FarsightError, Kind, invalid, too_large
 from service.models.inputs.rows import EncodedInput, Tokenized, TokenSpan
 from service.models.inputs.spec import InputSpec, Prompt
+
+Token = TypeVar("Token", int, tuple[int, int])  # an id, or an id with its type
 
 # names of prompts for each kind of input, the first that a model has
 INPUT_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
@@ -27,8 +31,8 @@ def encode_texts(spec: InputSpec, request: ForwardRequest) -> Tokenized:
     """
     builder = _EncodedInputBuilder(spec, request)
     if request.token_ids:
-        for ids in request.token_ids:
-            builder.add_ids(ids)
+        for ids, types in zip_longest(request.token_ids, request.token_types):
+            builder.add_ids(ids, types)
     elif request.pairs:
         _check_sizes([text for pair in request.pairs for text in pair], spec.max_text_bytes)
         builder.add_pairs(request.pairs)
@@ -88,9 +92,21 @@ class _EncodedInputBuilder:
         """Index of the input that is being added."""
         return len(self._rows_per_input)
 
-    def add_ids(self, ids: tuple[int, ...]) -> None:
-        """Add token ids as they are: no special tokens are added."""
-        self._add([self._row(part) for part in self._fit(ids, self._spec.max_length)])
+    def add_ids(self, ids: tuple[int, ...], types: tuple[int, ...] | None = None) -> None:
+        """Add token ids as they are, with their types: no special tokens are added."""
+        if types is None:
+            self._add([self._row(part) for part in self._fit(ids, self._spec.max_length)])
+            return
+        if min(types) < 0 or max(types) >= self._spec.type_count:
+            limit = self._spec.type_count - 1
+            message = f"input {self._index}: expected token types 0..{limit}, got {min(types)}..{max(types)}"
+            raise invalid(message, param="token_type_ids")
+        parts = self._fit(tuple(zip(ids, types, strict=True)), self._spec.max_length)
+        rows = []
+        for part in parts:
+            part_ids, part_types = zip(*part, strict=True)
+            rows.append(self._row(part_ids, types=part_types if any(part_types) else None))
+        self._add(rows)
 
     def add_texts(self, texts: Sequence[str]) -> None:
         template, prompt = self._tokenizer.single, prompt_of(self._spec, self._request)
@@ -147,7 +163,7 @@ class _EncodedInputBuilder:
         ids, types = template.filled(query, document)
         self._add([self._row(ids, types=types if self._spec.has_types and any(types) else None)])
 
-    def _fit(self, ids: tuple[int, ...], room: int, added: int = 0) -> list[tuple[int, ...]]:
+    def _fit(self, ids: tuple[Token, ...], room: int, added: int = 0) -> list[tuple[Token, ...]]:
         """`ids` in parts of at most `room`: all of it, its beginning, or overlapping chunks, as `truncate` says.
 
         `added`: tokens that each part gets besides, for the message.
