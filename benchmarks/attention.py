@@ -26,6 +26,7 @@ from benchmarks.contenders import (
     inputs_of,
     names,
 )
+from service.attention.inputs import AttentionInputs
 from service.attention.rows import RowSet, attend_rows
 from service.core.plan import PlanKind
 from service.device import timed
@@ -214,6 +215,7 @@ def figures(settings: Settings, lengths: Sequence[Length]) -> dict[str, Any]:
 def truth_of(inputs: Inputs, seed: int) -> Truth:
     """Exact outputs: of SDPA in float32 for all rows of a short input, of `attend_rows` for some rows of a long one."""
     heads, length = inputs.query.shape[1:3]
+    exact = AttentionInputs(*inputs.tensors, inputs.mask)
     if length <= EXACT_LIMIT:
         rows = torch.arange(length).expand(heads, -1).to(inputs.query.device)
         query, key, value = (x.float() for x in inputs.tensors)
@@ -223,10 +225,10 @@ def truth_of(inputs: Inputs, seed: int) -> Truth:
         draw = torch.Generator().manual_seed(seed + ROW_SEED)
         drawn = [torch.randperm(length, generator=draw)[:EXACT_ROWS] for _ in range(heads)]
         rows = torch.stack(drawn).to(inputs.query.device)
-        out = attend_rows(*inputs.tensors, inputs.mask, RowSet(0, rows))[0]
+        out = attend_rows(exact, RowSet(0, rows))[0]
     sought = sorted({row for needle in inputs.needles for row in needle.rows})
     needle_rows = torch.tensor(sought, dtype=torch.int64, device=inputs.query.device).expand(heads, -1)
-    needle_out = attend_rows(*inputs.tensors, inputs.mask, RowSet(0, needle_rows))[0] if sought else out[:, :0]
+    needle_out = attend_rows(exact, RowSet(0, needle_rows))[0] if sought else out[:, :0]
     return Truth(rows, out, needle_rows, needle_out)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from service.attention.geometry import ROWS_BYTES
+from service.attention.inputs import AttentionInputs
 from service.attention.masks import Bounds, MaskSpec, bias_at, bounds_at
 from service.attention.merge import Partial, merge
-from service.attention.output import DEFAULT_SCORING, Checkpoint, Scoring, no_checkpoint
+from service.attention.output import Checkpoint, Scoring, no_checkpoint
 from service.attention.scores import block_scores, exponentiate, grouped, lse_of, normalise
 
 
@@ -38,38 +39,44 @@ class RowSet:
 
 
 def score_rows(
-    query: torch.Tensor, key: torch.Tensor, mask: MaskSpec, rows: RowSet, keys: slice, scoring: Scoring
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: MaskSpec,
+    rows: RowSet,
+    keys: slice,
+    scoring: Scoring,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> scores [Hq, R, keys] of rows, in bits, float32; hidden ones -inf."""
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D] -> scores [Hq, R, keys] of rows, in bits; hidden ones -inf.
+
+    `dtype` at least; that of the query if it is wider.
+    """
     columns = torch.arange(keys.start, keys.stop, device=query.device)
     bias = None if mask.attn_mask is None else rows.bias(mask.attn_mask, columns)
     bounds = rows.limits(mask, query.shape[2], key.shape[2])
     part = key[rows.sequence : rows.sequence + 1, :, keys]
-    return block_scores(rows.take(query)[None], part, scoring, bias, bounds, keys.start)[0]
+    chosen = rows.take(query)[None].to(torch.promote_types(query.dtype, dtype))
+    return block_scores(chosen, part, scoring, bias, bounds, keys.start)[0]
 
 
 def attend_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: MaskSpec,
+    inputs: AttentionInputs,
     rows: RowSet,
     *,
-    scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Partial:
-    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [Hq, R, Dv], lse [Hq, R] of rows.
-
-    Exact, float32 (float64 kept).
-    """
+    """Exact attention of rows: out [Hq, R, Dv], lse [Hq, R], in `dtype` at least; that of the query if it is wider."""
+    query, key, value = inputs.tensors
     heads, count = rows.index.shape
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = torch.promote_types(query.dtype, dtype)
     out = torch.zeros(heads, count, value.shape[3], dtype=dtype, device=query.device)
     lse = torch.full((heads, count), -torch.inf, dtype=dtype, device=query.device)
-    lo, hi = rows.limits(mask, query.shape[2], key.shape[2])
+    lo, hi = rows.limits(inputs.mask, query.shape[2], key.shape[2])
     for keys in _key_chunks(heads * count, int(lo.min()), int(hi.max())):
         (checkpoint or no_checkpoint)()
-        weights, total, top = exponentiate(score_rows(query, key, mask, rows, keys, scoring))
+        scores = score_rows(query, key, inputs.mask, rows, keys, inputs.scoring, dtype)
+        weights, total, top = exponentiate(scores)
         values = value[rows.sequence : rows.sequence + 1, :, keys].to(dtype)
         part = normalise(grouped(weights[None], values)[0], total)
         out, lse = merge(out, lse, part, lse_of(total, top))

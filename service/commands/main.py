@@ -1,10 +1,10 @@
-"""The command line: `farsight serve | calibrate | simulate | estimate | usage | report | key`."""
+"""The command line: `farsight serve | models | calibrate | simulate | estimate | usage | report | key`."""
 
 from __future__ import annotations
 
 import typer
 
-from service.commands import cost
+from service.commands import cost, models
 from service.commands.calibrate import calibrate
 from service.commands.serve import serve
 from service.commands.simulate import simulate
@@ -14,6 +14,7 @@ app.command()(serve)
 app.command()(calibrate)
 app.command()(simulate)
 app.add_typer(cost.app)
+app.add_typer(models.app, name="models")
 
 
 @app.callback()

@@ -84,7 +84,7 @@ def task_of(directory: Path) -> ModelTask:
     name = next(iter(config.get("architectures") or []), "")
     for suffix, task in HEADS.items():
         if name.endswith(suffix):
-            has_one_label = len(config.get("id2label") or {}) == 1 or config.get("num_labels") == 1
+            has_one_label = (config.get("num_labels") or len(config.get("id2label") or {})) == 1
             return "rerank" if task == "classify" and has_one_label else task
     return "embed"
 

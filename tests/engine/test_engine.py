@@ -393,7 +393,7 @@ def test_usage_of_a_sparse_answer_is_what_was_counted(
         return found
 
     def attend_rows(*arguments: Any, **more: Any) -> Any:
-        rows = arguments[4].index
+        rows = arguments[1].index
         counted.append(int((rows + 1).sum()) if causal else 1500 * rows.numel())
         return found_rows(*arguments, **more)
 
@@ -405,6 +405,23 @@ def test_usage_of_a_sparse_answer_is_what_was_counted(
     assert answer.usage.pairs_scored == sum(counted)
     looked = selection_flops(request.shape, answer.usage.pairs_dense, engine.config.block_size)
     assert answer.usage.flops == 4 * 16 * sum(counted) + looked
+
+
+@pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_of_values_whose_sum_overflows(engine: Engine, mode: str, dtype: torch.dtype) -> None:
+    request = attention(512, 5, mode=mode)
+    value = torch.full_like(request.value, 3e38).to(dtype)
+    request = replace(request, query=request.query.to(dtype), key=request.key.to(dtype), value=value)
+    answer: Answer = run(engine.submit(request))
+    assert ((answer.tensors["output"].double() / value.double()) - 1).abs().max() < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
+def test_a_softcap_beyond_float32_caps_nothing(engine: Engine, mode: str) -> None:
+    capped: Answer = run(engine.submit(attention(512, 5, mode=mode, softcap=1e39)))
+    free: Answer = run(engine.submit(attention(512, 5, mode=mode)))
+    assert torch.equal(capped.tensors["output"], free.tensors["output"])
 
 
 def test_batch_priority_is_carried(engine: Engine) -> None:

@@ -7,6 +7,10 @@ term pays for what was not seen: with 97.5 % confidence at most 1 - 0.025^(1/n) 
 error drawn, and each of them is charged the largest error known at all, that of the rows that read the least
 included. That charge is a rule of thumb, not a theorem; how often the limit covers is measured
 (tests/attention/test_audit.py).
+
+Rounding. What is measured is compared with float32, which large scores make wrong in the same way on both sides. So a
+few rows are computed in float64, too, and what float32 changes in them is added. To the limit twice the larger of the
+errors of output and log-sum-exp: the latter is how far scores are off, and with them, as a share, each weight.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from typing import NamedTuple
 
 import torch
 
-from service.attention.geometry import AUDIT_ROWS
+from service.attention.geometry import AUDIT_ROWS, ROUNDING_ROWS
 from service.attention.inputs import AttentionInputs
+from service.attention.merge import Partial
 from service.attention.output import AttentionOutput, Checkpoint
 from service.attention.rows import RowSet, attend_rows
 from service.core.answer import ErrorReport
@@ -78,20 +83,42 @@ def measure(
     draw = torch.Generator().manual_seed(seed)
     drawn_samples: list[Sample] = []
     risky_samples: list[Sample] = []
+    rounding = lse_rounding = 0.0
     pairs = 0
     for b in range(batch):
         drawn = torch.stack([torch.randperm(query_length, generator=draw)[:count] for _ in range(heads)])
         chosen = RowSet(b, torch.cat((drawn, _risky(output, b, heads)), 1).to(inputs.query.device))
-        exact, lse = attend_rows(*inputs.tensors, inputs.mask, chosen, scoring=inputs.scoring, checkpoint=checkpoint)
+        exact, lse = attend_rows(inputs, chosen, checkpoint=checkpoint)
+        few = RowSet(b, chosen.index[:, :ROUNDING_ROWS])
+        rounded = _rounding(inputs, few, (exact[:, :ROUNDING_ROWS], lse[:, :ROUNDING_ROWS]), checkpoint)
+        rounding, lse_rounding = max(rounding, rounded[0]), max(lse_rounding, rounded[1])
         sample = _compare(output, chosen, exact, lse)
         drawn_samples.append(Sample(*(field[:, :count] for field in sample)))
         risky_samples.append(Sample(*(field[:, count:] for field in sample)))
         lo, hi = chosen.limits(inputs.mask, query_length, inputs.key.shape[2])
-        pairs += int((hi - lo).sum())
+        pairs += int((hi - lo).sum() + (hi - lo)[:, :ROUNDING_ROWS].sum())
     report = _report(_join(drawn_samples), _join(risky_samples), count, query_length)
+    report = replace(
+        report,
+        relative_l2=_finite(report.relative_l2 + rounding),
+        relative_l2_upper=_finite(report.relative_l2_upper + 2 * max(rounding, lse_rounding)),
+        row_bound=_finite(report.row_bound + 2 * max(rounding, lse_rounding)),
+        lse_error=_finite(report.lse_error + lse_rounding),
+    )
     if not all(isfinite(bound) for bound in torch.aminmax(output.out)):  # in a row that was not drawn
         report = replace(report, relative_l2_upper=sys.float_info.max)
     return Measured(report, pairs)
+
+
+def _rounding(
+    inputs: AttentionInputs, rows: RowSet, exact: Partial, checkpoint: Checkpoint | None
+) -> tuple[float, float]:
+    """exact: out [Hq, R, Dv], lse [Hq, R] of rows in float32 -> their largest errors against float64: relative to the
+    row's output, and absolute of lse."""
+    out, lse = attend_rows(inputs, rows, checkpoint=checkpoint, dtype=torch.float64)
+    error = Sample((exact[0].double() - out).square().sum(-1), out.square().sum(-1), lse, lse).relative
+    difference = torch.where(lse == -torch.inf, 0.0, (exact[1].double() - lse).abs())
+    return float(error.max()), float(difference.max())
 
 
 def _risky(output: AttentionOutput, b: int, heads: int) -> torch.Tensor:

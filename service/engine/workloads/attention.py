@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import torch
 
 from service.attention import masks, weights
 from service.attention.dispatch import attend
+from service.attention.inputs import AttentionInputs
 from service.attention.masks import MaskSpec
 from service.attention.output import Scoring
 from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
@@ -21,13 +23,16 @@ from service.core.plan import Plan, PlanKind
 from service.core.request import AttentionRequest, AttentionShape
 from service.engine.workloads.base import Checkpoint, InputCounts, MeasuredWork, Outcome, PlannedWork, Workload
 from service.engine.workloads.error_bound import error_bound
-from service.engine.workloads.finite_check import check_finite
+from service.engine.workloads.finite_check import check_finite, is_finite
 from service.errors import FarsightError, Kind
 from service.planning import attention_plan, planner
 from service.planning.attention_cost import pair_flops, returned_rows, weights_bytes
 from service.planning.correction import PredictionCorrector
 from service.planning.device_profile import DeviceProfile
 from service.planning.planner import Candidates
+
+WIDE = 1e38  # largest number of a dtype with float32's exponents, whose sums may overflow
+LARGEST_SOFTCAP = 1e38  # with log2(e) still a float32; no score is near it, so that a larger one caps nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,7 @@ class PreparedAttention:
 
 
 Work = PlannedWork[PreparedAttention]
+Attended = tuple[torch.Tensor, torch.Tensor, Outcome]  # output, lse, how they came about
 
 
 class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
@@ -140,12 +146,11 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
     def _attend(self, work: Work, request: AttentionRequest, checkpoint: Checkpoint) -> Outcome:
         options, device = request.options, self._device
         tensors = (request.query.to(device), request.key.to(device), request.value.to(device))
-        mask, scoring = mask_of(request, device), Scoring(options.scale, options.softcap)
-        if work.plan.kind is PlanKind.SPARSE:
-            out, lse, outcome = self._sparse(work, tensors, mask, checkpoint)
-        else:
-            output = attend(*tensors, work.plan.kind, mask, scoring=scoring, checkpoint=checkpoint)
-            out, lse, outcome = output.out, output.lse, Outcome({}, work.plan, ErrorReport(), work.plan.cost.pairs)
+        inputs = AttentionInputs(*tensors, mask_of(request, device), scoring_of(options))
+        mask, scoring = inputs.mask, inputs.scoring
+        out, lse, outcome = self._output(work, inputs, checkpoint)
+        if not is_finite(out) and torch.finfo(out.dtype).max >= WIDE:
+            out, lse, outcome = self._scaled_output(work, inputs, checkpoint)
         check_finite(out)
         returned: dict[str, torch.Tensor] = {}
         if "output" in options.returns:
@@ -163,22 +168,25 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
             )
         return replace(outcome, tensors={name: tensor.to("cpu") for name, tensor in returned.items()})
 
-    def _sparse(
-        self,
-        work: Work,
-        tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        mask: MaskSpec,
-        checkpoint: Checkpoint,
-    ) -> tuple[torch.Tensor, torch.Tensor, Outcome]:
-        """(output, lse, how they came about): sparse where that is within the caller's error, else exact."""
-        plan, options = work.plan, work.prepared.request.options
-        found = attend_with_error_bound(
-            *tensors,
-            mask,
-            self._bound(work),
-            scoring=Scoring(options.scale, options.softcap),
-            checkpoint=checkpoint,
-        )
+    def _output(self, work: Work, inputs: AttentionInputs, checkpoint: Checkpoint) -> Attended:
+        if work.plan.kind is PlanKind.SPARSE:
+            return self._sparse(work, inputs, checkpoint)
+        kind, mask, scoring = work.plan.kind, inputs.mask, inputs.scoring
+        output = attend(*inputs.tensors, kind, mask, scoring=scoring, checkpoint=checkpoint)
+        return output.out, output.lse, Outcome({}, work.plan, ErrorReport(), work.plan.cost.pairs)
+
+    def _scaled_output(self, work: Work, inputs: AttentionInputs, checkpoint: Checkpoint) -> Attended:
+        """The same, where sums of values overflow and their means need not: values are a power of two smaller."""
+        shift = math.ceil(math.log2(inputs.key.shape[2])) + 1
+        smaller = replace(inputs, value=torch.ldexp(inputs.value, torch.tensor(-shift)).to(inputs.value.dtype))
+        out, lse, outcome = self._output(work, smaller, checkpoint)
+        return torch.ldexp(out, torch.tensor(shift)).to(out.dtype), lse, outcome
+
+    def _sparse(self, work: Work, inputs: AttentionInputs, checkpoint: Checkpoint) -> Attended:
+        """Sparse where that is within the caller's error, else exact."""
+        plan, bound = work.plan, self._bound(work)
+        mask, scoring = inputs.mask, inputs.scoring
+        found = attend_with_error_bound(*inputs.tensors, mask, bound, scoring=scoring, checkpoint=checkpoint)
         if found.reason:  # a smaller epsilon, or exact after all
             selection = plan.selection if found.kind is plan.kind else None
             plan = replace(plan, kind=found.kind, reason=found.reason, selection=selection, epsilon=found.epsilon)
@@ -242,6 +250,12 @@ def mask_of(request: AttentionRequest, device: torch.device) -> MaskSpec:
         kv_lengths=None if lengths is None else lengths.to(device),
         attn_mask=None if bias is None else bias.to(device),
     )
+
+
+def scoring_of(options: AttentionOptions) -> Scoring:
+    """Scale and softcap of a request."""
+    softcap = None if options.softcap is None or options.softcap > LARGEST_SOFTCAP else options.softcap
+    return Scoring(options.scale, softcap)
 
 
 def _seed(query: torch.Tensor) -> int:

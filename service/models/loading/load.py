@@ -37,6 +37,7 @@ from service.models.heads import packed_classifier
 from service.models.inputs.processor import InputProcessor
 from service.models.inputs.spec import InputSpec, Prompt
 from service.models.inputs.tokenizer import load_tokenizer, text_tokenizer
+from service.models.loading.labels import count_labels, read_labels
 from service.models.loading.measure import counted, warmed
 from service.models.loading.probe import probe_context
 from service.models.loading.rope import may_pack, rope_resets, scale_rope, scaled_length
@@ -120,6 +121,9 @@ def _read_source(config: ModelConfig) -> _Source:
     if config.rope_scaling is not None:
         scale_rope(config.name, hf_config, config.rope_scaling)
     task = config.task or task_of(directory)
+    count = count_labels(directory) if task in ("classify", "rerank") else None
+    if count is not None and count != hf_config.num_labels:  # as many as the head has, whatever the names say
+        hf_config.num_labels = count
     return _Source(config, directory, hf_config, task, read_sentence_files(directory, task))
 
 
@@ -243,7 +247,7 @@ def _info(source: _Source, module: Any, base: nn.Module, spec: InputSpec) -> Mod
     """Without what passes show: matrices, attention layers and the shortest pass (`measure.py`)."""
     config, hf_config, task = source.config, source.hf_config, source.task
     text = hf_config.get_text_config()
-    labels = _labels(hf_config) if task in ("classify", "rerank") else ()
+    labels = read_labels(source.directory, hf_config.num_labels or 0) if task in ("classify", "rerank") else ()
     if task == "rerank" and len(labels) != 1:
         raise ValueError(f"model {config.name!r}: rerank needs one label, this model has {len(labels)}")
     return ModelInfo(
@@ -272,10 +276,3 @@ def _info(source: _Source, module: Any, base: nn.Module, spec: InputSpec) -> Mod
         prompts=tuple(spec.prompts),
         default_prompt=spec.default_prompt,
     )
-
-
-def _labels(hf_config: PretrainedConfig) -> tuple[str, ...]:
-    """One for each output of the head; outputs without a name get Transformers' own, LABEL_i."""
-    names: Any = hf_config.id2label or {}
-    count: int = hf_config.num_labels or 0
-    return tuple(str(names.get(at, f"LABEL_{at}")) for at in range(count))
