@@ -16,6 +16,7 @@ from service.models.loading.verify_texts import verified_texts
 from service.models.model import Model, states_by_row
 from service.models.tasks import embed
 
+COPIES = 8  # of a row that is ill-conditioned
 MAX_PASSED = 16  # texts whose passes are compared, too
 # relative L2 distance to eager attention that rounding explains, by dtype
 MAX_DISTANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
@@ -45,8 +46,9 @@ def verified(model: Model, tokenizer: Any) -> Model:
         except NotImplementedError as error:
             failures.append(str(error))
             continue
-        worst = max(_distance(ours, eager) for ours, eager in zip(outputs, expected, strict=True))
-        if worst <= MAX_DISTANCE[model.info.dtype]:
+        distances = [_distance(ours, eager) for ours, eager in zip(outputs, expected, strict=True)]
+        worst = max(distances)
+        if not _unexplained(model, rows, expected, distances):
             return candidate
         failures.append(f"{'packed' if packed else 'unpacked'} pass differs from eager attention by {worst:.2g}")
     raise RuntimeError(f"model {model.info.name!r} ({model.info.architecture}): {'; '.join(failures)}")
@@ -91,6 +93,30 @@ def _passed(rows: Sequence[EncodedInput], padding_id: int | None) -> list[Encode
     """Some of `rows`: evenly spread ones, and those with a padding token inside."""
     padded = [row for row in rows if padding_id in row.ids][:MAX_PASSED]
     return [*rows[:: max(1, len(rows) // MAX_PASSED)], *padded]
+
+
+def _unexplained(
+    model: Model, rows: Sequence[EncodedInput], expected: Sequence[torch.Tensor], distances: Sequence[float]
+) -> bool:
+    """Whether any of the `distances` is more than rounding explains.
+
+    Some inputs are ill-conditioned: with huge activations, eager attention itself changes its states when the row runs
+    beside copies of itself. Twice that change is allowed there.
+
+    Args:
+        model: to run such rows with.
+        rows: R inputs.
+        expected: 2R outputs of eager attention, the states of all rows first.
+        distances: of the outputs that are checked, in the same order.
+    """
+    limit = MAX_DISTANCE[model.info.dtype]
+    for index in {at % len(rows) for at, distance in enumerate(distances) if not distance <= limit}:
+        with torch.inference_mode(), _eager_attention(model.module):
+            beside = model.unpacked_states([rows[index]] * COPIES, probe_context())[0]
+        allowed = max(limit, 2 * _distance(beside.float().cpu(), expected[index]))
+        if not max(distances[index], distances[index + len(rows)]) <= allowed:
+            return True
+    return False
 
 
 @contextmanager

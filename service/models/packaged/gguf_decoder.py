@@ -28,6 +28,7 @@ def convert(source: Path, target: Path) -> None:
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     if hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
+    module.config.architectures = [type(module).__name__]
     module.config.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
