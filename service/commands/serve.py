@@ -23,7 +23,7 @@ from service.cluster.environment import (
     ray_environment,
 )
 from service.commands.terminal import console, device, fail, settings
-from service.config import Config
+from service.config import Config, ModelConfig
 from service.models.demo import DEMO_MODEL
 from service.models.files import directory_of, task_of
 from service.scheduling.scheduler import Order
@@ -71,15 +71,25 @@ def start(config: Config, order: Order = "fair") -> None:
 
 
 def with_models(config: Config, *, demo: bool) -> Config:
-    """`config`, with the demo model if asked for. Ends the command if files of a model are missing."""
+    """`config`, with the demo model if asked for. Ends the command if files of a required model are missing."""
     if demo and DEMO_MODEL.name not in {model.name for model in config.models}:
         config = config.model_copy(update={"models": (*config.models, DEMO_MODEL)})
     for model in config.models:
         try:
             directory_of(model)
-        except FileNotFoundError as error:
-            fail(str(error))
+        except (OSError, ValueError) as error:
+            if model.required:
+                fail(str(error))
+            console.print(f"farsight: not served: {error}", style="yellow", soft_wrap=True, markup=False)
     return config
+
+
+def _embedder(model: ModelConfig) -> str | None:
+    """The name of a model for embeddings; None for others, and for one that cannot be read."""
+    try:
+        return model.name if (model.task or task_of(directory_of(model))) == "embed" else None
+    except (OSError, ValueError):  # reported when it was loaded
+        return None
 
 
 def _check_addresses(config: Config) -> None:
@@ -133,8 +143,7 @@ def _banner(config: Config, took_s: float) -> str:
         f"  curl -s {base}/v1/attention{key} -H 'content-type: application/json' \\",
         '    -d \'{"query": [[[1, 0]]], "key": [[[1, 0], [0, 1]]], "value": [[[1, 2], [3, 4]]]}\'',
     ]
-    embedders = (model.name for model in config.models if (model.task or task_of(directory_of(model))) == "embed")
-    if (name := next(embedders, None)) is not None:
+    if (name := next(filter(None, map(_embedder, config.models)), None)) is not None:
         lines += [
             f"  curl -s {base}/v1/embeddings{key} -H 'content-type: application/json' \\",
             f'    -d \'{{"model": "{name}", "input": "How much does this cost?"}}\'',
