@@ -33,7 +33,7 @@ HEADS: dict[str, ModelTask] = {
 def directory_of(config: ModelConfig) -> Path:
     """The model's directory: its path, or the folder `model/` of an installed package (which is not imported).
 
-    Raises FileNotFoundError that names the missing package or file.
+    Raises FileNotFoundError that names the missing package or file; ValueError for a model of images without patches.
     """
     if config.path is not None:
         directory = Path(config.path)
@@ -50,7 +50,11 @@ def directory_of(config: ModelConfig) -> Path:
             f"model {config.name!r}: {directory / WEIGHTS[0]} is missing (weights are read from safetensors only)"
         )
     has_tokenizer = any((directory / file).is_file() for file in VOCABULARIES)
-    if not has_tokenizer and not takes_images(read_json(directory / "config.json")):
+    settings = read_json(directory / "config.json")
+    if not has_tokenizer and not takes_images(settings):
+        if "num_channels" in settings:
+            kind = settings.get("model_type")
+            raise ValueError(f"model {config.name!r}: {kind} takes images, and has no patches of one size to attend to")
         first, *others = VOCABULARIES
         raise FileNotFoundError(
             f"model {config.name!r}: {directory / first} is missing, and so are {', '.join(others)}"
@@ -62,7 +66,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; {} if the file is missing. Raises ValueError if it is not a JSON object."""
     if not file.is_file():
         return {}
-    values = json.loads(file.read_text())
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values

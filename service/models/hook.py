@@ -122,6 +122,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """query [B, Hq, L, D], key and value [B, Hkv, Lk, D] -> ([B, L, Hq, D], no weights)."""
     context = _context()
+    if attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", None)) is False:
+        attention_mask = Pattern(is_causal=False)  # models of images make no mask at all
     if not isinstance(attention_mask, Pattern):
         # a model that brings a mask of its own is refused, the mask never ignored
         raise NotImplementedError(f"{type(module).__name__} brings an attention mask of its own")

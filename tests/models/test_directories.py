@@ -386,6 +386,120 @@ def test_decoders(directory: Path, name: str) -> None:
         assert ours.info.max_length == 128
 
 
+# -- images -----------------------------------------------------------------------------------------------------
+
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+IMAGES: dict[str, tuple[Callable[[], Any], int]] = {  # and the tokens of one image
+    "ViT": (lambda: hf.ViTModel(hf.ViTConfig(**VISION)), 17),
+    "DINOv2 with registers": (
+        lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**VISION, num_register_tokens=4)),
+        21,
+    ),
+    "DeiT, with a token for distillation": (lambda: hf.DeiTModel(hf.DeiTConfig(**VISION)), 18),
+    "CLIP's vision": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**VISION)), 17),
+    "SigLIP's vision": (lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VISION)), 16),
+}
+
+
+@torch.inference_mode()
+def test_images(directory: Path, name: str) -> None:
+    make, tokens = IMAGES[name]
+    torch.manual_seed(0)
+    module = make().eval()
+    module.save_pretrained(directory)
+    pixels = torch.randn(3, 3, 32, 32)
+    request = asked("embed", pixel_values=pixels)
+    ours = loaded(directory)
+    expected = module(pixels).last_hidden_state
+    assert [len(row) for row in ours.tokenize(request).rows] == [expected.shape[1]] * 3 == [tokens] * 3
+    answer = run(ours, request)[0].tensors["embedding"]
+    assert distance(answer, torch.nn.functional.normalize(expected[:, 0], dim=1)) < 1e-5
+
+
+# -- what is refused, and in which words ------------------------------------------------------------------------
+
+POOLING, GENERAL = "1_Pooling/config.json", "config_sentence_transformers.json"
+OLD = old_layout(BERT, "mean_tokens")
+SPARSE, FOREIGN = {"model_type": "SparseEncoder"}, [{"type": "custom_st.Transformer", "path": ""}]
+LAYERS = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
+LAYERS += [{"type": f"sentence_transformers.models.{name}", "path": "1_Pooling"} for name in ("Pooling", "LSTM")]
+CLIP = {"vocab_size": 128, **{name: VISION[name] for name in list(VISION)[:3]}}
+
+
+def replaced(base: Make, file: str, text: str) -> Make:
+    def make(directory: Path) -> None:
+        base(directory)
+        (directory / file).write_text(text)
+
+    return make
+
+
+REFUSED: dict[str, tuple[Make, str]] = {
+    "another pooling": (changed(OLD, POOLING, pooling_mode="attention"), "Pooling: mode .'attention'. is not one of"),
+    "a setting of pooling": (changed(OLD, POOLING, temperature=2), "Pooling: .'temperature'. are not supported"),
+    "another module": (replaced(OLD, "modules.json", json.dumps(LAYERS)), "modules.json asks for .'LSTM'."),
+    "a module of its own": (
+        replaced(OLD, "modules.json", json.dumps(FOREIGN)),
+        "'custom_st.Transformer' is not a module",
+    ),
+    "many vectors": (
+        changed(OLD, "sentence_bert_config.json", query_length=32),
+        "query_length is for models with many",
+    ),
+    "a sparse encoder": (changed(OLD, GENERAL, **SPARSE), "a SparseEncoder is not served"),
+    "an unknown prompt": (changed(OLD, GENERAL, default_prompt_name="x"), "default_prompt_name 'x' is not one of"),
+    "another activation": (
+        changed(ONE, "config.json", sentence_transformers={"activation_fn": "my.code.Activation"}),
+        "the stored activation 'my.code.Activation' is not supported",
+    ),
+    "attention of its own": (
+        saved(lambda: hf.FalconForCausalLM(hf.FalconConfig(vocab_size=128, hidden_size=32, num_attention_heads=4))),
+        "falcon does not compute attention through the AttentionInterface",
+    ),
+    "no attention": (
+        saved(lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1))),
+        "mamba has no attention heads",
+    ),
+    "text and images": (
+        saved(lambda: hf.CLIPModel(hf.CLIPConfig(text_config=CLIP, vision_config=VISION, projection_dim=16))),
+        "clip does not run on text alone",
+    ),
+    "RoBERTa without a padding token": (
+        changed(plain("roberta"), "config.json", pad_token_id=None),
+        "config.json has no pad_token_id; the positions of roberta begin after it",
+    ),
+    "a broken configuration": (replaced(BERT, "config.json", "{"), "config.json is not JSON"),
+    "a broken tokenizer": (replaced(BERT, "tokenizer.json", "{"), "its tokenizer cannot be read"),
+    "broken weights": (replaced(BERT, "model.safetensors", "x" * 50), "its weights cannot be read"),
+}
+
+
+def test_refusals_say_what_is_missing(directory: Path, name: str) -> None:
+    make, says = REFUSED[name]
+    make(directory)
+    with pytest.raises((ValueError, RuntimeError), match=says):
+        loaded(directory)
+
+
+def test_two_files_that_disagree_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As e5-mistral's: Transformers follows tokenizer.json, and so do we."""
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True, "eos_token": "</s>", "bos_token": "<s>"}
+    with_tokenizer(plain("mistral"), bos_only, **settings)(tmp_path)
+    ours, theirs = loaded(tmp_path), hf.AutoTokenizer.from_pretrained(tmp_path)
+    for text, row in zip(TEXTS, ours.tokenize(asked("embed", *TEXTS)).rows, strict=True):
+        assert row.ids == tuple(theirs(text)["input_ids"])
+    assert ("add_eos_token" in caplog.text) == (theirs(TEXTS[0])["input_ids"][-1] != theirs.eos_token_id)
+
+
+def bos_only() -> Tokenizer:
+    made = zoo.tokenizer()
+    made.add_special_tokens(["<s>", "</s>"])
+    start = made.token_to_id("<s>")
+    pair = "<s> $A $B"
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", pair=pair, special_tokens=[("<s>", start)])
+    return made
+
+
 # -- -------------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +514,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "test_rankers": RANKERS,
         "test_classifiers": CLASSIFIERS,
         "test_decoders": DECODERS,
+        "test_images": IMAGES,
+        "test_refusals_say_what_is_missing": REFUSED,
     }.get(metafunc.function.__name__)
     if cases is not None:
         metafunc.parametrize("name", list(cases))

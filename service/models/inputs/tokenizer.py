@@ -90,9 +90,12 @@ class TextTokenizer:
 def load_tokenizer(directory: Path, *, lower_case: bool = False) -> Any:
     """The tokenizer that Transformers makes of the directory. `lower_case`: of all text, as sentence-transformers does.
 
-    Raises ValueError if it runs in Python only; other errors of Transformers for damaged files.
+    Raises ValueError if it cannot be read, or runs in Python only.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library has no class of its own
+        raise ValueError(f"its tokenizer cannot be read: {type(error).__name__}: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"its tokenizer {type(tokenizer).__name__} runs in Python only; a tokenizer.json is needed")
     if lower_case:

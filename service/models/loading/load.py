@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,7 +33,7 @@ from service.config import ModelConfig
 from service.core.model_info import MatrixSizes, ModelInfo
 from service.core.options import ModelTask
 from service.models import hook
-from service.models.files import directory_of, takes_images, task_of
+from service.models.files import directory_of, read_json, takes_images, task_of
 from service.models.heads import packed_classifier
 from service.models.inputs.processor import InputProcessor
 from service.models.inputs.spec import InputSpec, Prompt
@@ -143,6 +144,8 @@ def _read_module(source: _Source) -> nn.Module:
         if error.args == (hook.NAME,):  # a table of its own implementations of attention
             raise ValueError(f"{source.hf_config.model_type} {hook.OWN_ATTENTION}") from error
         raise
+    except SafetensorError as error:
+        raise ValueError(f"its weights cannot be read: {type(error).__name__}: {error}") from error
     # missing weights would be random numbers; a pooler may be missing if it is not used
     missing = [name for name in info["missing_keys"] if source.task != "embed" or "pooler" not in name]
     if missing:
@@ -202,7 +205,8 @@ def _text_spec(source: _Source, settings: LoadSettings, positions: int | None, t
     is_read = "token_type_ids" in inspect.signature(base.forward).parameters
     gives_types = is_read and "token_type_ids" in tokenizer.model_input_names
     added = {part[0] for part in text.single.parts if part is not None}
-    if getattr(tokenizer, "init_kwargs", {}).get("add_eos_token") and tokenizer.eos_token_id not in added:
+    asks_eos = read_json(source.directory / "tokenizer_config.json").get("add_eos_token")
+    if asks_eos and tokenizer.eos_token_id not in added:
         logger.warning(
             "model %s: tokenizer_config.json has add_eos_token, tokenizer.json does not add one; Transformers follows "
             "the latter, and so does this service: the model may have been trained otherwise", config.name,
@@ -247,6 +251,8 @@ def _info(source: _Source, module: Any, base: nn.Module, spec: InputSpec) -> Mod
     """Without what passes show: matrices, attention layers and the shortest pass (`measure.py`)."""
     config, hf_config, task = source.config, source.hf_config, source.task
     text = hf_config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):
+        raise ValueError(f"model {config.name!r}: {hf_config.model_type} has no attention heads")
     labels = read_labels(source.directory, hf_config.num_labels or 0) if task in ("classify", "rerank") else ()
     if task == "rerank" and len(labels) != 1:
         raise ValueError(f"model {config.name!r}: rerank needs one label, this model has {len(labels)}")

@@ -35,7 +35,12 @@ def verified(model: Model, tokenizer: Any) -> Model:
     rows = probe_rows(model)
     if tokenizer is not None:
         rows += _passed(verified_texts(model, tokenizer), tokenizer.pad_token_id)
-    expected = _eager_outputs(model, rows)
+    try:
+        expected = _eager_outputs(model, rows)
+    except (TypeError, AttributeError, IndexError) as error:  # it needs more, or other inputs
+        kind = "images" if tokenizer is None else "text"
+        reason = f"{model.info.architecture} does not run on {kind} alone: {error}"
+        raise RuntimeError(f"model {model.info.name!r}: {reason}") from error
     failures = []
     for packed in (True, False) if model.info.packed else (False,):
         candidate = replace(model, info=replace(model.info, packed=packed))
