@@ -16,7 +16,7 @@ CHUNK_BYTES = 16 * 2**20
 ROWS_BYTES = 16 * 2**20  # of one block of scores
 AUDIT_ROWS = 59  # of a head, drawn at random: 95 % of the rows at 95 % confidence
 RISKY_ROWS = 4  # of a head: those with the least mass read, audited as well
-ROUNDING_ROWS = 4  # of a head: audited in float64, too
+ROUNDING_ROWS = 4  # of a head: audited in float64, too, if scores are large
 
 # sparse
 SAMPLE_STRIDE = 8  # rows: selection looks at every 8th

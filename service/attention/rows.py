@@ -73,7 +73,10 @@ def attend_rows(
     out = torch.zeros(heads, count, value.shape[3], dtype=dtype, device=query.device)
     lse = torch.full((heads, count), -torch.inf, dtype=dtype, device=query.device)
     lo, hi = rows.limits(inputs.mask, query.shape[2], key.shape[2])
-    for keys in _key_chunks(heads * count, int(lo.min()), int(hi.max())):
+    numbers = heads * count  # of one key, in `dtype`
+    if key.dtype != dtype:  # keys and values are copied
+        numbers += key.shape[1] * (key.shape[3] + value.shape[3])
+    for keys in _key_chunks(numbers * dtype.itemsize, int(lo.min()), int(hi.max())):
         (checkpoint or no_checkpoint)()
         scores = score_rows(query, key, inputs.mask, rows, keys, inputs.scoring, dtype)
         weights, total, top = exponentiate(scores)
@@ -83,8 +86,8 @@ def attend_rows(
     return out, lse
 
 
-def _key_chunks(rows: int, first: int, last: int) -> Iterator[slice]:
-    """Ranges of keys whose scores with so many rows fit the scratch memory."""
-    step = max(1, ROWS_BYTES // (4 * rows))
+def _key_chunks(key_bytes: int, first: int, last: int) -> Iterator[slice]:
+    """Ranges of keys that fit the scratch memory, if each takes so many bytes of it."""
+    step = max(1, ROWS_BYTES // key_bytes)
     for start in range(first, last, step):
         yield slice(start, min(start + step, last))

@@ -49,6 +49,8 @@ def directory_of(config: ModelConfig) -> Path:
         raise FileNotFoundError(
             f"model {config.name!r}: {directory / WEIGHTS[0]} is missing (weights are read from safetensors only)"
         )
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(f"model {config.name!r}: an adapter (adapter_config.json) is not supported; merge it first")
     has_tokenizer = any((directory / file).is_file() for file in VOCABULARIES)
     settings = read_json(directory / "config.json")
     if not has_tokenizer and not takes_images(settings):
@@ -121,5 +123,8 @@ def module_types(directory: Path) -> list[tuple[str, str]]:
         library, _, name = str(module.get("type", "")).rpartition(".")
         if library.partition(".")[0] != "sentence_transformers":
             raise ValueError(f"modules.json: {module.get('type')!r} is not a module of sentence-transformers")
-        found.append((name, str(module.get("path", ""))))
+        folder = str(module.get("path", ""))
+        if Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise ValueError(f"modules.json: {folder!r} is outside of the directory")
+        found.append((name, folder))
     return found

@@ -90,7 +90,8 @@ class Model:
         match first.task:
             case "embed":
                 assert isinstance(first.options, EmbedOptions), "bug: expected options of embed"
-                return self._by_request(requests, "embedding", self.embed(rows, context, first.options.dimensions))
+                vectors = self.embed(rows, context, size := first.options.dimensions)
+                return self._by_request(requests, "embedding", vectors, is_cut=size is not None)
             case "classify" | "rerank":
                 assert isinstance(first.options, ClassifyOptions), "bug: expected options of classify"
                 logits = self.classify(rows, context)
@@ -148,7 +149,7 @@ class Model:
         problem = getattr(self.module.config, "problem_type", None)
         if self.activation is not None:
             return logits.sigmoid() if self.activation == "Sigmoid" else logits
-        if problem == "regression":
+        if problem == "regression" and self.info.task != "rerank":
             return logits
         if problem == "multi_label_classification" or logits.shape[1] == 1:
             return logits.sigmoid()
@@ -197,14 +198,17 @@ class Model:
             pass  # only the probe needs this pass
         return TaskOutput({}, explain.document(probe, tokens, options, context.checkpoint or no_checkpoint))
 
-    def _by_request(self, requests: TokenizedRequests, name: str, values: torch.Tensor) -> list[TaskOutput]:
+    def _by_request(
+        self, requests: TokenizedRequests, name: str, values: torch.Tensor, *, is_cut: bool = False
+    ) -> list[TaskOutput]:
         """values [rows, D] split by request; the chunks of one input are merged into one."""
         outputs = []
         parts = torch.split(values, [len(tokenized.rows) for _, tokenized in requests])
         for (_, tokenized), part in zip(requests, parts, strict=True):
             if tokenized.chunks:
                 lengths = [len(row) for row in tokenized.rows]
-                part = embed.merge_chunks(part, lengths, tokenized.rows_per_input, self.pooling)
+                is_unit = is_cut or self.pooling.is_normalized
+                part = embed.merge_chunks(part, lengths, tokenized.rows_per_input, is_normalized=is_unit)
             outputs.append(TaskOutput({name: part}))
         return outputs
 

@@ -18,7 +18,6 @@ from service.attention.geometry import (
     CHUNK_KEYS,
     CHUNK_ROWS,
     RISKY_ROWS,
-    ROUNDING_ROWS,
     ROWS_BYTES,
     SAMPLE_STRIDE,
     SLICE_FLOPS,
@@ -189,7 +188,7 @@ def sparse_pairs(pairs: int, rows: int, epsilon: float = READ_EPSILON) -> int:
 
 def audit_pairs(shape: AttentionShape, pairs: int, audit_rows: int) -> int:
     """Pairs of the rows that an audit computes exactly, each with the mean number of keys that a row sees."""
-    rows = sum(min(rows, shape.query_length) for rows in (max(audit_rows, 2), RISKY_ROWS, ROUNDING_ROWS))
+    rows = min(max(audit_rows, 2), shape.query_length) + min(RISKY_ROWS, shape.query_length)
     return ceil(rows * pairs / max(1, shape.query_length))
 
 

@@ -347,8 +347,9 @@ def test_prompts_are_chosen_by_name_or_by_kind(call: Any) -> None:
         ({"prompt_name": "nobody"}, "model 'org/embedder' has query, passage, got 'nobody'"),
         ({"prompt_name": "query", "input_type": "query"}, "at most one of prompt_name and input_type"),
         ({"input_type": "answer"}, "input_type"),
+        ({"input": [4, 5], "prompt_name": "query"}, "prompts go before texts"),
     ):
-        refused = call("/v1/embeddings", model="org/embedder", input="was tired", **options)
+        refused = call("/v1/embeddings", **{"model": "org/embedder", "input": "was tired", **options})
         assert refused.status_code == 422
         assert says in refused.json()["error"]["message"]
     assert call("/v1/models/org/embedder", "GET").json()["prompts"] == ["query", "passage"]

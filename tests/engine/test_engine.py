@@ -417,6 +417,15 @@ def test_means_of_values_whose_sum_overflows(engine: Engine, mode: str, dtype: t
     assert ((answer.tensors["output"].double() / value.double()) - 1).abs().max() < 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("mode", ["dense", "chunked", "auto"])
+def test_scores_beyond_float32_are_refused_never_zeros(engine: Engine, mode: str) -> None:
+    """Torch's fused kernel answers zeros for rows of NaN."""
+    request = attention(8, 5, mode=mode)
+    request = replace(request, query=request.query * 1e20, key=request.key * 1e20)
+    with pytest.raises(FarsightError, match="not finite"):
+        run(engine.submit(request))
+
+
 @pytest.mark.parametrize("mode", ["dense", "chunked", "sparse"])
 def test_a_softcap_beyond_float32_caps_nothing(engine: Engine, mode: str) -> None:
     capped: Answer = run(engine.submit(attention(512, 5, mode=mode, softcap=1e39)))

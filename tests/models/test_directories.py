@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling, Transformer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -206,6 +207,7 @@ EMBEDDERS: dict[str, Make] = {
         f"prompt left out, {mode}": embedder(BERT, mode, prompts=PROMPTS, default="passage", include_prompt=False)
         for mode in ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
     },
+    "an empty prompt left out": embedder(BERT, "mean", prompts=PROMPTS, default="document", include_prompt=False),
     "before 5.4, mean": old_layout(BERT, "mean_tokens"),
     "before 5.4, last": old_layout(plain("mistral"), "lasttoken"),
     "before 5.4, prompt": old_layout(BERT, "cls_token", {"prompts": PROMPTS, "default_prompt_name": "query"}),
@@ -421,6 +423,7 @@ def test_images(directory: Path, name: str) -> None:
 POOLING, GENERAL = "1_Pooling/config.json", "config_sentence_transformers.json"
 OLD = old_layout(BERT, "mean_tokens")
 SPARSE, FOREIGN = {"model_type": "SparseEncoder"}, [{"type": "custom_st.Transformer", "path": ""}]
+OUTSIDE = [{"type": "sentence_transformers.models.Transformer", "path": "../x"}]
 LAYERS = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
 LAYERS += [{"type": f"sentence_transformers.models.{name}", "path": "1_Pooling"} for name in ("Pooling", "LSTM")]
 CLIP = {"vocab_size": 128, **{name: VISION[name] for name in list(VISION)[:3]}}
@@ -434,6 +437,27 @@ def replaced(base: Make, file: str, text: str) -> Make:
     return make
 
 
+def without(base: Make, file: str) -> Make:
+    def make(directory: Path) -> None:
+        base(directory)
+        (directory / file).unlink()
+
+    return make
+
+
+def damaged(base: Make) -> Make:
+    """One weight is NaN."""
+
+    def make(directory: Path) -> None:
+        base(directory)
+        weights = load_file(directory / "model.safetensors")
+        weights["encoder.layer.1.attention.self.query.weight"][0, 0] = torch.nan
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    return make
+
+
+MESSAGE = {kind: {"method": "forward", "method_output_name": "last_hidden_state"} for kind in ("text", "message")}
 REFUSED: dict[str, tuple[Make, str]] = {
     "another pooling": (changed(OLD, POOLING, pooling_mode="attention"), "Pooling: mode .'attention'. is not one of"),
     "a setting of pooling": (changed(OLD, POOLING, temperature=2), "Pooling: .'temperature'. are not supported"),
@@ -442,6 +466,12 @@ REFUSED: dict[str, tuple[Make, str]] = {
         replaced(OLD, "modules.json", json.dumps(FOREIGN)),
         "'custom_st.Transformer' is not a module",
     ),
+    "messages": (changed(OLD, "sentence_bert_config.json", modality_config=MESSAGE), "texts as messages of a chat"),
+    "no settings of pooling": (without(OLD, POOLING), "config.json of Pooling is missing"),
+    "an adapter": (changed(OLD, "adapter_config.json", r=8), "adapter_config.json. is not supported"),
+    "a decoder that is pooled": (old_layout(plain("bart"), "mean_tokens"), "pools the decoder of bart"),
+    "weights that are not numbers": (damaged(BERT), "numbers that are not finite"),
+    "a folder outside": (replaced(OLD, "modules.json", json.dumps(OUTSIDE)), "modules.json: '../x' is outside"),
     "many vectors": (
         changed(OLD, "sentence_bert_config.json", query_length=32),
         "query_length is for models with many",
@@ -477,7 +507,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
 def test_refusals_say_what_is_missing(directory: Path, name: str) -> None:
     make, says = REFUSED[name]
     make(directory)
-    with pytest.raises((ValueError, RuntimeError), match=says):
+    with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=says):
         loaded(directory)
 
 

@@ -8,9 +8,10 @@ error drawn, and each of them is charged the largest error known at all, that of
 included. That charge is a rule of thumb, not a theorem; how often the limit covers is measured
 (tests/attention/test_audit.py).
 
-Rounding. What is measured is compared with float32, which large scores make wrong in the same way on both sides. So a
-few rows are computed in float64, too, and what float32 changes in them is added. To the limit twice the larger of the
-errors of output and log-sum-exp: the latter is how far scores are off, and with them, as a share, each weight.
+Rounding. What is measured is compared with float32, which large scores make wrong in the same way on both sides. A
+score is off by some `eps * |q| |k|`, and with it, as a share, each weight: if that is little, it is added to the limit.
+If it is more, the rows with the largest scores of those that were drawn are computed in float64, too, and twice the
+larger of the errors of their output and log-sum-exp is added. That is a sample, not a bound.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from service.attention.output import AttentionOutput, Checkpoint
 from service.attention.rows import RowSet, attend_rows
 from service.core.answer import ErrorReport
 
+EPS = torch.finfo(torch.float32).eps
+NEGLIGIBLE = 1e-4  # absolute error of scores
 CONFIDENCE = 0.975  # of one look: a rejected answer is tried once more, and both together must keep 95 %
 MANY_ROWS = 459  # a head's: 99 % of the rows at 99 % confidence (1 - 0.99^459); fewer: 95 % (1 - 0.95^59 = 0.95)
 
@@ -89,20 +92,19 @@ def measure(
         drawn = torch.stack([torch.randperm(query_length, generator=draw)[:count] for _ in range(heads)])
         chosen = RowSet(b, torch.cat((drawn, _risky(output, b, heads)), 1).to(inputs.query.device))
         exact, lse = attend_rows(inputs, chosen, checkpoint=checkpoint)
-        few = RowSet(b, chosen.index[:, :ROUNDING_ROWS])
-        rounded = _rounding(inputs, few, (exact[:, :ROUNDING_ROWS], lse[:, :ROUNDING_ROWS]), checkpoint)
+        rounded = _rounding(inputs, chosen, (exact, lse), checkpoint)
         rounding, lse_rounding = max(rounding, rounded[0]), max(lse_rounding, rounded[1])
+        pairs += rounded[2]
         sample = _compare(output, chosen, exact, lse)
         drawn_samples.append(Sample(*(field[:, :count] for field in sample)))
         risky_samples.append(Sample(*(field[:, count:] for field in sample)))
         lo, hi = chosen.limits(inputs.mask, query_length, inputs.key.shape[2])
-        pairs += int((hi - lo).sum() + (hi - lo)[:, :ROUNDING_ROWS].sum())
+        pairs += int((hi - lo).sum())
     report = _report(_join(drawn_samples), _join(risky_samples), count, query_length)
     report = replace(
         report,
-        relative_l2=_finite(report.relative_l2 + rounding),
-        relative_l2_upper=_finite(report.relative_l2_upper + 2 * max(rounding, lse_rounding)),
-        row_bound=_finite(report.row_bound + 2 * max(rounding, lse_rounding)),
+        relative_l2_upper=_finite(report.relative_l2_upper + max(rounding, lse_rounding)),
+        row_bound=_finite(report.row_bound + max(rounding, lse_rounding)),
         lse_error=_finite(report.lse_error + lse_rounding),
     )
     if not all(isfinite(bound) for bound in torch.aminmax(output.out)):  # in a row that was not drawn
@@ -112,13 +114,25 @@ def measure(
 
 def _rounding(
     inputs: AttentionInputs, rows: RowSet, exact: Partial, checkpoint: Checkpoint | None
-) -> tuple[float, float]:
-    """exact: out [Hq, R, Dv], lse [Hq, R] of rows in float32 -> their largest errors against float64: relative to the
-    row's output, and absolute of lse."""
-    out, lse = attend_rows(inputs, rows, checkpoint=checkpoint, dtype=torch.float64)
-    error = Sample((exact[0].double() - out).square().sum(-1), out.square().sum(-1), lse, lse).relative
-    difference = torch.where(lse == -torch.inf, 0.0, (exact[1].double() - lse).abs())
-    return float(error.max()), float(difference.max())
+) -> tuple[float, float, int]:
+    """exact: out [Hq, R, Dv], lse [Hq, R] of rows in float32 -> (relative error of outputs, absolute error of lse,
+    pairs that were scored for it), see the file's head."""
+    if bool((exact[1] == -torch.inf).all()):  # no row sees a key
+        return 0.0, 0.0, 0
+    query, key = inputs.query[rows.sequence].float(), inputs.key[rows.sequence].float()
+    largest = float(query.norm(dim=-1).max()) * float(key.norm(dim=-1).max())
+    expected = EPS * largest * inputs.scoring.scale_for(query.shape[2])
+    if expected <= NEGLIGIBLE:
+        return expected, expected, 0
+    some = min(ROUNDING_ROWS, rows.index.shape[1])
+    chosen = exact[1].masked_fill(exact[1] == -torch.inf, 0.0).abs().topk(some, dim=1).indices
+    few = RowSet(rows.sequence, rows.index.gather(1, chosen))
+    out, lse = attend_rows(inputs, few, checkpoint=checkpoint, dtype=torch.float64)
+    float32 = exact[0].gather(1, chosen[..., None].expand(-1, -1, out.shape[2])), exact[1].gather(1, chosen)
+    error = Sample((float32[0].double() - out).square().sum(-1), out.square().sum(-1), lse, lse).relative
+    difference = torch.where(lse == -torch.inf, 0.0, (float32[1].double() - lse).abs())
+    lo, hi = few.limits(inputs.mask, inputs.query.shape[2], inputs.key.shape[2])
+    return 2 * float(error.max()), 2 * float(difference.max()), int((hi - lo).sum())
 
 
 def _risky(output: AttentionOutput, b: int, heads: int) -> torch.Tensor:

@@ -149,6 +149,9 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
         inputs = AttentionInputs(*tensors, mask_of(request, device), scoring_of(options))
         mask, scoring = inputs.mask, inputs.scoring
         out, lse, outcome = self._output(work, inputs, checkpoint)
+        if may_hide_overflow(inputs, lse):  # the other exact kernel shows it
+            output = attend(*inputs.tensors, PlanKind.CHUNKED, mask, scoring=scoring, checkpoint=checkpoint)
+            out, lse = output.out, output.lse
         if not is_finite(out) and torch.finfo(out.dtype).max >= WIDE:
             out, lse, outcome = self._scaled_output(work, inputs, checkpoint)
         check_finite(out)
@@ -250,6 +253,15 @@ def mask_of(request: AttentionRequest, device: torch.device) -> MaskSpec:
         kv_lengths=None if lengths is None else lengths.to(device),
         attn_mask=None if bias is None else bias.to(device),
     )
+
+
+def may_hide_overflow(inputs: AttentionInputs, lse: torch.Tensor) -> bool:
+    """Whether scores may be too large for float32: torch's fused kernel answers zeros for a row of NaN, with lse 0."""
+    if not bool((lse == 0).any()):
+        return False
+    largest = [float(tensor.abs().max()) for tensor in (inputs.query, inputs.key)]
+    head_dim = inputs.query.shape[3]
+    return largest[0] * largest[1] * head_dim * max(1.0, inputs.scoring.scale_for(head_dim)) > WIDE
 
 
 def scoring_of(options: AttentionOptions) -> Scoring:

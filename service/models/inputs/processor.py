@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.core.options import ScoreOptions
+from service.core.options import EmbedOptions, ScoreOptions
 from service.core.request import ForwardRequest
 from service.errors import invalid, too_large
 from service.models.inputs.rows import EncodedInput, Tokenized, score_positions
@@ -55,6 +55,9 @@ class InputProcessor:
             raise invalid(
                 f"{model} needs token types for query and document: send texts, or token_type_ids", param="input_ids"
             )
+        options = request.options
+        if isinstance(options, EmbedOptions) and not request.texts and (options.prompt_name or options.input_type):
+            raise invalid("prompts go before texts; token ids and images are taken as they are", param="prompt_name")
         if request.options.truncate == "chunk" and request.task != "embed":
             raise invalid('truncate "chunk" is for embeddings; use "error" or "end"', param="truncate")
 

@@ -112,6 +112,9 @@ class _EncodedInputBuilder:
         template, prompt = self._tokenizer.single, prompt_of(self._spec, self._request)
         room = self._spec.max_length - template.special
         if prompt is not None:
+            if prompt.tokens + template.special >= self._spec.max_length:
+                message = f"the prompt alone has {prompt.tokens} of the {self._spec.max_length} tokens"
+                raise invalid(message, param="prompt_name")
             texts = [prompt.text + text for text in texts]
         for text, encoding in zip(texts, self._tokenizer.encode(texts), strict=True):
             parts = self._fit(tuple(encoding.ids), room, added=template.special)

@@ -50,6 +50,11 @@ from service.models.tasks import embed
 
 logger = logging.getLogger("farsight")
 
+# besides TEXT_ENCODERS: encoder-decoder models of which sentence-transformers runs the encoder alone
+POOLED_ENCODERS = (
+    *("blenderbot", "blenderbot-small", "longt5", "m2m_100", "marian", "pegasus", "pegasus_x", "prophetnet"),
+    "switch_transformers",
+)
 DEFAULT_MAX_LENGTH = 512  # tokens, if neither the files nor the model's positions have a limit
 
 
@@ -159,11 +164,19 @@ def _auto_class(source: _Source) -> Any:
     match source.task:
         case "embed":
             # such as T5's encoder, whose directory may hold no decoder
+            _check_pooled_encoder(source)
             return AutoModelForTextEncoding if source.hf_config.model_type in TEXT_ENCODERS else AutoModel
         case "classify" | "rerank":
             return AutoModelForImageClassification if source.takes_images else AutoModelForSequenceClassification
         case "score":
             return AutoModelForSeq2SeqLM if source.hf_config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _check_pooled_encoder(source: _Source) -> None:
+    """Raises ValueError for an encoder-decoder model whose decoder sentence-transformers would pool."""
+    kind, has_modules = source.hf_config.model_type, (source.directory / "modules.json").is_file()
+    if has_modules and source.hf_config.is_encoder_decoder and kind not in (*TEXT_ENCODERS, *POOLED_ENCODERS):
+        raise ValueError(f"sentence-transformers pools the decoder of {kind} models, which is not supported")
 
 
 # -- from files to what a model says of itself ------------------------------------------------------------------
@@ -213,6 +226,8 @@ def _text_spec(source: _Source, settings: LoadSettings, positions: int | None, t
         )  # fmt: skip
 
     def prompt(before: str) -> Prompt:
+        if not before:
+            return Prompt("", 0)
         row, _ = text.single.filled(text.plain.encode(before, add_special_tokens=False).ids)
         return Prompt(before, len(row) - (bool(row) and row[-1] in tokenizer.all_special_ids))
 
@@ -232,8 +247,8 @@ def _text_spec(source: _Source, settings: LoadSettings, positions: int | None, t
 
 
 def _declared_length(files: SentenceFiles, tokenizer: Any, positions: int | None) -> int:
-    """Tokens: the smallest of what the sentence-transformers and tokenizer files declare and the model's positions."""
-    declared = [files.max_length, tokenizer.model_max_length, positions]
+    """Tokens that sentence-transformers' files declare, else the tokenizer's, at most the model's positions."""
+    declared = [files.max_length or tokenizer.model_max_length, positions]
     lengths = [int(length) for length in declared if isinstance(length, int | float) and 0 < length < 1e9]
     return min(lengths) if lengths else DEFAULT_MAX_LENGTH
 

@@ -41,8 +41,10 @@ def scaled_length(hf_config: PretrainedConfig) -> int | None:
     rope = getattr(hf_config, "rope_parameters", None) or {}
     if count is None or count < 0 or "factor" not in rope or rope.get("rope_type") in SCALED_LENGTH:
         return None if count is None or count < 0 else count
-    original = rope.get("original_max_position_embeddings") or count
-    return max(count, int(original * rope["factor"]))
+    original = rope.get("original_max_position_embeddings")
+    if original is None and rope.get("rope_type") == "linear":  # by custom its files state the scaled length
+        return count
+    return max(count, int((original or count) * rope["factor"]))
 
 
 def may_pack(hf_config: PretrainedConfig, base: nn.Module) -> bool:

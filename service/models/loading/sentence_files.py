@@ -104,6 +104,8 @@ def _check_modality(modality: dict[str, Any] | None) -> None:
     """Text must be the model's own forward pass; other modalities are not asked for."""
     if modality is None:
         return
+    if "message" in modality:
+        raise ValueError(f"{TRANSFORMER_FILES[0]}: texts as messages of a chat template are not supported")
     text = modality.get("text", {})
     if text.get("method") != "forward" or text.get("method_output_name") not in OUTPUTS:
         raise ValueError(f"{TRANSFORMER_FILES[0]}: expected text by forward and {OUTPUTS}, got {text or 'no text'}")
@@ -146,7 +148,10 @@ def _pooling(directory: Path) -> Pooling:
         raise ValueError("modules.json has no Pooling after its Transformer")
     if unknown := {name for name, _ in others[1:]} - STEPS.keys():
         raise ValueError(f"modules.json asks for {sorted(unknown)}; supported after Pooling: {sorted(STEPS)}")
-    settings = read_json(directory / others[0][1] / "config.json")
+    file = directory / others[0][1] / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{others[0][1]}/config.json of Pooling is missing")
+    settings = read_json(file)
     if unknown := settings.keys() - POOLING_SETTINGS:
         raise ValueError(f"Pooling: {sorted(unknown)} are not supported")
     steps: list[nn.Module] = []

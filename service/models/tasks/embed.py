@@ -72,14 +72,16 @@ def pool(
     return vectors if dimensions is None else nn.functional.normalize(vectors[:, :dimensions], dim=-1)
 
 
-def merge_chunks(vectors: torch.Tensor, tokens: Sequence[int], counts: Sequence[int], pooling: Pooling) -> torch.Tensor:
+def merge_chunks(
+    vectors: torch.Tensor, tokens: Sequence[int], counts: Sequence[int], *, is_normalized: bool
+) -> torch.Tensor:
     """vectors [rows, D] -> [inputs, D]: for each input the mean of its chunks, weighted by their tokens.
 
     Args:
         vectors: one vector for each row, float32.
         tokens: of each row.
         counts: rows of each input.
-        pooling: whether the mean is normalized again.
+        is_normalized: the mean is normalized again.
 
     Returns:
         One vector for each input; that of an input of one row is unchanged.
@@ -88,7 +90,7 @@ def merge_chunks(vectors: torch.Tensor, tokens: Sequence[int], counts: Sequence[
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     sums = vectors.new_zeros(len(counts), vectors.shape[1]).index_add_(0, owner, vectors * weights)
     merged = sums / weights.new_zeros(len(counts), 1).index_add_(0, owner, weights)
-    if pooling.is_normalized:
+    if is_normalized:
         merged = nn.functional.normalize(merged, dim=-1)
     is_single = torch.tensor(counts)[:, None] == 1
     first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
