@@ -212,6 +212,7 @@ EMBEDDERS: dict[str, Make] = {
     "before 5.4, last": old_layout(plain("mistral"), "lasttoken"),
     "before 5.4, prompt": old_layout(BERT, "cls_token", {"prompts": PROMPTS, "default_prompt_name": "query"}),
     "before 5.4, lower case": old_layout(with_tokenizer(BERT, cased, **SPECIAL), "mean_tokens", do_lower_case=True),
+    "cut at the left": old_layout(plain("bert", settings={"truncation_side": "left"}), "mean_tokens", max_seq_length=8),
     "before 5.4, length of 8": old_layout(BERT, "mean_tokens", max_seq_length=8),
     "letters of DNA": old_layout(with_tokenizer(BERT, dna, pad_token="<pad>"), "mean_tokens"),
     "padding tokens inside texts": old_layout(

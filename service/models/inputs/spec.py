@@ -34,6 +34,7 @@ class InputSpec:
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # of embeddings, by name
     default_prompt: str | None = None  # name of the one that is applied if a request names none
     has_types: bool = False  # the model distinguishes the two texts of a pair by token types, zero if left out
+    cuts_left: bool = False  # the tokenizer keeps the end of a text that is cut, not its beginning
     type_count: int = 1  # token types that callers may give are below this
     always_types: bool = False  # types count even if all are zero, as where they are looked up as tokens (GPT-2)
     has_target: bool = False  # the model scores a target given its source

@@ -183,7 +183,8 @@ class _EncodedInputBuilder:
             raise self._too_long(len(ids) + added)
         self._cut_inputs.add(self._index)
         self._dropped_tokens += excess
-        return [ids[:room]]
+        # tokens that are reported one by one stay those of the beginning, as their positions are
+        return [ids[excess:] if self._spec.cuts_left and not self._keeps_spans else ids[:room]]
 
     def _too_long(self, length: int) -> FarsightError:
         or_chunk = ' or "chunk"' if isinstance(self._options, EmbedOptions) else ""

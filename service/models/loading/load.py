@@ -239,6 +239,7 @@ def _text_spec(source: _Source, settings: LoadSettings, positions: int | None, t
         tokenizer=text,
         prompts={name: prompt(before) for name, before in source.files.prompts.items()},
         default_prompt=source.files.default_prompt,
+        cuts_left=tokenizer.truncation_side == "left",
         has_types=gives_types and getattr(hf_config, "type_vocab_size", 2) > 1,
         type_count=getattr(hf_config, "type_vocab_size", hf_config.get_text_config().vocab_size) if is_read else 1,
         always_types=gives_types and not hasattr(hf_config, "type_vocab_size"),
