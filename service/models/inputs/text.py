@@ -52,7 +52,7 @@ def prompt_of(spec: InputSpec, request: ForwardRequest) -> Prompt | None:
         return None
     if options.prompt_name is not None:
         if options.prompt_name not in spec.prompts:
-            known = ", ".join(spec.prompts) or "none"
+            known = ", ".join(spec.prompts) or "no prompts"
             message = f"prompt_name: model {spec.model!r} has {known}, got {options.prompt_name[:64]!r}"
             raise invalid(message, param="prompt_name")
         return spec.prompts[options.prompt_name]
