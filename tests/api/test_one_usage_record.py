@@ -1,4 +1,4 @@
-"""What a request used is told in five places, over two transports: everywhere the same numbers and the same names."""
+"""What a request used is reported in five places, over two transports: everywhere the same numbers and names."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_http_tells_the_same_usage_everywhere(billed: Engine, caplog: pytest.Log
     device_s = usage["device_s"]
     assert device_s == body["timing"]["device_s"] > 0
     assert row["device_s"] == pytest.approx(device_s)
-    for told in (float(headers["x-device-seconds"]), line["device_s"]):
-        assert told == pytest.approx(device_s, abs=1e-6)
+    for reported in (float(headers["x-device-seconds"]), line["device_s"]):
+        assert reported == pytest.approx(device_s, abs=1e-6)
     assert body["cost"]["usd"] == line["cost_usd"]
     assert row["cost_usd"] == row["charged_usd"] == pytest.approx(body["cost"]["usd"])
     assert float(headers["x-cost-usd"]) == pytest.approx(body["cost"]["usd"], rel=1e-3)
@@ -78,14 +78,14 @@ def test_grpc_tells_the_same_usage_everywhere(billed: Engine, caplog: pytest.Log
     with caplog.at_level(logging.INFO, logger="farsight"):
         context = grpc.Context(x_request_id="two")
         message = asyncio.run(Grpc(billed).ModelInfer(grpc.attention(), context))
-    told = {name: value.string_param for name, value in message.parameters.items()}
+    reported = {name: value.string_param for name, value in message.parameters.items()}
     line, row = line_of(caplog, "two"), row_of(billed)
-    assert int(told["x-compute-tokens"]) == line["tokens"] == row["tokens"]
-    assert int(told["x-compute-flops"]) == line["flops"] == row["flops"] > 0
-    assert float(told["x-device-seconds"]) == pytest.approx(line["device_s"], abs=1e-6)
-    assert float(told["x-device-seconds"]) == pytest.approx(row["device_s"], abs=1e-6)
-    assert float(told["x-cost-usd"]) == pytest.approx(row["cost_usd"], rel=1e-3)
-    assert {told["x-attention-plan"], line["plan"], row["plan"]} == {"dense"}
+    assert int(reported["x-compute-tokens"]) == line["tokens"] == row["tokens"]
+    assert int(reported["x-compute-flops"]) == line["flops"] == row["flops"] > 0
+    assert float(reported["x-device-seconds"]) == pytest.approx(line["device_s"], abs=1e-6)
+    assert float(reported["x-device-seconds"]) == pytest.approx(row["device_s"], abs=1e-6)
+    assert float(reported["x-cost-usd"]) == pytest.approx(row["cost_usd"], rel=1e-3)
+    assert {reported["x-attention-plan"], line["plan"], row["plan"]} == {"dense"}
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ CLASSIFIERS: dict[str, Make] = {
     "an added token": changed(
         classifier("bert"),
         "tokenizer_config.json",
-        added_tokens_decoder={"100": json.loads(json.dumps({"content": "<ent>", **AddedToken("x").__getstate__()}))},
+        added_tokens_decoder={"100": AddedToken("<ent>").__getstate__()},
     ),
     "an added token in a file of its own": changed(classifier("bert"), "added_tokens.json", **{"<ent>": 100}),
     "special tokens split": changed(classifier("bert"), "tokenizer_config.json", split_special_tokens=True),

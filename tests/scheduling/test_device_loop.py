@@ -1,4 +1,4 @@
-"""What a device does next and what passes whom, by hand: there is no clock and no thread."""
+"""What a device does next and which work passes which, with times given by the test."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_idle_work_starts_only_when_nothing_waits_and_any_request_interrupts_it(
     audit = loop.start(10.0)
     assert names(audit) == ["audit"]
     assert audit is not None
-    assert (loop.idle_waiting, loop.backlog_s()) == (0, 0.0)  # in nobody's way
+    assert (loop.idle_waiting, loop.backlog_s()) == (0, 0.0)  # it delays no request
     loop.add(Item("long again", "b", 10.0, arrived_s=10.5))
     assert names(loop.checkpoint(0.5, 10.5)) == ["long again"]
     assert not audit.is_evicted

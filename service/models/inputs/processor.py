@@ -58,7 +58,7 @@ class InputProcessor:
         options = request.options
         if isinstance(options, EmbedOptions) and not request.texts and (options.prompt_name or options.input_type):
             raise invalid("prompts go before texts; token ids and images are taken as they are", param="prompt_name")
-        if request.options.truncate == "chunk" and request.task != "embed":
+        if options.truncate == "chunk" and request.task != "embed":
             raise invalid('truncate "chunk" is for embeddings; use "error" or "end"', param="truncate")
 
 

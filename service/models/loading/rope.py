@@ -39,8 +39,10 @@ def scaled_length(hf_config: PretrainedConfig) -> int | None:
     """
     count: int | None = getattr(hf_config, "max_position_embeddings", None)
     rope = getattr(hf_config, "rope_parameters", None) or {}
-    if count is None or count < 0 or "factor" not in rope or rope.get("rope_type") in SCALED_LENGTH:
-        return None if count is None or count < 0 else count
+    if count is None or count < 0:
+        return None
+    if "factor" not in rope or rope.get("rope_type") in SCALED_LENGTH:
+        return count
     original = rope.get("original_max_position_embeddings")
     if original is None and rope.get("rope_type") == "linear":  # by custom its files state the scaled length
         return count

@@ -8,7 +8,7 @@ that takes six seconds. Tests compare with it. Ref: sentence-transformers 6.2, `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -46,14 +46,14 @@ ACTIVATIONS = ("Identity", "Sigmoid")
 
 @dataclass(frozen=True, slots=True)
 class SentenceFiles:
-    """The settings of one directory; the defaults are those of a directory without such files."""
+    """The settings of one directory."""
 
-    max_length: int | None = None  # tokens
-    lower_case: bool = False  # of all text
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    default_prompt: str | None = None  # name of the prompt that is applied if a request names none
-    pooling: Pooling = field(default_factory=lambda: Pooling(steps=(Normalize(),)))
-    activation: str | None = None  # of a head's logits: "Identity" or "Sigmoid"; None: nothing is stored
+    max_length: int | None  # tokens
+    lower_case: bool  # of all text
+    prompts: Mapping[str, str]
+    default_prompt: str | None  # name of the prompt that is applied if a request names none
+    pooling: Pooling
+    activation: str | None  # of a head's logits: "Identity" or "Sigmoid"; None: nothing is stored
 
 
 def read_sentence_files(directory: Path, task: str) -> SentenceFiles:
@@ -87,7 +87,7 @@ def _transformer(settings: dict[str, Any], task: str) -> tuple[int | None, bool]
             raise ValueError(f"{TRANSFORMER_FILES[0]}: {name} asks for {sorted(unknown)}, which is not supported")
     declared = settings.pop("transformer_task", None)
     if declared is not None and task in TASKS and declared != TASKS[task]:
-        raise ValueError(f"{TRANSFORMER_FILES[0]}: transformer_task {declared!r} is not one of {sorted(TASKS)}")
+        raise ValueError(f"{TRANSFORMER_FILES[0]}: transformer_task: expected {TASKS[task]!r}, got {declared!r}")
     _check_modality(settings.pop("modality_config", None))
     for name in QUERY_SETTINGS:
         if settings.pop(name, None) is not None:

@@ -38,8 +38,7 @@ def convert(source: Path, target: Path) -> None:
     """config.json, vocab.txt and pytorch_model.bin in `source` into `target`."""
     module = _original(source)
     module.save_pretrained(target)
-    words = (source / "vocab.txt").read_text().split("\n")
-    vocabulary = {word: at for at, word in enumerate(words) if word}
+    vocabulary = _vocabulary(source)
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(SMILES), behavior="removed", invert=True)
     ends = [(SPECIAL[f"{name}_token"], vocabulary[SPECIAL[f"{name}_token"]]) for name in ("sep", "cls")]
@@ -55,16 +54,21 @@ def prove(source: Path, target: Path) -> str:
     """Compares logits or states of REACTIONS with those of the package's own weights. Raises RuntimeError."""
     original, tokenizer = _original(source), AutoTokenizer.from_pretrained(target, local_files_only=True)
     converted = type(original).from_pretrained(target, local_files_only=True).eval()
-    words = (source / "vocab.txt").read_text().split("\n")
+    vocabulary = _vocabulary(source)
     for reaction in REACTIONS:
         tokens = ["[CLS]", *re.findall(SMILES, reaction), "[SEP]"]
-        ids = [words.index(token) for token in tokens]
+        ids = [vocabulary[token] for token in tokens]
         if tokenizer(reaction)["input_ids"] != ids:
             raise RuntimeError(f"the converted tokenizer reads {reaction} in another way than the package's rule")
         ours, theirs = (next(iter(model(torch.tensor([ids])).values())) for model in (converted, original))
         if (ours - theirs).abs().max() > ROUNDING * theirs.abs().max():
             raise RuntimeError(f"the converted model answers {reaction} in another way than the package's weights")
     return f"equal to the package's weights on {len(REACTIONS)} reactions"
+
+
+def _vocabulary(source: Path) -> dict[str, int]:
+    """Ids by token: the lines of vocab.txt."""
+    return {word: at for at, word in enumerate((source / "vocab.txt").read_text().split("\n")) if word}
 
 
 def _original(source: Path) -> Any:
