@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBytes, StrictInt, StrictStr, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 
 from service.core.options import (
     AttentionOptions,
@@ -42,9 +43,10 @@ def options_of(body: Options, options: type[Options]) -> Options:
     return cast(Options, options.model_construct(**{name: getattr(body, name) for name in options.model_fields}))
 
 
-Images = Annotated[
-    list[StrictStr], Field(description="Encoded image files (JPEG, PNG or WebP), as base64 or as base64 data URLs.")
-]
+File = StrictStr | SkipJsonSchema[StrictBytes]  # bytes: a file of a multipart body
+_FORMS = "as base64 or as base64 data URLs, or as files of a multipart body"
+Images = Annotated[list[File], Field(description=f"Encoded image files (JPEG, PNG or WebP), {_FORMS}.")]
+Audio = Annotated[list[File], Field(description=f"Audio files (WAV or FLAC), {_FORMS}.")]
 TextsOrIds = StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
 Tensor = Annotated[
     Any,
@@ -74,6 +76,7 @@ class EmbeddingsBody(EmbedOptions):
     model: str
     input: TextsOrIds | None = None
     images: Images | None = None
+    audio: Audio | None = None
     encoding_format: Literal["float", "base64"] | None = Field("float", description="`null` is `float`.")
     user: str | None = Field(None, description="Accepted and ignored.")
 

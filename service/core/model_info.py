@@ -56,7 +56,7 @@ class ModelInfo:
     task_weights: MatrixSizes  # for the model's own task: hidden states and its head
     attention: tuple[LayerKind, ...]
     packed: bool  # inputs of any lengths share a pass without padding; if not, only inputs of equal shape do
-    inputs: Literal["text", "source and target", "image"] = "text"
+    inputs: Literal["text", "source and target", "image", "audio"] = "text"
     labels: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()  # names of the texts that may go before every text of a request
     default_prompt: str | None = None

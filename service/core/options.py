@@ -92,9 +92,15 @@ class ForwardOptions(BaseModel):
     truncate: Truncate = Field(
         "error",
         description="Inputs over the model's length: `error` refuses them (413), `end` cuts them and counts "
-        "`dropped_tokens`, `chunk` (embeddings only) embeds overlapping chunks and averages them, weighted by tokens.",
+        "`dropped_tokens`, `chunk` (embeddings only) embeds overlapping chunks and averages them, weighted by tokens. "
+        "Audio is cut into windows of 30 s.",
     )
-    chunk_overlap: int = Field(32, ge=0, le=4096, description="Tokens shared by neighbouring chunks.")
+    chunk_overlap: int = Field(
+        32,
+        ge=0,
+        le=4096,
+        description="Tokens shared by neighbouring chunks of a text; windows of audio do not overlap.",
+    )
     mode: Literal["auto", "dense", "chunked", "sparse"] = Field(
         "auto",
         description="How the model's attention is computed. `error.fallback` reports sparse layers that had to be "

@@ -63,8 +63,8 @@ class AttentionShape:
 class ForwardRequest:
     """Inputs of one kind for one task of one model.
 
-    Exactly one of `texts`, `token_ids`, `pairs` (query and document, or source and target), `images` (encoded files)
-    and `pixel_values` is given.
+    Exactly one of `texts`, `token_ids`, `pairs` (query and document, or source and target), `images` and `audio`
+    (encoded files) and `features` is given.
     """
 
     id: str
@@ -76,7 +76,9 @@ class ForwardRequest:
     token_types: tuple[tuple[int, ...], ...] = ()  # of each row of `token_ids`; none: all zero
     pairs: tuple[tuple[str, str], ...] = ()
     images: tuple[bytes, ...] = ()
-    pixel_values: torch.Tensor | None = None  # [n, C, H, W] float32, preprocessed for the model
+    audio: tuple[bytes, ...] = ()
+    # preprocessed for the model: pixels [n, C, H, W] or spectrograms [n, mel bands, frames], float32
+    features: torch.Tensor | None = None
     query: int | str | None = None  # explain: the query token, by index or as a part of the text
     tenant: str = "default"
     endpoint: str = "embeddings"  # the route that it came by, as metrics and ledger name it

@@ -1,4 +1,4 @@
-"""Threads next to the event loop for host work: parsing, tokenising, decoding images, encoding answers."""
+"""Threads next to the event loop for host work: parsing, tokenising, decoding images and audio, encoding answers."""
 
 from __future__ import annotations
 

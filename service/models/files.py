@@ -53,9 +53,11 @@ def directory_of(config: ModelConfig) -> Path:
         raise ValueError(f"model {config.name!r}: an adapter (adapter_config.json) is not supported; merge it first")
     has_tokenizer = any((directory / file).is_file() for file in VOCABULARIES)
     settings = read_json(directory / "config.json")
-    if not has_tokenizer and not takes_images(settings):
+    if not has_tokenizer and not takes_images(settings) and not takes_audio(settings):
+        kind = settings.get("model_type")
+        if {"num_mel_bins", "conv_stride", "mask_time_prob"} & set(settings):
+            raise ValueError(f"model {config.name!r}: {kind} takes audio; of such models Whisper's encoder is served")
         if "num_channels" in settings:
-            kind = settings.get("model_type")
             raise ValueError(f"model {config.name!r}: {kind} takes images, and has no patches of one size to attend to")
         first, *others = VOCABULARIES
         raise FileNotFoundError(
@@ -82,6 +84,11 @@ def takes_images(config: dict[str, Any]) -> bool:
     return "image_size" in config and "patch_size" in config
 
 
+def takes_audio(config: dict[str, Any]) -> bool:
+    """Whether a model with this config.json takes audio: Whisper, of which the encoder is served."""
+    return config.get("model_type") == "whisper"
+
+
 def task_of(directory: Path) -> ModelTask:
     """The task that the files declare: `embed` if an embedder of sentence-transformers, else by the class of the head.
 
@@ -89,6 +96,8 @@ def task_of(directory: Path) -> ModelTask:
     """
     config = read_json(directory / "config.json")
     if (directory / "modules.json").is_file() and _is_embedder(directory):
+        return "embed"
+    if takes_audio(config):
         return "embed"
     name = next(iter(config.get("architectures") or []), "")
     for suffix, task in HEADS.items():

@@ -71,10 +71,6 @@ class Model:
     history: hook.SparseHistory = field(default_factory=hook.SparseHistory)
     resets: tuple[Callable[[], None], ...] = ()  # called before each pass: state that must not carry over
 
-    @property
-    def takes_images(self) -> bool:
-        return self.inputs.spec.image_processor is not None
-
     def tokenize(self, request: ForwardRequest) -> Tokenized:
         """The rows of one request, on any thread. Raises FarsightError like `InputProcessor.encode`."""
         return self.inputs.encode(request)
@@ -127,7 +123,7 @@ class Model:
             # heads of encoder-decoder models require one end token in every row, equally many in all rows of a batch;
             # heads of decoders without a padding token refuse batches
             alone = config.is_encoder_decoder or (
-                not self.takes_images and config.get_text_config().pad_token_id is None
+                self.inputs.spec.tokenizer is not None and config.get_text_config().pad_token_id is None
             )
             for batch in [[index] for index in range(len(rows))] if alone else self._same_shape(rows):
                 try:
@@ -190,7 +186,7 @@ class Model:
     def _explain(self, request: ForwardRequest, tokenized: Tokenized, context: hook.ForwardContext) -> TaskOutput:
         options, row, tokenizer = request.options, tokenized.rows[0], self.inputs.spec.tokenizer
         assert isinstance(options, ExplainOptions), "bug: expected options of explain"
-        assert tokenizer is not None, "bug: images cannot be explained"
+        assert tokenizer is not None, "bug: only texts can be explained"
         assert tokenized.query is not None, "bug: tokenized for another task"
         tokens = explain.tokens_of(row, request.texts[0] if request.texts else None, tokenizer)
         probe = explain.AttentionProbe(tokenized.query, keeps_calls=options.rollout)
@@ -206,7 +202,7 @@ class Model:
         parts = torch.split(values, [len(tokenized.rows) for _, tokenized in requests])
         for (_, tokenized), part in zip(requests, parts, strict=True):
             if tokenized.chunks:
-                lengths = [len(row) for row in tokenized.rows]
+                lengths = [row.length for row in tokenized.rows]
                 is_unit = is_cut or self.pooling.is_normalized
                 part = embed.merge_chunks(part, lengths, tokenized.rows_per_input, is_normalized=is_unit)
             outputs.append(TaskOutput({name: part}))
@@ -220,7 +216,8 @@ class Model:
         """Hidden states after `layer`, pass by pass: packed if the model allows it, else in batches of equal shape."""
         if not self.info.packed:
             for batch in self._same_shape(rows):
-                yield self._flat(batch, self.unpacked_states([rows[index] for index in batch], context, layer))
+                states = self.unpacked_states([rows[index] for index in batch], context, layer)
+                yield self._flat(batch, states, [rows[index].kept for index in batch])
             return
         for indices in split_by_tokens([len(row) for row in rows], self.max_batch_tokens):
             members = [rows[index] for index in indices]
@@ -281,18 +278,23 @@ class Model:
             reset()
         if self.info.task == "score" or hasattr(module.config, "use_cache"):
             arguments = {**arguments, "use_cache": False}
-        context.positions.append(computed_positions(arguments, self.inputs.spec.patches))
+        context.positions.append(computed_positions(arguments, self.inputs.spec.states))
         with hook.running(replace(context, cu_seqlens=cu_seqlens)):
             return module(**arguments)
 
     def _same_shape(self, rows: Sequence[EncodedInput]) -> list[list[int]]:
-        shapes = [(len(row.ids), len(row.target or ()), row.patches) for row in rows]
+        shapes = [(len(row.ids), len(row.target or ()), row.states) for row in rows]
         return split_by_shape(shapes, self.max_batch_tokens)
 
-    def _flat(self, indices: Sequence[int], states: torch.Tensor) -> PassStates:
-        """states [S, L, H] as [S * L, H]."""
-        bounds = tuple(accumulate([states.shape[1]] * len(states), initial=0))
-        return PassStates(indices, states.flatten(0, 1), torch.tensor(bounds, device=self.device))
+    def _flat(self, indices: Sequence[int], states: torch.Tensor, kept: Sequence[int | None] = ()) -> PassStates:
+        """states [S, L, H] as [T, H], of each sequence those that are `kept`."""
+        lengths = [states.shape[1]] * len(states)
+        if any(count is not None for count in kept):
+            lengths = [full if count is None else count for full, count in zip(lengths, kept, strict=True)]
+            flat = torch.cat([each[:count] for each, count in zip(states, lengths, strict=True)])
+        else:
+            flat = states.flatten(0, 1)
+        return PassStates(indices, flat, torch.tensor((0, *accumulate(lengths)), device=self.device))
 
     def _stacked(self, rows: Sequence[EncodedInput]) -> dict[str, torch.Tensor]:
         """Arguments of one unpacked pass over rows of equal shape."""

@@ -42,13 +42,14 @@ def pack(
 def stack(
     rows: Sequence[EncodedInput], device: torch.device, dtype: torch.dtype, decoder_start: int | None
 ) -> dict[str, Any]:
-    """S rows of equal shape -> arguments of one pass without packing: [S, L] ids or [S, C, H, W] pixels of `dtype`.
+    """S rows of equal shape -> arguments of one pass without packing.
 
-    `decoder_start`: the id that targets are shifted behind.
+    [S, L] ids, [S, C, H, W] pixels or [S, mel bands, frames] spectrograms of `dtype`. `decoder_start`: the id that
+    targets are shifted behind.
     """
-    if rows[0].pixels is not None:
-        pixels = torch.stack([row.pixels for row in rows if row.pixels is not None])
-        return {"pixel_values": pixels.to(device, dtype)}
+    if rows[0].features is not None:
+        features = torch.stack([row.features for row in rows if row.features is not None])
+        return {"pixel_values" if features.ndim == 4 else "input_features": features.to(device, dtype)}
     arguments = {"input_ids": torch.tensor([row.ids for row in rows], device=device)}
     if any(row.types for row in rows):
         types = [row.types or (0,) * len(row.ids) for row in rows]
@@ -59,10 +60,11 @@ def stack(
     return arguments
 
 
-def computed_positions(arguments: Mapping[str, Any], patches: int) -> int:
-    """Positions that a pass with these arguments computes, padding included. `patches`: tokens of one image."""
-    if "pixel_values" in arguments:
-        return len(arguments["pixel_values"]) * patches
+def computed_positions(arguments: Mapping[str, Any], states: int) -> int:
+    """Positions that a pass with these arguments computes, padding included. `states`: of one image or window."""
+    for name in ("pixel_values", "input_features"):
+        if name in arguments:
+            return len(arguments[name]) * states
     return sum(arguments[name].numel() for name in ("input_ids", "decoder_input_ids") if name in arguments)
 
 

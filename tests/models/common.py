@@ -46,7 +46,9 @@ def loaded(directory: Path, **fields: Any) -> Model:
 def asked(task: Task, *texts: str, **fields: Any) -> ForwardRequest:
     """Fields of the request by their names, all others are options."""
     own = {
-        name: fields.pop(name) for name in ("pairs", "token_ids", "images", "pixel_values", "query") if name in fields
+        name: fields.pop(name)
+        for name in ("pairs", "token_ids", "images", "audio", "features", "query")
+        if name in fields
     }
     return ForwardRequest("r", "m", task, OPTIONS[task](**fields), texts=texts, **own)
 

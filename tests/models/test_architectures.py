@@ -146,9 +146,9 @@ def test_images(task: Task, tmp_path: Path) -> None:
     model = loaded(tmp_path)
     assert (model.info.task, model.info.inputs, model.info.max_length) == (task, "image", 17)
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    (got,) = run(model, asked(task, pixel_values=pixels))
+    (got,) = run(model, asked(task, features=pixels))
     with torch.no_grad():
-        expected = module(pixel_values=pixels)
+        expected = module(features=pixels)
     if task == "classify":
         assert torch.allclose(got.tensors["scores"], expected.logits.softmax(1), atol=1e-5)
     else:

@@ -411,7 +411,7 @@ def test_images(directory: Path, name: str) -> None:
     module = make().eval()
     module.save_pretrained(directory)
     pixels = torch.randn(3, 3, 32, 32)
-    request = asked("embed", pixel_values=pixels)
+    request = asked("embed", features=pixels)
     ours = loaded(directory)
     expected = module(pixels).last_hidden_state
     assert [len(row) for row in ours.tokenize(request).rows] == [expected.shape[1]] * 3 == [tokens] * 3

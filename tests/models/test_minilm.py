@@ -85,7 +85,7 @@ def test_chunks_overlap_and_are_merged_by_their_tokens(model: Model) -> None:
     for before, after in pairwise(rows):  # neighbours share 50 tokens inside [CLS] and [SEP]
         assert before.ids[-51:-1] == after.ids[1:51]
     inner = [rows[0].ids[1:-1], *(row.ids[51:-1] for row in rows[1:])]
-    longer = InputProcessor(replace(model.inputs.spec, max_length=100_000))
+    longer = InputProcessor(replace(model.inputs.spec, max_length=100_000), 1)
     whole = longer.encode(asked("embed", text)).rows[0].ids
     assert sum(inner, ()) == whole[1:-1]
 
@@ -111,7 +111,7 @@ def test_an_overlap_that_leaves_no_room_is_refused(model: Model) -> None:
 
 
 def test_too_large_a_text_is_refused_before_it_is_tokenised(model: Model) -> None:
-    small = InputProcessor(replace(model.inputs.spec, max_text_bytes=100))
+    small = InputProcessor(replace(model.inputs.spec, max_text_bytes=100), 1)
     with pytest.raises(FarsightError) as caught:
         small.encode(asked("embed", "x" * 101, truncate="end"))
     assert caught.value.message == "input 0: 101 bytes is over the limit of 100 bytes"

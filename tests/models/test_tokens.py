@@ -32,7 +32,8 @@ def byte_level() -> Tokenizer:
 def inputs(tokenizer: Tokenizer, directory: Path, **fields: object) -> InputProcessor:
     zoo.save_tokenizer(tokenizer, directory)
     settings = {"max_length": 64, "vocab_size": 1000, "max_text_bytes": 1 << 20, **fields}
-    return InputProcessor(InputSpec("m", tokenizer=text_tokenizer(load_tokenizer(directory)), **settings))  # type: ignore[arg-type]
+    spec = InputSpec("m", tokenizer=text_tokenizer(load_tokenizer(directory)), **settings)  # type: ignore[arg-type]
+    return InputProcessor(spec, max_windows=1)
 
 
 @pytest.mark.parametrize("make", [byte_level, zoo.tokenizer, lambda: zoo.tokenizer(with_pair_types=True)])

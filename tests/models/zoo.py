@@ -77,6 +77,23 @@ CONFIGS: dict[str, Make] = {
         image_size=32,
         patch_size=8,
     ),
+    "whisper": lambda **more: hf.WhisperConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "encoder_layers": 3,
+            "decoder_layers": 1,
+            "num_mel_bins": 16,
+            **more,
+        },
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_source_positions=100,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+        decoder_start_token_id=1,
+    ),
 }
 
 
@@ -89,7 +106,9 @@ def save(kind: str, head: type[Any], directory: Path, **more: Any) -> Any:
         for parameter in module.parameters():
             parameter.mul_(2.0) if parameter.ndim > 1 else parameter.add_(0.05 * torch.randn_like(parameter))
     module.save_pretrained(directory)
-    if kind != "vit":
+    if kind == "whisper":  # windows of two seconds
+        hf.WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(directory)
+    elif kind != "vit":
         pair = {"bert": True}.get(kind, False)
         save_tokenizer(tokenizer(with_pair_types=pair), directory, gives_types=pair)
     saved = json.loads((directory / "config.json").read_text())

@@ -150,7 +150,7 @@ def test_forward_flops_of_batches_are_those_of_their_sequences_and_passes(tmp_pa
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=20)
 TEXT = st.builds(EncodedInput, ids=LENGTHS.map(tuple), target=st.none() | LENGTHS.map(tuple))
-IMAGE = st.builds(EncodedInput, patches=st.integers(1, 12))  # a model takes one or the other
+IMAGE = st.builds(EncodedInput, states=st.integers(1, 12))  # a model takes one or the other
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -158,8 +158,8 @@ IMAGE = st.builds(EncodedInput, patches=st.integers(1, 12))  # a model takes one
 def test_passes_are_those_of_the_packing_rules(rows: list[EncodedInput], packed: bool, most: int) -> None:
     passes: Any = split_by_tokens([len(row) for row in rows], most)
     if not packed:
-        passes = split_by_shape([(len(row.ids), len(row.target or ()), row.patches) for row in rows], most)
-    sizes = [(len(row.ids) + row.patches, len(row.target or ())) for row in rows]
+        passes = split_by_shape([(len(row.ids), len(row.target or ()), row.states) for row in rows], most)
+    sizes = [(len(row.ids) + row.states, len(row.target or ())) for row in rows]
     expected = [sum(len(rows[index]) for index in indices) for indices in passes]
     assert forward_cost.pass_tokens(replace(INFO, packed=packed), sizes, most) == expected
 

@@ -17,6 +17,7 @@ from service.api.answer import estimate_document
 from service.api.codec import Body, parse_json
 from service.api.handler import Call, Handler, request_id
 from service.api.http.body import read_body
+from service.api.http.multipart import MULTIPART, parse_form
 from service.api.http.responses import BLOCK_BYTES, JSON, PartsResponse, error_response, json_response
 from service.api.service import InferenceService
 from service.billing.tenants import DEFAULT_TENANT, key_of
@@ -53,6 +54,12 @@ class HttpCall(Call):
         if len(self.body) > max_bytes:
             raise too_large("JSON body (binary tensors may be larger)", len(self.body), max_bytes, "bytes")
         return parse_json(self.body)
+
+    def values(self, max_bytes: int) -> dict[str, Any]:
+        """The body as `json` gives it, or the fields and files of a form. Raises FarsightError: 400, 413 or 415."""
+        if self.content_type == MULTIPART:
+            return parse_form(self.body, self.metadata["content-type"], max_bytes)
+        return self.json(max_bytes)
 
 
 class Access(StrEnum):

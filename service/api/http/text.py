@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fastapi import FastAPI
@@ -18,6 +17,7 @@ from service.api import codec
 from service.api.answer import document, headers
 from service.api.handler import Exchange, Parsed
 from service.api.http.endpoint import HttpCall, HttpRoutes
+from service.api.http.multipart import MULTIPART
 from service.api.http.responses import JSON, WORK_ERRORS, PartsResponse
 from service.api.schema import (
     ClassifyBody,
@@ -73,28 +73,41 @@ def texts_or_ids(given: TextsOrIds | None) -> dict[str, Any]:
     return {"token_ids": tuple(tuple(ids) for ids in given if isinstance(ids, list))}
 
 
-def image_bytes(given: list[str]) -> tuple[bytes, ...]:
-    """Base64, or data URLs of it."""
-    found = []
-    for index, text in enumerate(given):
-        if text[:5].lower() == "data:":
-            head, comma, text = text.partition(",")
+def file_bytes(given: list[str | bytes], name: Literal["images", "audio"]) -> tuple[bytes, ...]:
+    """Base64 or data URLs of it, or files of a form as they are."""
+    found, noun = [], name.removesuffix("s")
+    for index, entry in enumerate(given):
+        if isinstance(entry, bytes):
+            found.append(entry)
+            continue
+        if entry[:5].lower() == "data:":
+            head, comma, entry = entry.partition(",")
             if not comma or not head.lower().endswith(";base64"):
-                raise invalid(f"image {index}: expected a data URL with ;base64", param="images")
+                raise invalid(f"{noun} {index}: expected a data URL with ;base64", param=name)
         try:
-            found.append(base64.b64decode(text, validate=True))
-        except binascii.Error as error:
-            raise invalid(f"image {index}: expected base64 (URLs are not fetched)", param="images") from error
+            found.append(base64.b64decode(entry, validate=True))
+        except ValueError as error:  # binascii.Error, or characters beyond ASCII
+            raise invalid(f"{noun} {index}: expected base64 (URLs are not fetched)", param=name) from error
     if not found:
-        raise invalid("images: expected at least one", param="images")
+        raise invalid(f"{name}: expected at least one", param=name)
     return tuple(found)
 
 
-def inputs_of(body: EmbeddingsBody | ClassifyBody) -> dict[str, Any]:
+def embedded_inputs(body: EmbeddingsBody) -> dict[str, Any]:
+    """Texts, ids, images or audio."""
+    if body.audio is None:
+        return classified_inputs(body)
+    if body.input is not None or body.images is not None:
+        raise invalid("expected exactly one of input, images and audio", param="audio")
+    return {"audio": file_bytes(body.audio, "audio")}
+
+
+def classified_inputs(body: EmbeddingsBody | ClassifyBody) -> dict[str, Any]:
     """Texts, ids or images."""
     if (body.input is None) == (body.images is None):
-        raise invalid("expected exactly one of input and images", param="input")
-    return texts_or_ids(body.input) if body.images is None else {"images": image_bytes(body.images)}
+        others = "input, images and audio" if isinstance(body, EmbeddingsBody) else "input and images"
+        raise invalid(f"expected exactly one of {others}", param="input")
+    return texts_or_ids(body.input) if body.images is None else {"images": file_bytes(body.images, "images")}
 
 
 def pairs_of(body: RerankBody) -> dict[str, Any]:
@@ -192,7 +205,7 @@ ENDPOINTS = {
             summary="Embeddings, as the openai client asks for them",
             name="embeddings",
             body=EmbeddingsBody,
-            inputs=inputs_of,
+            inputs=embedded_inputs,
             options=EmbedOptions,
             render=render_embeddings,
         ),
@@ -201,7 +214,7 @@ ENDPOINTS = {
             summary="Labels of texts or images",
             name="classify",
             body=ClassifyBody,
-            inputs=inputs_of,
+            inputs=classified_inputs,
             options=ClassifyOptions,
             render=render_classify,
         ),
@@ -241,7 +254,7 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
 
     async def answered(endpoint: TextEndpoint, call: HttpCall) -> Response:
         def parse() -> Parsed[dict[str, Any]]:
-            values = call.json(config.max_json_bytes)
+            values = call.values(config.max_json_bytes)
             return Parsed(forward_request(call, values, endpoint), values)
 
         def render(answer: Answer, parsed: Parsed[dict[str, Any]]) -> Response:
@@ -256,6 +269,16 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
         )
         return await routes.handler.answer(call, exchange)
 
+    def contents(body: type[BaseModel]) -> dict[str, Any]:
+        found: dict[str, Any] = {JSON: routes.body_schema(body)}
+        files = [name for name in ("images", "audio") if name in body.model_fields]
+        if files:
+            fields: dict[str, Any] = {"model": {"type": "string"}}
+            for name in files:
+                fields[name] = {"type": "array", "items": {"type": "string", "format": "binary"}}
+            found[MULTIPART] = {"schema": {"type": "object", "properties": fields, "required": ["model"]}}
+        return found
+
     for path, endpoint in ENDPOINTS.items():
         routes.direct["POST", path] = routes.route(endpoint.name, partial(answered, endpoint))
         app.add_api_route(
@@ -265,5 +288,5 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
             tags=["text"],
             summary=endpoint.summary,
             responses=WORK_ERRORS,
-            openapi_extra={"requestBody": {"required": True, "content": {JSON: routes.body_schema(endpoint.body)}}},
+            openapi_extra={"requestBody": {"required": True, "content": contents(endpoint.body)}},
         )

@@ -1,4 +1,4 @@
-"""Named input tensors of an infer request, and what they mean to a forward pass: texts, pairs, token ids, images."""
+"""Named input tensors of an infer request, and what they mean to a forward pass: texts, pairs, ids, images, audio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.errors import invalid
 
 MAX_IDS = 4 * 1024**2  # token ids of one request: each becomes a Python integer
 _BESIDE_IDS = ("attention_mask", "token_type_ids")
-_KINDS = ("text", "input_ids", "image", "pixel_values")
+_KINDS = ("text", "input_ids", "image", "pixel_values", "audio", "input_features")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ def forward_inputs(named: Mapping[str, InferInput], known: Sequence[str], task: 
     """Inputs of a forward pass under the field names of `ForwardRequest`.
 
     text: BYTES [n] or [n, 1], with `query` or `target` pairs of texts; input_ids: INT64 [n, L], cut to the ids that
-    attention_mask [n, L] marks, with their token_type_ids [n, L]; image: BYTES [n] or [n, 1]; pixel_values: FP32
-    [n, C, H, W]. `known` are the names that the model accepts. Raises INVALID unless exactly one of these kinds is
-    given.
+    attention_mask [n, L] marks, with their token_type_ids [n, L]; image and audio: BYTES [n] or [n, 1]; pixel_values:
+    FP32 [n, C, H, W]; input_features: FP32 [n, mel bands, frames]. `known` are the names that the model accepts.
+    Raises INVALID unless exactly one of these kinds is given.
     """
     kinds = [name for name in _KINDS if name in named]
     if len(kinds) != 1:
@@ -69,10 +69,12 @@ def forward_inputs(named: Mapping[str, InferInput], known: Sequence[str], task: 
     match kind:
         case "input_ids":
             return _id_inputs(named["input_ids"], *(named.get(beside) for beside in _BESIDE_IDS))
-        case "pixel_values":
-            return {"pixel_values": numbers(named["pixel_values"])}
+        case "pixel_values" | "input_features":
+            return {"features": numbers(named[kind])}
         case "image":
             return {"images": tuple(_strings(named["image"]))}
+        case "audio":
+            return {"audio": tuple(_strings(named["audio"]))}
     return _text_inputs(named, task)
 
 

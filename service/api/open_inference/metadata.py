@@ -29,6 +29,7 @@ _MODEL_INPUTS = {  # by `ModelInfo.inputs`
     "text": (("text", "BYTES", 1), *_IDS),
     "source and target": (("text", "BYTES", 1), ("target", "BYTES", 1), *_IDS),
     "image": (("image", "BYTES", 1), ("pixel_values", "FP32", 4)),
+    "audio": (("audio", "BYTES", 1), ("input_features", "FP32", 3)),
 }
 
 

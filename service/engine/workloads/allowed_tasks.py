@@ -11,9 +11,9 @@ from service.errors import invalid, too_large
 
 def check_counts(config: Config, request: ForwardRequest) -> None:
     """Raises FarsightError (413) if there are too many inputs, before any of them is read."""
-    pixels = 0 if request.pixel_values is None else len(request.pixel_values)
-    images = len(request.images) + pixels
-    count = len(request.texts) + len(request.token_ids) + len(request.pairs) + images
+    features = 0 if request.features is None else len(request.features)
+    images = len(request.images) + features
+    count = len(request.texts) + len(request.token_ids) + len(request.pairs) + len(request.audio) + images
     if count > config.max_texts:
         raise too_large("input", count, config.max_texts, "items", param="input")
     if images > config.max_images:
@@ -27,7 +27,7 @@ def check_task(info: ModelInfo, request: ForwardRequest) -> None:
     allowed = {info.task, "hidden", "explain"} | ({"classify"} if info.task == "rerank" else set())
     if info.task == "classify" and len(info.labels) == 1:
         allowed.add("rerank")
-    if info.inputs == "image":
+    if info.inputs in ("image", "audio"):
         allowed -= {"explain"}
     if task not in allowed:
         raise invalid(

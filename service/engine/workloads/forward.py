@@ -73,7 +73,7 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
         model = self._models.model(request.model)
         check_counts(self._config, request)
         check_task(model.info, request)
-        workers = self._workers.decoders if model.info.inputs == "image" else self._workers.parsers
+        workers = self._workers.decoders if model.info.inputs in ("image", "audio") else self._workers.parsers
         left_s = None if math.isinf(deadline_s) else max(0.0, deadline_s - self._clock())
         try:
             async with asyncio.timeout(left_s):
@@ -81,7 +81,7 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
                 tokenized = await loop.run_in_executor(workers, model.tokenize, request)
         except TimeoutError:
             raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
-        sizes = tuple((len(row.ids) + row.patches, len(row.target or ())) for row in tokenized.rows)
+        sizes = tuple((len(row.ids) + row.states, len(row.target or ())) for row in tokenized.rows)
         info, fastest_s = model.info, self._fastest_s.get(model.info, math.inf)
         if fastest_s < info.smallest_pass_s:
             info = replace(info, smallest_pass_s=fastest_s)

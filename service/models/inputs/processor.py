@@ -1,8 +1,9 @@
-"""From a request to the rows that a model computes: checks that the model accepts it, then encodes texts or images."""
+"""From a request to the rows that a model computes: checks that the model accepts it, then encodes its inputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from service.core.options import EmbedOptions, ScoreOptions
 from service.core.request import ForwardRequest
@@ -10,6 +11,12 @@ from service.errors import invalid, too_large
 from service.models.inputs.rows import EncodedInput, Tokenized, score_positions
 from service.models.inputs.spec import InputSpec
 from service.models.inputs.text import encode_texts
+
+if TYPE_CHECKING:
+    import torch
+
+    from service.models.inputs.audio import AudioProcessor
+    from service.models.inputs.image import ImageProcessor
 
 MAX_NAMED_TOKENS = 20_000  # next tokens that one request may ask for: the device thread decodes the text of each
 
@@ -19,6 +26,7 @@ class InputProcessor:
     """Encodes requests for one model. Thread-safe; runs on any thread except the device's."""
 
     spec: InputSpec
+    max_windows: int  # of audio in one request
 
     def encode(self, request: ForwardRequest) -> Tokenized:
         """The rows of one request.
@@ -27,27 +35,51 @@ class InputProcessor:
         large, 507 if memory does not suffice to decode an image.
         """
         self._check_kind(request)
-        tokenized = self._encode_images(request) if self.spec.image_processor else encode_texts(self.spec, request)
+        if self.spec.image_processor is not None:
+            tokenized = self._encode_images(request, self.spec.image_processor)
+        elif self.spec.audio_processor is not None:
+            tokenized = self._encode_audio(request, self.spec.audio_processor)
+        else:
+            tokenized = encode_texts(self.spec, request)
         _check_named_tokens(request, tokenized)
         return tokenized
 
-    def _encode_images(self, request: ForwardRequest) -> Tokenized:
-        processor = self.spec.image_processor
-        assert processor is not None, "bug: this model does not accept images"
-        if request.pixel_values is not None:
-            pixels = list(processor.check_pixels(request.pixel_values))
+    def _encode_images(self, request: ForwardRequest, processor: ImageProcessor) -> Tokenized:
+        if request.features is not None:
+            pixels = list(processor.check_pixels(request.features))
         else:
             pixels = [processor(index, data) for index, data in enumerate(request.images)]
-        rows = tuple(EncodedInput(pixels=image, patches=self.spec.patches) for image in pixels)
+        return self._one_each(pixels)
+
+    def _encode_audio(self, request: ForwardRequest, processor: AudioProcessor) -> Tokenized:
+        """Each file as its windows. What of a window is silence after the end of its file is not in the result."""
+        count = max(len(request.audio), 0 if request.features is None else len(request.features))
+        if count > self.max_windows:
+            raise too_large("audio", count, self.max_windows, "windows", param="audio")
+        if request.features is not None:
+            return self._one_each(list(processor.check_features(request.features)))
+        rows: list[EncodedInput] = []
+        counts, dropped, cut = [], 0, 0
+        for index, data in enumerate(request.audio):
+            left = self.max_windows - len(rows) - (len(request.audio) - index - 1)
+            windows, excess = processor.windows(index, data, request.options.truncate, left)
+            rows += [EncodedInput(features=one.features, states=self.spec.states, kept=one.states) for one in windows]
+            counts.append(len(windows))
+            dropped, cut = dropped + excess, cut + bool(excess)
+        return Tokenized(tuple(rows), tuple(counts), cut, dropped)
+
+    def _one_each(self, features: list[torch.Tensor]) -> Tokenized:
+        rows = tuple(EncodedInput(features=each, states=self.spec.states) for each in features)
         return Tokenized(rows, (1,) * len(rows))
 
     def _check_kind(self, request: ForwardRequest) -> None:
         model = f"model {self.spec.model!r}"
-        has_images = bool(request.images) or request.pixel_values is not None
-        if self.spec.image_processor is not None and not has_images:
-            raise invalid(f"{model} takes images, not text", param="images")
-        if self.spec.image_processor is None and has_images:
-            raise invalid(f"{model} takes text, not images", param="images")
+        taken = "images" if self.spec.image_processor else "audio" if self.spec.audio_processor else "text"
+        given = "images" if request.images else "audio" if request.audio else "text"
+        if request.features is not None:
+            given = "images" if request.features.ndim == 4 else "audio"
+        if given != taken:
+            raise invalid(f"{model} takes {taken}, not {given}", param=given if taken == "text" else taken)
         if request.task == "score" and self.spec.has_target != bool(request.pairs):
             scored = "a target given its source" if self.spec.has_target else "one input, without source and target"
             raise invalid(f"{model} scores {scored}", param="target")
@@ -57,7 +89,8 @@ class InputProcessor:
             )
         options = request.options
         if isinstance(options, EmbedOptions) and not request.texts and (options.prompt_name or options.input_type):
-            raise invalid("prompts go before texts; token ids and images are taken as they are", param="prompt_name")
+            message = "prompts go before texts; token ids, images and audio are taken as they are"
+            raise invalid(message, param="prompt_name")
         if options.truncate == "chunk" and request.task != "embed":
             raise invalid('truncate "chunk" is for embeddings; use "error" or "end"', param="truncate")
 

@@ -1,4 +1,4 @@
-"""What a model computes: token ids of one sequence or the pixels of one image, and all of them for one request."""
+"""What a model computes: token ids of one sequence, one image or one window of audio, and all for one request."""
 
 from __future__ import annotations
 
@@ -24,19 +24,25 @@ class TokenSpan:
 
 @dataclass(frozen=True, slots=True)
 class EncodedInput:
-    """One sequence, special tokens included, or one image, which has patches instead of ids."""
+    """One sequence, special tokens included, or one image or window of audio, which has features instead of ids."""
 
     ids: tuple[int, ...] = ()
     types: tuple[int, ...] | None = None  # token type (segment) of each id, if the input is a pair
     target: tuple[int, ...] | None = None  # target ids, encoder-decoder models only
-    pixels: torch.Tensor | None = None  # [C, H, W] float32
-    patches: int = 0  # tokens of the image, the model's own included
+    features: torch.Tensor | None = None  # pixels [C, H, W] or a spectrogram [mel bands, frames], float32
+    states: int = 0  # that a model makes of `features`, its own tokens (such as a class token) included
+    kept: int | None = None  # leading states that belong to the result; None: all
     prompt: int = 0  # leading tokens that are the model's prompt, special ones included
     spans: tuple[TokenSpan, ...] | None = None  # for `target`, else for `ids`; only for tasks that report tokens
 
     def __len__(self) -> int:
         """Tokens that the model computes."""
-        return len(self.ids) + len(self.target or ()) + self.patches
+        return len(self.ids) + len(self.target or ()) + self.states
+
+    @property
+    def length(self) -> int:
+        """States in the result."""
+        return len(self.ids) + self.states if self.kept is None else self.kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What one model accepts as input: text or images, and its limits."""
+"""What one model accepts as input: text, images or audio, and its limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from service.models.inputs.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
+    from service.models.inputs.audio import AudioProcessor
     from service.models.inputs.image import ImageProcessor
 
 
@@ -22,7 +23,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """The inputs of one model. It has a tokenizer (text models) or an image processor, never both."""
+    """The inputs of one model. It has a tokenizer, or a processor of images or of audio."""
 
     model: str  # its name, for error messages
     max_length: int  # tokens of one row
@@ -30,7 +31,8 @@ class InputSpec:
     max_text_bytes: int  # bytes of one text
     tokenizer: TextTokenizer | None = None
     image_processor: ImageProcessor | None = None
-    patches: int = 0  # tokens of one image, the model's own included
+    audio_processor: AudioProcessor | None = None
+    states: int = 0  # of one image or window of audio, the model's own tokens included
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # of embeddings, by name
     default_prompt: str | None = None  # name of the one that is applied if a request names none
     has_types: bool = False  # the model distinguishes the two texts of a pair by token types, zero if left out

@@ -11,7 +11,7 @@ import inspect
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ from service.config import ModelConfig
 from service.core.model_info import MatrixSizes, ModelInfo
 from service.core.options import ModelTask
 from service.models import hook
-from service.models.files import directory_of, read_json, takes_images, task_of
+from service.models.files import directory_of, read_json, takes_audio, takes_images, task_of
 from service.models.heads import packed_classifier
 from service.models.inputs.processor import InputProcessor
 from service.models.inputs.spec import InputSpec, Prompt
@@ -65,6 +65,7 @@ class LoadSettings:
     device: torch.device
     max_text_bytes: int
     max_batch_tokens: int
+    max_audio_windows: int = 1  # of one request
 
 
 def load(config: ModelConfig, settings: LoadSettings) -> Model:
@@ -76,19 +77,22 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
     hook.register()
     disable_progress_bar()  # type: ignore[no-untyped-call]
     source = _read_source(config)
-    tokenizer = None if source.takes_images else load_tokenizer(source.directory, lower_case=source.files.lower_case)
+    takes_text = not source.takes_images and not source.takes_audio
+    tokenizer = load_tokenizer(source.directory, lower_case=source.files.lower_case) if takes_text else None
     module: Any = _read_module(source).to(settings.device).eval()
     install_checkpoints(module)
     base = module.get_encoder() if source.hf_config.is_encoder_decoder else module.base_model
     positions, padding_id = _positions(source, base)
-    if tokenizer is None:
+    if source.takes_images:
         spec = _image_spec(source, settings, base)
+    elif source.takes_audio:
+        spec = _audio_spec(source, settings)
     else:
         spec = _text_spec(source, settings, positions, tokenizer, base)
     pooling = _pooling(source)
     model = Model(
         info=_info(source, module, base, spec),
-        inputs=InputProcessor(spec),
+        inputs=InputProcessor(spec, settings.max_audio_windows),
         module=module,
         base=base,
         device=settings.device,
@@ -119,6 +123,10 @@ class _Source:
     @property
     def takes_images(self) -> bool:
         return takes_images(self.hf_config.to_dict())
+
+    @property
+    def takes_audio(self) -> bool:
+        return takes_audio(self.hf_config.to_dict())
 
 
 def _read_source(config: ModelConfig) -> _Source:
@@ -206,7 +214,15 @@ def _image_spec(source: _Source, settings: LoadSettings, base: Any) -> InputSpec
     with torch.inference_mode(), hook.running(probe_context()):
         tokens = base(pixels.to(settings.device, next(base.parameters()).dtype)).last_hidden_state.shape[1]
     name = source.config.name
-    return InputSpec(name, tokens, 0, settings.max_text_bytes, image_processor=processor, patches=tokens)
+    return InputSpec(name, tokens, 0, settings.max_text_bytes, image_processor=processor, states=tokens)
+
+
+def _audio_spec(source: _Source, settings: LoadSettings) -> InputSpec:
+    from service.models.inputs.audio import read_processor
+
+    processor = read_processor(source.directory, source.hf_config)
+    name, states = source.config.name, processor.states
+    return InputSpec(name, states, 0, settings.max_text_bytes, audio_processor=processor, states=states)
 
 
 def _text_spec(source: _Source, settings: LoadSettings, positions: int | None, tokenizer: Any, base: Any) -> InputSpec:
@@ -293,8 +309,14 @@ def _info(source: _Source, module: Any, base: nn.Module, spec: InputSpec) -> Mod
         position_bias=hasattr(hf_config, "relative_attention_num_buckets"),
         attention=(),
         packed=may_pack(hf_config, base),
-        inputs="image" if spec.image_processor else "source and target" if spec.has_target else "text",
+        inputs=_inputs(spec),
         labels=labels,
         prompts=tuple(spec.prompts),
         default_prompt=spec.default_prompt,
     )
+
+
+def _inputs(spec: InputSpec) -> Literal["text", "source and target", "image", "audio"]:
+    if spec.tokenizer is None:
+        return "image" if spec.audio_processor is None else "audio"
+    return "source and target" if spec.has_target else "text"

@@ -90,16 +90,16 @@ def _matrix_sizes(model: Model, rows: list[EncodedInput], run: _Pass) -> MatrixS
     calls: list[tuple[int, int]] = []  # rows and numbers of each matrix
 
     def record(module: Any, _: Any, output: torch.Tensor) -> None:
-        width = module.out_channels if isinstance(module, nn.Conv2d) else output.shape[-1]
+        width = module.out_channels if isinstance(module, nn.Conv1d | nn.Conv2d) else output.shape[-1]
         calls.append((output.numel() // width, module.weight.numel()))
 
     layers = [*model.module.modules(), *(part for step in model.pooling.steps for part in step.modules())]
-    matrices = [layer for layer in layers if isinstance(layer, nn.Linear | Conv1D | nn.Conv2d)]
+    matrices = [layer for layer in layers if isinstance(layer, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d)]
     handles = [matrix.register_forward_hook(record) for matrix in matrices]
     run(rows, probe_context())
     for handle in handles:
         handle.remove()
-    if model.info.inputs == "image":  # all images have one size
+    if model.info.inputs in ("image", "audio"):  # all images, and all windows of audio, have one size
         return MatrixSizes(0, sequence=sum(count * numbers for count, numbers in calls))
     source, target = sum(len(row.ids) for row in rows), sum(len(row.target or ()) for row in rows)
     names = {1: "once", len(rows): "sequence", target: "target", source: "source"}

@@ -31,12 +31,15 @@ def probe_context() -> ForwardContext:
 
 
 def probe_rows(model: Model) -> list[EncodedInput]:
-    """Two random inputs, always the same for one model: images, or token sequences of PROBE_LENGTHS."""
+    """Two random inputs, always the same for one model: images, windows of audio, or tokens of PROBE_LENGTHS."""
     draw = torch.Generator().manual_seed(0)
     spec = model.inputs.spec
     if spec.image_processor is not None:
         pixels = torch.randn(2, spec.image_processor.channels, *spec.image_processor.size, generator=draw)
-        return [EncodedInput(pixels=image, patches=spec.patches) for image in pixels]
+        return [EncodedInput(features=image, states=spec.states) for image in pixels]
+    if spec.audio_processor is not None:
+        spectrograms = torch.randn(2, *spec.audio_processor.shape, generator=draw)
+        return [EncodedInput(features=window, states=spec.states) for window in spectrograms]
     lengths = [min(length, model.info.max_length) for length in PROBE_LENGTHS]
     # not the first ids, which most vocabularies use for special tokens: some models look for those
     low = min(10, model.info.vocab_size - 1)

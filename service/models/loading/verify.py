@@ -28,7 +28,7 @@ def verified(model: Model, tokenizer: Any) -> Model:
 
     Args:
         model: as read from its files.
-        tokenizer: that Transformers makes of the same files; None for images.
+        tokenizer: that Transformers makes of the same files; None for images and audio.
 
     Raises RuntimeError if unpacked passes differ from eager attention, too, or cannot run, or texts are read in another
     way than by `tokenizer`.
@@ -39,7 +39,7 @@ def verified(model: Model, tokenizer: Any) -> Model:
     try:
         expected = _eager_outputs(model, rows)
     except (TypeError, AttributeError, IndexError) as error:  # it needs more, or other inputs
-        kind = "images" if tokenizer is None else "text"
+        kind = model.info.inputs if tokenizer is None else "text"
         reason = f"{model.info.architecture} does not run on {kind} alone: {error}"
         raise RuntimeError(f"model {model.info.name!r}: {reason}") from error
     if not all(bool(output.isfinite().all()) for output in expected):

