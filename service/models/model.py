@@ -288,12 +288,9 @@ class Model:
 
     def _flat(self, indices: Sequence[int], states: torch.Tensor, kept: Sequence[int | None] = ()) -> PassStates:
         """states [S, L, H] as [T, H], of each sequence those that are `kept`."""
-        lengths = [states.shape[1]] * len(states)
-        if any(count is not None for count in kept):
-            lengths = [full if count is None else count for full, count in zip(lengths, kept, strict=True)]
-            flat = torch.cat([each[:count] for each, count in zip(states, lengths, strict=True)])
-        else:
-            flat = states.flatten(0, 1)
+        lengths = [count or states.shape[1] for count in kept or [None] * len(states)]
+        parts = [each[:length] for each, length in zip(states, lengths, strict=True)]
+        flat = torch.cat(parts) if any(kept) else states.flatten(0, 1)
         return PassStates(indices, flat, torch.tensor((0, *accumulate(lengths)), device=self.device))
 
     def _stacked(self, rows: Sequence[EncodedInput]) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ def test_packaged_models_are_listed_with_their_licenses() -> None:
 def test_an_unknown_name_and_a_model_that_is_there(tmp_path: Path) -> None:
     unknown = CliRunner().invoke(app, ["models", "get", "nobody"])
     assert unknown.exit_code == 1
-    assert "expected one of smollm2, rxnfp, rxnmapper, got 'nobody'" in unknown.output
+    assert "expected one of smollm2, rxnfp, rxnmapper, dinov2, whisper, got 'nobody'" in unknown.output
     (tmp_path / "config.json").write_text("{}")
     there = CliRunner().invoke(app, ["models", "get", "rxnfp", "--into", str(tmp_path)])
     assert there.exit_code == 0

@@ -148,7 +148,7 @@ def test_images(task: Task, tmp_path: Path) -> None:
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     (got,) = run(model, asked(task, features=pixels))
     with torch.no_grad():
-        expected = module(features=pixels)
+        expected = module(pixel_values=pixels)
     if task == "classify":
         assert torch.allclose(got.tensors["scores"], expected.logits.softmax(1), atol=1e-5)
     else:

@@ -238,6 +238,8 @@ def test_directories_that_are_refused_by_a_sentence(directory: Path, tmp_path: P
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "feature_size": 80}))
     with pytest.raises(ValueError, match="takes 16 mel bands and 200 frames, its preprocessor makes 80 and 200"):
         loaded(tmp_path)
+    with pytest.raises(ValueError, match="the encoder of whisper is served, for embed, not for score"):
+        loaded(tmp_path, task="score")
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="expected WhisperFeatureExtractor in preprocessor_config"):
         loaded(tmp_path)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import pydoc_data.topics
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 
 from service.models.model import Model
 from service.models.packaged.catalogue import MODELS, make
 from service.models.packaged.reactions import REACTIONS
 from tests.models.common import asked, loaded, run
+from tests.models.test_audio import RATE, encoded, sound
 
 # made once, and kept between runs
 FOLDER = Path(__file__).parents[2] / ".pytest_cache" / "farsight-models"
@@ -129,6 +134,49 @@ def test_reactions_are_classified() -> None:
     classes = scores.argmax(1).tolist()
     assert classes[:2] == classes[-2:]
     assert len(set(classes[: len(REACTIONS)])) == len(REACTIONS)
+
+
+@torch.inference_mode()
+def test_images_are_embedded_as_transformers_does() -> None:
+    directory = made("dinov2")
+    model = loaded(directory)
+    assert (model.info.inputs, model.info.max_length, model.info.num_layers) == ("image", 257, 12)
+    files = [png(seed) for seed in (1, 2)]
+    found = run(model, asked("embed", images=tuple(files)))[0].tensors["embedding"]
+    processor = hf.AutoImageProcessor.from_pretrained(directory, backend="pil")
+    module = hf.AutoModel.from_pretrained(directory, attn_implementation="eager")
+    for file, vector in zip(files, found, strict=True):
+        pixels = processor(images=Image.open(io.BytesIO(file)), return_tensors="pt")["pixel_values"]
+        state = module(pixels).last_hidden_state[0, 0]
+        assert (vector - torch.nn.functional.normalize(state, dim=0)).abs().max() < 1e-4
+
+
+def png(seed: int) -> bytes:
+    """A smooth picture of 200 x 300 pixels."""
+    small = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize((300, 200)).save(file, "PNG")
+    return file.getvalue()
+
+
+@torch.inference_mode()
+def test_sounds_are_heard_as_transformers_does() -> None:
+    directory = made("whisper")
+    model = loaded(directory)
+    assert (model.info.inputs, model.info.max_length, model.info.num_layers) == ("audio", 1500, 4)
+    samples = sound(3.0)
+    found = run(model, asked("hidden", audio=(encoded(samples, kind="FLAC"),)))[0].tensors["hidden_states"]
+    extractor = hf.WhisperFeatureExtractor.from_pretrained(directory)
+    features = extractor(samples, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    module = hf.WhisperModel.from_pretrained(directory, attn_implementation="eager").get_encoder()
+    expected = module(features).last_hidden_state[0, :150]
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_another_format_of_arrays_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(struct.pack("<IH", 7, 12) + b"WhisperSpec\0" + bytes(8))
+    with pytest.raises(RuntimeError, match="expected WhisperSpec in format 6, got WhisperSpec in format 7"):
+        MODELS["whisper"].convert(tmp_path, tmp_path / "made")
 
 
 def test_another_wheel_is_refused_and_leaves_nothing(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File, FormParser, parse_options_header
+from python_multipart.multipart import Field, File, FormParser, MultipartState, parse_options_header
 
 from service.api.codec import Body
 from service.errors import malformed, too_large
@@ -28,44 +28,50 @@ def parse_form(body: Body, content_type: str, max_field_bytes: int) -> dict[str,
     _, options = parse_options_header(content_type)
     if not options.get(b"boundary"):
         raise malformed(f"content-type: expected {MULTIPART} with a boundary")
-    values: dict[str, Any] = {}
-    parts, field_bytes = 0, 0
-
-    def count(size: int) -> None:
-        nonlocal parts, field_bytes
-        parts, field_bytes = parts + 1, field_bytes + size
-        if parts > MAX_PARTS:
-            raise too_large("multipart body", parts, MAX_PARTS, "parts")
-        if field_bytes > max_field_bytes:
-            raise too_large("fields of a multipart body", field_bytes, max_field_bytes, "bytes")
-
-    def on_field(field: Field) -> None:
-        text = field.value or b""
-        count(len(text))
-        name = _decoded(field.field_name, "a name")
-        if name in values:
-            raise malformed(f"{name[:64]}: is given twice", param=name[:64])
-        values[name] = _decoded(text, name)
-
-    def on_file(file: File) -> None:
-        count(0)
-        name = _decoded(file.field_name, "a name")
-        files = values.setdefault(name, [])
-        if not isinstance(files, list):
-            raise malformed(f"{name[:64]}: is given twice", param=name[:64])
-        file.file_object.seek(0)
-        files.append(file.file_object.read())
-
+    form = _Form(max_field_bytes)
     config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # nothing is written to the disk
-    parser = FormParser(MULTIPART, on_field, on_file, boundary=options[b"boundary"], config=config)
+    parser = FormParser(MULTIPART, form.add_field, form.add_file, boundary=options[b"boundary"], config=config)
     try:
         parser.write(bytes(body))
         parser.finalize()
     except FormParserError as error:
         raise malformed(f"the body is not {MULTIPART}: {error}") from None
-    if not parts:
-        raise malformed(f"the body is not {MULTIPART}: no complete part in it")
-    return values
+    if getattr(parser.parser, "state", None) != MultipartState.END:  # else its last part would be missing in silence
+        raise malformed(f"the body is not {MULTIPART}: it has no closing boundary")
+    return form.values
+
+
+class _Form:
+    """Collects the parts of one body."""
+
+    def __init__(self, max_field_bytes: int) -> None:
+        self.values: dict[str, Any] = {}
+        self._max_field_bytes = max_field_bytes
+        self._parts = self._field_bytes = 0
+
+    def add_field(self, field: Field) -> None:
+        text = field.value or b""
+        self._count(len(text))
+        name = _decoded(field.field_name, "a name")
+        if name in self.values:
+            raise malformed(f"{name[:64]}: is given twice", param=name[:64])
+        self.values[name] = _decoded(text, name)
+
+    def add_file(self, file: File) -> None:
+        self._count(0)
+        name = _decoded(file.field_name, "a name")
+        files = self.values.setdefault(name, [])
+        if not isinstance(files, list):
+            raise malformed(f"{name[:64]}: is given twice", param=name[:64])
+        file.file_object.seek(0)
+        files.append(file.file_object.read())
+
+    def _count(self, field_bytes: int) -> None:
+        self._parts, self._field_bytes = self._parts + 1, self._field_bytes + field_bytes
+        if self._parts > MAX_PARTS:
+            raise too_large("multipart body", self._parts, MAX_PARTS, "parts")
+        if self._field_bytes > self._max_field_bytes:
+            raise too_large("fields of a multipart body", self._field_bytes, self._max_field_bytes, "bytes")
 
 
 def _decoded(text: bytes | None, name: str) -> str:

