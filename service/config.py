@@ -189,7 +189,9 @@ class Config(BaseSettings):
         "their outputs.",
     )
     sparse_min_tokens: int = Field(6144, ge=256, description="Number of keys below which `auto` never tries sparse.")
-    max_density: float = Field(0.5, gt=0, le=1, description="Share of selected pairs above which `auto` runs exact.")
+    max_density: float = Field(
+        0.5, gt=0, le=1, description="Share of selected pairs above which `auto` runs a head, or all, exact."
+    )
 
     # money
     price_per_device_hour_usd: Price | dict[str, Price] = Field(

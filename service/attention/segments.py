@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from service.attention.inputs import Tensors
+from service.attention.inputs import ALL, Tensors
 from service.attention.masks import MaskSpec, cut
 from service.attention.output import AttentionOutput
-
-ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from service.attention.pairs import visible_pairs
 from service.attention.sparse import attend as sparse
 from service.attention.sparse import bounded_error
 from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound, tighter
-from service.attention.sparse.selection import SelectionSettings, select
+from service.attention.sparse.selection import BlockSelector, SelectionSettings, select
 from service.attention.synthetic import InputShape, diffuse, structured
 from service.core.answer import ErrorReport
 from service.core.plan import PlanKind
@@ -217,3 +217,97 @@ def test_packed_sequences(inputs):
 def test_sparse_cannot_check_itself(inputs):
     with pytest.raises(ValueError, match="exact_kind"):
         attend_with_error_bound(*inputs, CAUSAL, bound_of(0.1, 0.1, PlanKind.SPARSE))
+
+
+def six_heads() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """On three key heads."""
+    return structured(InputShape(1, 6, 3, 2048, 64), seed=1)
+
+
+def test_a_head_that_would_read_too_much_is_exact_beside_sparse_ones(monkeypatch):
+    query, key, value = six_heads()
+    dense_heads = {}
+
+    def predicted(selector, *_: object) -> float:
+        return 0.9 if selector.index[1] in (1, 4) else 0.1
+
+    monkeypatch.setattr(BlockSelector, "predicted_density", predicted)
+    monkeypatch.setattr(bounded_error, "attend", lambda *a, **k: dense_heads.setdefault("out", attend(*a, **k)))
+    checked = attend_with_error_bound(query, key, value, CAUSAL, bound_of(0.02, 0.05, max_density=0.7))
+    assert checked.kind is PlanKind.SPARSE
+    assert checked.reason == "heads 1, 4 exact: over density 0.7"
+    assert dense_heads["out"].out.shape[1] == 2  # no other head was computed exactly
+    exact = attend(query, key, value, PlanKind.DENSE, CAUSAL)
+    torch.testing.assert_close(checked.out[:, (1, 4)], exact.out[:, (1, 4)], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(checked.lse[:, (1, 4)], exact.lse[:, (1, 4)], atol=1e-5, rtol=1e-5)
+    error = float((checked.out - exact.out).norm() / exact.out.norm())
+    assert 0 < error <= checked.error.relative_l2_upper <= 0.05
+    others = attend_with_error_bound(query, key, value, CAUSAL, forced(0.02, 0.05))
+    assert others.density is not None
+    assert checked.density == pytest.approx(2 / 6 + others.density * 4 / 6, abs=0.05)
+
+
+def test_the_density_of_a_head_is_predicted_from_some_of_its_rows():
+    tensors = six_heads()
+    settings = SelectionSettings(64, 0.02, max_density=None)
+    whole = select(*tensors, CAUSAL, settings)
+    densities = whole.keep[0].sum((1, 2)) / whole.layout.table(whole.layout.seen).sum()
+    limit = float(densities.sort().values[2:4].mean())  # between the third and the fourth of six heads
+    some = select(*tensors, CAUSAL, SelectionSettings(64, 0.02, max_density=limit))
+    expected = {(0, head) for head in range(6) if densities[head] > limit}
+    assert len(some.exact ^ expected) <= 1  # predicted, from six blocks of rows of each
+    assert some.pairs > whole.pairs
+    for head in range(6):
+        if (0, head) not in some.exact:
+            assert torch.equal(some.keep[0, head], whole.keep[0, head])
+
+
+@pytest.mark.parametrize("lengths", [None, [2048, 1300]])
+def test_heads_that_are_measured_too_far_off_are_replaced_alone(monkeypatch, lengths):
+    batch = 1 if lengths is None else 2
+    tensors = structured(InputShape(batch, 6, 3, 2048, 64), seed=1)
+    mask = CAUSAL if lengths is None else MaskSpec(is_causal=True, kv_lengths=torch.tensor(lengths))
+    run, seeds = sparse.attend, []
+
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        output = run(*arguments, **options)
+        output.out[:, 4] *= 1.5  # one head goes wrong
+        return output
+
+    monkeypatch.setattr(sparse, "attend", spoiled)
+    measure = bounded_error.measure
+    monkeypatch.setattr(bounded_error, "measure", lambda *a, **k: seeds.append(k["seed"]) or measure(*a, **k))
+    checked = attend_with_error_bound(*tensors, mask, bound_of(0.02, 0.05, max_density=1.0, seed=7))
+    exact = attend(*tensors, PlanKind.DENSE, mask)
+    assert checked.kind is PlanKind.SPARSE
+    assert checked.reason.startswith("head 4 exact: measured error ")
+    assert seeds == [7, 8]  # the rows that chose the head do not judge the rest
+    torch.testing.assert_close(checked.out[:, 4], exact.out[:, 4], atol=1e-6, rtol=1e-5)
+    assert float((checked.out - exact.out).norm() / exact.out.norm()) <= checked.error.relative_l2_upper <= 0.05
+
+
+def test_if_most_heads_are_too_far_off_all_are_replaced(monkeypatch):
+    tensors = structured(InputShape(1, 4, 2, 2048, 64), seed=1)
+    run = sparse.attend
+
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        output = run(*arguments, **options)
+        output.out[:, :3] *= 1.5
+        return output
+
+    monkeypatch.setattr(sparse, "attend", spoiled)
+    checked = attend_with_error_bound(*tensors, CAUSAL, bound_of(0.02, 0.05, max_density=1.0))
+    assert (checked.kind, checked.error.fallback) == (PlanKind.DENSE, True)
+    assert torch.equal(checked.out, attend(*tensors, PlanKind.DENSE, CAUSAL).out)
+
+
+def test_masks_of_heads_go_with_their_heads(monkeypatch):
+    query, key, value = structured(InputShape(1, 4, 2, 1024, 32), seed=2)
+    bias = torch.zeros(1, 4, 1, 1024)
+    bias[0, 2, 0, :100] = -torch.inf
+    mask = MaskSpec(attn_mask=bias)
+    monkeypatch.setattr(BlockSelector, "predicted_density", lambda selector, *_: float(selector.index[1] == 2))
+    checked = attend_with_error_bound(query, key, value, mask, bound_of(0.02, 0.05, max_density=0.9))
+    exact = attend(query, key, value, PlanKind.DENSE, mask)
+    assert checked.reason == "head 2 exact: over density 0.9"
+    torch.testing.assert_close(checked.out[:, 2], exact.out[:, 2], atol=1e-6, rtol=1e-5)

@@ -28,17 +28,25 @@ def attend(
     scoring: Scoring = DEFAULT_SCORING,
     checkpoint: Checkpoint | None = None,
 ) -> AttentionOutput:
-    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv], lse [B, Hq, Lq]."""
+    """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv], lse [B, Hq, Lq].
+
+    Heads that the selection leaves to exact attention are zeros, for the caller to fill.
+    """
     batch, heads, query_length, head_dim = query.shape
     out = query.new_empty(batch, heads, query_length, value.shape[3])
-    lse = torch.empty(out.shape[:3], device=query.device)
-    lse_read = torch.empty_like(lse)
+    lse = torch.zeros(out.shape[:3], device=query.device)
+    lse_read = torch.zeros_like(lse)
     layout, group = selection.layout, heads // key.shape[1]
     pause, scratch = checkpoint or no_checkpoint, Scratch(query.device)
     bits = scoring.scale_for(head_dim) * LOG2_E
+    filled = (-1, -1)  # sequence and head of `keys` and `values`
     for b, h in product(range(batch), range(heads)):
         pause()
-        if h % group == 0:
+        if (b, h) in selection.exact:
+            out[b, h] = 0
+            continue
+        if filled != (b, h // group):
+            filled = b, h // group
             keys, values = (
                 _in_blocks(x[b, h // group], layout.block_size, scratch, name)
                 for name, x in (("key", key), ("value", value))

@@ -43,6 +43,7 @@ class Measured:
 
     report: ErrorReport
     pairs: int
+    head_errors: tuple[float, ...]  # of each query head: its part of the squared error; they add up to relative_l2^2
 
 
 class Sample(NamedTuple):
@@ -109,7 +110,9 @@ def measure(
     )
     if not all(isfinite(bound) for bound in torch.aminmax(output.out)):  # in a row that was not drawn
         report = replace(report, relative_l2_upper=sys.float_info.max)
-    return Measured(report, pairs)
+    by_head = torch.stack([sample.error for sample in drawn_samples]).sum((0, 2))
+    total = sum(float(sample.norm.sum()) for sample in drawn_samples)
+    return Measured(report, pairs, tuple(_finite(error / total) if total else 0.0 for error in by_head.tolist()))
 
 
 def _rounding(

@@ -1,8 +1,13 @@
-"""Sparse attention within a caller's error: predicted too dense or measured too far off, it becomes exact."""
+"""Sparse attention within a caller's error: predicted too dense or measured too far off, it becomes exact.
+
+Heads differ widely, so each is decided by itself: a head that would read too much is computed exactly from the start,
+and a head that is measured too far off is replaced by exact attention. Only if that is not enough, or most heads are
+such, the whole call is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +26,7 @@ from service.attention.sparse.selection import Selection, SelectionSettings, sel
 from service.core.answer import ErrorReport
 from service.core.plan import PlanKind
 
+REPAIRED = 0.5  # of max_error: what is aimed at by replacing heads
 RETRY_WITHIN = 5.0  # times max_error: further off, a tighter epsilon would not be enough
 
 
@@ -34,7 +40,7 @@ class ErrorBound:
     block_size: int = DEFAULT_BLOCK_SIZE
     audit_rows: int = AUDIT_ROWS  # of each head
     seed: int = 0  # of the audit's draw
-    max_density: float | None = 0.5  # denser selections go exact before any sparse work; None: never
+    max_density: float | None = 0.5  # denser heads, or all, go exact before any sparse work; None: never
     needs_lse: bool = False  # lse is returned too: its root mean square error, in nats, is held to max_error
     needs_certificate: bool = False  # prove how little was left unread
 
@@ -69,8 +75,9 @@ def attend_with_error_bound(
 ) -> BoundedErrorOutput:
     """query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv] within `bound`.
 
-    Sparse attention is selected, run and audited. Over `bound.max_error` it is tried once more with a smaller epsilon,
-    and then replaced by exact attention.
+    Sparse attention is selected, run and audited. Over `bound.max_error`, the heads that are too far off are replaced
+    by exact attention and all is audited again; or if these are most heads, all are tried once more with a smaller
+    epsilon. What is over the bound then is replaced altogether.
 
     Raises:
         ValueError: cu_seqlens of the mask do not cover the rows and keys.
@@ -83,10 +90,15 @@ def attend_with_error_bound(
             reason = f"predicted density {attempt:.2f} > {bound.max_density:g} with epsilon {epsilon:.2g}"
             return run.exact(bound.exact_kind, rejected, pairs, history + reason)
         pairs += attempt.pairs
+        # no more than two looks: each may be lucky
+        repaired = run.repaired(attempt, bound) if attempt.upper > bound.max_error and not is_retry else None
+        if repaired is not None:
+            pairs += repaired.pairs
+            attempt = repaired
         if attempt.upper <= bound.max_error:
             return BoundedErrorOutput(
                 attempt.output.out, attempt.output.lse, attempt.error, PlanKind.SPARSE,
-                attempt.output.density, epsilon, pairs, history.rstrip(", "),
+                attempt.output.density, epsilon, pairs, (history + attempt.reason).removesuffix(", "),
             )  # fmt: skip
         upper = attempt.upper
         rejected = ErrorReport(fallback=True, rejected_relative_l2_upper=upper)
@@ -94,8 +106,9 @@ def attend_with_error_bound(
             f"measured error {upper:.3g} > max_error {bound.max_error:g} "
             f"with epsilon {epsilon:.2g} at density {attempt.output.density or 0.0:.2f}, "
         )
-        del attempt  # its memory is needed
-        if is_retry or upper > RETRY_WITHIN * bound.max_error:
+        is_last = is_retry or repaired is not None or upper > RETRY_WITHIN * bound.max_error
+        del attempt, repaired  # their memory is needed
+        if is_last:
             break
         epsilon *= tighter(upper / bound.max_error)
     return run.exact(bound.exact_kind, rejected, pairs, f"{history}recomputed exactly")
@@ -114,6 +127,9 @@ class _SparseAttempt:
     error: ErrorReport
     upper: float  # what is compared with max_error
     pairs: int  # of the output and of its audit
+    head_errors: tuple[float, ...]  # of each query head: its part of the squared error
+    exact: frozenset[int] = frozenset()  # heads that are exact in some sequence
+    reason: str = ""  # which heads were computed exactly, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +149,7 @@ class _BoundedRun:
 
     def attempt(self, epsilon: float, bound: ErrorBound) -> _SparseAttempt | float:
         """A sparse output and its audit, or the predicted density if it is over the limit."""
-        settings = SelectionSettings(bound.block_size, epsilon)
+        settings = SelectionSettings(bound.block_size, epsilon, bound.max_density)
         selections = {id(segment): self._select(segment, settings) for segment in self.segments if segment.has_keys}
         visible = sum(selection.visible for selection in selections.values())
         density = sum(selection.pairs for selection in selections.values()) / max(1, visible)
@@ -143,26 +159,57 @@ class _BoundedRun:
 
         def run(segment: Segment) -> AttentionOutput:
             selection = selections[id(segment)]
-            output = self._attend(segment, selection)
+            output = self._attend(segment, selection, bound.exact_kind)
             if bound.needs_certificate:  # else its memory is needed
                 parts.append((segment, selection, output))
             return output
 
         output = join(self.inputs.query, self.inputs.value, self.segments, run)
-        audited = measure(self.inputs, output, rows=bound.audit_rows, seed=bound.seed, checkpoint=self.checkpoint)
+        attempt = self._audited(output, bound, bound.seed)
+        if bound.needs_certificate and attempt.upper <= bound.max_error:
+            attempt = replace(attempt, error=replace(attempt.error, certified_unread=self._certify(parts)))
+        exact = frozenset(head for selection in selections.values() for _, head in selection.exact)
+        reason = f"{_heads(exact)} exact: over density {bound.max_density:g}" if exact else ""
+        return replace(attempt, exact=exact, reason=reason)
+
+    def repaired(self, attempt: _SparseAttempt, bound: ErrorBound) -> _SparseAttempt | None:
+        """`attempt` with its worst heads replaced by exact attention and audited anew, on other rows: heads were chosen
+        by the first ones. None if these are most heads, or a certificate is asked for."""
+        heads = len(attempt.head_errors)
+        worst, left = [], sum(attempt.head_errors)
+        for head in sorted(set(range(heads)) - attempt.exact, key=lambda head: -attempt.head_errors[head]):
+            if left <= (REPAIRED * bound.max_error) ** 2:
+                break
+            worst.append(head)
+            left -= attempt.head_errors[head]
+        is_most = 2 * (len(worst) + len(attempt.exact)) > heads
+        if is_most or not worst or bound.needs_certificate or bound.max_density is None:
+            return None
+        batch = slice(0, self.inputs.query.shape[0])
+        pairs = _fill(attempt.output, self.inputs, batch, worst, bound.exact_kind, self.checkpoint)
+        density = min(1.0, (attempt.output.density or 0.0) + len(worst) / heads)
+        again = self._audited(replace(attempt.output, density=density, pairs_scored=pairs), bound, bound.seed + 1)
+        reason = f"{_heads(worst)} exact: measured error {attempt.upper:.3g} > max_error {bound.max_error:g}"
+        return replace(again, reason="; ".join(filter(None, (attempt.reason, reason))))
+
+    def _audited(self, output: AttentionOutput, bound: ErrorBound, seed: int) -> _SparseAttempt:
+        audited = measure(self.inputs, output, rows=bound.audit_rows, seed=seed, checkpoint=self.checkpoint)
         error = audited.report
         upper = max(error.relative_l2_upper, error.lse_error) if bound.needs_lse else error.relative_l2_upper
-        if bound.needs_certificate and upper <= bound.max_error:
-            error = replace(error, certified_unread=self._certify(parts))
-        return _SparseAttempt(output, error, upper, (output.pairs_scored or 0) + audited.pairs)
+        return _SparseAttempt(output, error, upper, (output.pairs_scored or 0) + audited.pairs, audited.head_errors)
 
     def _select(self, segment: Segment, settings: SelectionSettings) -> Selection:
         scoring, checkpoint = self.inputs.scoring, self.checkpoint
         return select(*segment.tensors, segment.mask, settings, scoring=scoring, checkpoint=checkpoint)
 
-    def _attend(self, segment: Segment, selection: Selection) -> AttentionOutput:
+    def _attend(self, segment: Segment, selection: Selection, exact_kind: PlanKind) -> AttentionOutput:
         scoring, checkpoint = self.inputs.scoring, self.checkpoint
-        return sparse.attend(*segment.tensors, segment.mask, selection, scoring=scoring, checkpoint=checkpoint)
+        output = sparse.attend(*segment.tensors, segment.mask, selection, scoring=scoring, checkpoint=checkpoint)
+        inputs = AttentionInputs(*segment.tensors, segment.mask, scoring)
+        for b in sorted({sequence for sequence, _ in selection.exact}):
+            heads = sorted(head for sequence, head in selection.exact if sequence == b)
+            _fill(output, inputs, slice(b, b + 1), heads, exact_kind, checkpoint)
+        return output
 
     def _certify(self, parts: Sequence[tuple[Segment, Selection, AttentionOutput]]) -> float | None:
         """The largest share of mass that any row of any segment can have left unread; None if it is not proven."""
@@ -174,3 +221,28 @@ class _BoundedRun:
                 return None
             worst = max(worst, proven)
         return worst
+
+
+def _fill(
+    output: AttentionOutput,
+    inputs: AttentionInputs,
+    batch: slice,
+    heads: Sequence[int],
+    kind: PlanKind,
+    checkpoint: Checkpoint | None,
+) -> int:
+    """Replace heads of `output` by exact ones, in place. Returns the pairs that were scored."""
+    some = inputs.of_heads(batch, heads)
+    exact = attend(*some.tensors, kind, some.mask, scoring=some.scoring, checkpoint=checkpoint)
+    index = torch.tensor(heads, device=output.out.device)
+    output.out[batch].index_copy_(1, index, exact.out)
+    for lse in (output.lse, output.lse_read):
+        if lse is not None:
+            lse[batch].index_copy_(1, index, exact.lse.to(lse.dtype))
+    return sum(segment.visible_pairs for segment in split(*some.tensors, some.mask))
+
+
+def _heads(heads: Iterable[int]) -> str:
+    """ "head 3", or "heads 1, 3"."""
+    found = sorted(heads)
+    return f"head{'s' * (len(found) > 1)} {', '.join(map(str, found))}"

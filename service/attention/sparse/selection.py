@@ -27,6 +27,7 @@ from service.attention.scores import LOG2_E, Scratch, cap, fitting
 from service.attention.sparse.layout import Layout, layout_of
 from service.attention.sparse.moments import Moments, moments_of
 
+PILOT_BLOCKS = 6  # blocks of rows of each head that show how much the head would read
 NEGLIGIBLE = 0.3  # of epsilon: the share of a row that blocks left out altogether may have
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys [nO, D] and values [nO, Dv]
 
@@ -37,6 +38,7 @@ class SelectionSettings:
 
     block_size: int = DEFAULT_BLOCK_SIZE
     epsilon: float = DEFAULT_EPSILON
+    max_density: float | None = None  # heads that would read more are left to exact attention; None: none are
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Selection:
     by_row: bool  # an attn_mask differs from row to row: moments cannot hold it, and none stand beside
     pairs: int  # visible pairs of the kept blocks, of outliers and of centroids, over all heads
     visible: int  # visible pairs, over all heads
+    exact: frozenset[tuple[int, int]] = frozenset()  # (sequence, head): would read too much; `keep` has all they see
 
     @property
     def density(self) -> float:
@@ -89,7 +92,7 @@ def select(
     summarized: list[list[list[SummarizedBlocks]]] = [[] for _ in range(batch)]
     scratch = Scratch(query.device)
     bits = scoring.scale_for(head_dim) * LOG2_E
-    pairs = 0
+    pairs, exact, of_head = 0, set(), mask.visible_pairs(query_length, key_length)
     for b, h in product(range(batch), range(heads)):
         if h % group == 0 or by_head:
             keys = scratch.float32("keys", key[b, h // group])
@@ -99,12 +102,18 @@ def select(
             layout, own, mask if by_row else None, (b, h), settings.epsilon, scoring.softcap, scratch
         )
         q = scratch.float32("query", query[b, h]).mul_(bits)
-        keep[b, h], parts = selector.choose(q, keys, values, pause)
         moments[b].append(own)
+        if settings.max_density is not None and selector.predicted_density(q, keys, values) > settings.max_density:
+            exact.add((b, h))
+            keep[b, h] = layout.table(layout.seen)
+            summarized[b].append([])
+            pairs += of_head
+            continue
+        keep[b, h], parts = selector.choose(q, keys, values, pause)
         summarized[b].append(parts)
         pairs += read_pairs(layout, keep[b, h]) + summarized_pairs(layout, keep[b, h], own, parts)
-    visible = batch * heads * mask.visible_pairs(query_length, key_length)
-    return Selection(layout, keep, moments, summarized, by_row, pairs, visible)
+    visible = batch * heads * of_head
+    return Selection(layout, keep, moments, summarized, by_row, pairs, visible, frozenset(exact))
 
 
 def read_pairs(layout: Layout, keep: torch.Tensor) -> int:
@@ -169,6 +178,20 @@ class BlockSelector:
             keep[blocks, seen], stand = self._blocks(q[sampled[blocks].flatten()], outliers, blocks, seen)
             summarized.append(SummarizedBlocks(blocks, stand))
         return keep, summarized
+
+    def predicted_density(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> float:
+        """Share of the visible blocks that some blocks of rows, evenly spread, would read; as `choose`."""
+        layout = self.layout
+        outliers = key[self.moments.outliers], value[self.moments.outliers]
+        sampled = layout.rows[:, self.looked_at]
+        read = seen_blocks = 0
+        for block in torch.linspace(0, layout.q_blocks - 1, min(PILOT_BLOCKS, layout.q_blocks)).round().int().tolist():
+            blocks = slice(block, block + 1)
+            seen = layout.columns(blocks, layout.seen)
+            if seen.stop > seen.start:
+                read += int(self._blocks(q[sampled[blocks].flatten()], outliers, blocks, seen)[0].sum())
+                seen_blocks += seen.stop - seen.start
+        return read / max(1, seen_blocks)
 
     def _blocks(self, q: torch.Tensor, outliers: Pair, blocks: slice, seen: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """q [n, D], of the sampled rows of a few blocks -> kept [blocks, seen] and the columns that stand beside."""
