@@ -14,7 +14,15 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.report import attention_table, hardware, learning_table, peaks_table, shapes_table, write
+from benchmarks.report import (
+    attention_table,
+    hardware,
+    learning_table,
+    peaks_table,
+    real_attention_table,
+    shapes_table,
+    write,
+)
 from service.commands.terminal import console, settings
 
 if TYPE_CHECKING:
@@ -232,6 +240,37 @@ def forward(
         console.print(f"layer {number}: {layer.plan}{density}, error at most {layer.relative_l2_upper:.4f}")
     console.print(f"{found.speedup:.2f}x; the output differs by {found.output_error:.4f}")
     write(output, asdict(found))
+
+
+@app.command(name="real-attention")
+def real_attention(
+    model: Annotated[Path, typer.Option(help="Directory of a decoder, as `farsight models get smollm2` makes one.")],
+    tokens: Annotated[
+        int, typer.Option(min=1024, help="Over the model's own length positions are scaled (YaRN).")
+    ] = 8192,
+    layers: Annotated[str, typer.Option(help="Layers, comma-separated.")] = "0,1,2,4,8,12,16,20,24,28,29",
+    max_error: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
+    threshold: Annotated[float, typer.Option(min=0, help="Of the ordered leaves, a sketch.")] = 0.05,
+    rounds: Rounds = 3,
+    text: Annotated[Path | None, typer.Option(help="A long text; default: CPython's interactive help.")] = None,
+    output: Output = None,
+) -> None:
+    """Attention of a real decoder that reads a real text: sparse as the service does it, compared with SDPA."""
+    from benchmarks import real_attention as bench
+
+    numbers = tuple(int(layer) for layer in layers.split(","))
+    settings = bench.Settings(model, tokens, numbers, max_error, threshold=threshold, rounds=rounds, text=text)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=bench.steps(settings))
+        found = list(bench.run(settings, lambda what: progress.update(bar, description=what, advance=1)))
+    console.print(
+        real_attention_table(found, f"{model.name}, {tokens:,} tokens, max_error {max_error:g}, {hardware()}")
+    )
+    for layer in found:
+        if layer.reason:
+            console.print(f"layer {layer.layer}: {layer.reason}", markup=False)
+    given = {**asdict(settings), "directory": model.name, "text": text and text.name}
+    write(output, {"settings": given, "layers": [asdict(layer) for layer in found]})
 
 
 @app.command()

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from benchmarks import learning, peaks
+    from benchmarks import learning, peaks, real_attention
     from benchmarks.attention import Length, Row
     from benchmarks.predictions import Figures
 
@@ -51,6 +52,20 @@ def attention_table(length: Length, title: str) -> Table:
         else:
             name = f"[red]{row.name}: {row.kind}[/red]" if row.fallback else row.name
             table.add_row(name, *_cells(row))
+    return table
+
+
+def real_attention_table(layers: Sequence[real_attention.Layer], title: str) -> Table:
+    columns = "layer", "answered by", "density", "reported <=", "error", "vs SDPA", "leaves: read", "error", "vs SDPA"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for row in layers:
+        density = "" if row.density is None else f"{row.density:.2f}"
+        ours = row.kind, density, f"{row.reported_upper:.3f}", f"{row.error:.3f}", f"{row.ratio:.2f}x"
+        table.add_row(
+            str(row.layer), *ours, f"{row.leaves_density:.2f}", f"{row.leaves_error:.3f}", f"{row.leaves_ratio:.2f}x"
+        )
+    means = (f"{sum(getattr(row, name) for row in layers) / len(layers):.2f}x" for name in ("ratio", "leaves_ratio"))
+    table.add_row("mean", "", "", "", "", next(means), "", "", next(means))
     return table
 
 
