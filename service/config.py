@@ -153,9 +153,7 @@ class Config(BaseSettings):
     max_peak_bytes: int | None = Field(None, description="Predicted peak of a request; default: 60 % of free memory.")
     max_texts: int = Field(2048, ge=1, description="Inputs per request.")
     max_images: int = Field(64, ge=1, description="Images per request; decoding a large one takes up to ~1 GB.")
-    max_audio_windows: int = Field(
-        60, ge=1, description="Windows of audio per request, over all its files; one is 30 s and 1,500 tokens."
-    )
+    max_audio_windows: int = Field(60, ge=1, description="Windows of 30 s of audio per request, over all its files.")
     max_text_bytes: int = Field(1 * MIB, ge=1, description="Longer texts are refused before they are tokenised.")
 
     # scheduling

@@ -17,6 +17,7 @@ larger of the errors of their output and log-sum-exp is added. That is a sample,
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from statistics import NormalDist
@@ -110,9 +111,14 @@ def measure(
     )
     if not all(isfinite(bound) for bound in torch.aminmax(output.out)):  # in a row that was not drawn
         report = replace(report, relative_l2_upper=sys.float_info.max)
-    by_head = torch.stack([sample.error for sample in drawn_samples]).sum((0, 2))
-    total = sum(float(sample.norm.sum()) for sample in drawn_samples)
-    return Measured(report, pairs, tuple(_finite(error / total) if total else 0.0 for error in by_head.tolist()))
+    return Measured(report, pairs, _by_head(drawn_samples))
+
+
+def _by_head(samples: Sequence[Sample]) -> tuple[float, ...]:
+    """samples [Hq, R] of each sequence -> the part of each head in the squared relative error of all."""
+    errors = torch.stack([sample.error for sample in samples]).sum((0, 2)).tolist()
+    total = sum(float(sample.norm.sum()) for sample in samples)
+    return tuple(_finite(error / total) if total else 0.0 for error in errors)
 
 
 def _rounding(
