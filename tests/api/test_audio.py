@@ -116,6 +116,12 @@ def test_the_open_inference_protocol(send: Any, engine: Engine) -> None:
     assert found.status_code == 200, found.text
     states, lengths = found.json()["outputs"]
     assert (states["shape"], lengths["data"]) == ([100, 32], [100])
+    inputs = [{"name": "input_features", "datatype": "FP32", "shape": [16, 200], "data": features[0].tolist()}]
+    refused = send("/v2/models/whisper/infer", json={"inputs": inputs})
+    assert (refused.status_code, refused.json()["error"]) == (
+        422,
+        "input_features: expected [n, 16, 200], got [16, 200]",
+    )
     inputs = [{"name": "audio", "datatype": "BYTES", "shape": [1], "data": ["not audio"]}]
     refused = send("/v2/models/whisper/infer", json={"inputs": inputs})
     assert (refused.status_code, refused.json()["error"]) == (422, "audio 0: expected a WAV or FLAC file")
@@ -157,6 +163,11 @@ def part(name: str, text: str) -> bytes:
 
 
 WHISPER = part("model", "whisper")
+ENCODED = (
+    part("audio", "YQ==")
+    .replace(b"form-data;", b'form-data; filename="a";')
+    .replace(b"\r\n\r\n", b"\r\ncontent-transfer-encoding: secret\r\n\r\n")
+)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +175,15 @@ WHISPER = part("model", "whisper")
     [
         (b"", BOUNDARY, 400, "no closing boundary"),
         (part("model", "whisper") + part("dimensions", "8"), BOUNDARY, 400, "no closing boundary"),
+        (b"--x--", {"content-type": "multipart/form-data; boundary=" + 300 * "b"}, 400, "malformed"),
+        (WHISPER + part('a"; secret="s', "") + b"--x--", BOUNDARY, 422, "a"),
+        (
+            WHISPER + b"--x\r\ncontent-disposition: form-data; filename=secret\r\n\r\na\r\n--x--",
+            BOUNDARY,
+            400,
+            "malformed",
+        ),
+        (WHISPER + ENCODED + b"--x--", BOUNDARY, 400, "encoding in it is malformed"),
         (b"not a form", BOUNDARY, 400, "multipart/form-data"),
         (part("model", "whisper"), {"content-type": "multipart/form-data"}, 400, "with a boundary"),
         (part("model", "a") + part("model", "b") + b"--x--", BOUNDARY, 400, "model: is given twice"),
@@ -181,6 +201,7 @@ WHISPER = part("model", "whisper")
 )
 def test_damaged_and_oversized_forms(send: Any, content: bytes, kind: Any, status: int, message: str) -> None:
     response = send("/v1/embeddings", content=content, headers=kind)
+    assert "secret" not in response.text
     assert (response.status_code, message in response.json()["error"]["message"]) == (status, True), response.text
 
 

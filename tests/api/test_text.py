@@ -96,6 +96,7 @@ def test_rerank(call: Any) -> None:
     assert scores == sorted(scores, reverse=True)
     assert {one["index"]: one["document"]["text"] for one in body["results"]} == dict(enumerate(TEXTS))
     best = call("/v1/rerank", **question, top_n=1).json()["results"]
+    assert call("/v1/rerank", **question, top_n="1", return_documents="false").json()["results"] == best
     assert best == [{"index": body["results"][0]["index"], "relevance_score": pytest.approx(scores[0], abs=1e-6)}]
     alone = call("/v1/rerank", **{**question, "documents": [TEXTS[2]]}).json()["results"][0]["relevance_score"]
     together = next(one["relevance_score"] for one in body["results"] if one["index"] == 2)

@@ -115,7 +115,9 @@ def test_other_sampling_rates_are_resampled_whole(model: Model, directory: Path,
     (found,) = run(model, asked("embed", audio=(encoded(samples, 8_000),)))
     assert (found.tensors["embedding"][0] - unit(wanted)).norm() < 1e-3
     for rate in (8_000, 22_050, 44_100, 192_000):  # longer than one block
-        assert len(audio.decode(0, encoded(sound(9.0, rate), rate), RATE, 10)) == pytest.approx(9 * RATE, abs=1)
+        decoded = audio.decode(0, encoded(sound(9.0, rate), rate), RATE, 10)
+        assert len(decoded.samples) == pytest.approx(9 * RATE, abs=1)
+        assert (decoded.is_cut, decoded.declared_s) == (False, pytest.approx(9, abs=1e-3))
 
 
 def test_files_of_different_lengths_share_a_pass(model: Model, directory: Path, encoder: Any) -> None:
@@ -154,6 +156,26 @@ def test_a_file_that_is_too_long_is_refused_with_both_numbers(model: Model) -> N
     assert (error.kind, error.message) == (Kind.TOO_LARGE, "audio: 5 windows is over the limit of 4 windows")
 
 
+def test_a_long_file_is_read_no_further_than_it_is_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    whole = audio._Stream.read
+    monkeypatch.setattr(audio._Stream, "read", lambda self, *a, **k: read.append(1) or whole(self, *a, **k))
+    file = encoded(np.zeros(600 * RATE, np.float32), kind="FLAC")  # ten minutes of silence
+    assert len(file) < 100_000
+    (row,) = model.tokenize(asked("embed", audio=(file,), truncate="end")).rows
+    assert row.length == STATES
+    assert len(read) <= 1 + WINDOW_S * RATE // audio.BLOCK + 1
+    tokenized = model.tokenize(asked("embed", audio=(file,) * 4, truncate="end"))  # each has its one window
+    assert (len(tokenized.rows), tokenized.dropped_tokens) == (4, 4 * 299 * STATES)
+    read.clear()
+    assert refused(model, file).message.startswith("audio 0: expected at most 2 s, got 600.0 s")
+    assert refused(model, file, truncate="chunk").message == "audio 0: expected at most 8 s, got 600.0 s"
+    assert len(read) <= 2 * (1 + 8 * RATE // audio.BLOCK + 1)
+    unknown = flac_of(0, samples=sound(2.5))
+    assert model.tokenize(asked("embed", audio=(unknown,), truncate="end")).dropped_tokens == 1
+    assert "got more" in refused(model, unknown).message
+
+
 def test_a_header_does_not_decide_what_is_read(model: Model) -> None:
     file = bytearray(encoded(sound(0.5)))
     at = file.index(b"data") + 4
@@ -162,9 +184,9 @@ def test_a_header_does_not_decide_what_is_read(model: Model) -> None:
     assert row.length == 25
 
 
-def flac_of(declared: int) -> bytes:
-    """A FLAC file of half a second whose header declares so many samples (36 bits)."""
-    file = bytearray(encoded(sound(0.5), kind="FLAC"))
+def flac_of(declared: int, samples: np.ndarray | None = None) -> bytes:
+    """A FLAC file, of half a second if no samples are given, whose header declares so many samples (36 bits)."""
+    file = bytearray(encoded(sound(0.5) if samples is None else samples, kind="FLAC"))
     word = int.from_bytes(file[18:26], "big") & ~((1 << 36) - 1)
     file[18:26] = (word | declared).to_bytes(8, "big")
     return bytes(file)
@@ -189,6 +211,9 @@ ADPCM = encoded(sound(0.5), subtype="MS_ADPCM")
         (b"fLaC" + bytes(64), Kind.INVALID, "damaged"),
         (encoded(sound(0.5), kind="FLAC")[:300], Kind.INVALID, "audio 0"),
         (encoded(np.empty(0, np.float32)), Kind.INVALID, "no samples"),
+        (encoded(np.ones(1, np.float32), rate=192_000), Kind.INVALID, "no samples at 16000 per second"),
+        (encoded(np.zeros((800, 8), np.float32), rate=96_000), Kind.TOO_LARGE, "768000 per second is over the limit"),
+        (encoded(np.full(800, 1e18, np.float32), subtype="FLOAT"), Kind.INVALID, "not finite or over 1e+06"),
         (ADPCM, Kind.INVALID, "MS_ADPCM inside WAV is not supported"),
         (encoded(sound(0.5), rate=1_000), Kind.INVALID, "expected 4000 to 192000 samples per second, got 1000"),
         (encoded(np.zeros((800, 9), np.float32)), Kind.INVALID, "expected at most 8 channels, got 9"),

@@ -53,7 +53,7 @@ async def estimated(service: InferenceService, call: HttpCall) -> Estimate:
         return await service.priced(request)
     endpoint = text.ENDPOINTS[body.endpoint or ""]
     forward = await service.off_loop(text.forward_request, call, body.request, endpoint)
-    return await service.priced(forward)
+    return await service.priced(forward.request)
 
 
 def add_routes(app: FastAPI, routes: HttpRoutes) -> None:

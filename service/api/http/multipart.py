@@ -29,13 +29,14 @@ def parse_form(body: Body, content_type: str, max_field_bytes: int) -> dict[str,
     if not options.get(b"boundary"):
         raise malformed(f"content-type: expected {MULTIPART} with a boundary")
     form = _Form(max_field_bytes)
-    config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}  # nothing is written to the disk
-    parser = FormParser(MULTIPART, form.add_field, form.add_file, boundary=options[b"boundary"], config=config)
+    # nothing is written to the disk; an unknown encoding is an error, not a line of the log with what the caller sent
+    config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True}
     try:
+        parser = FormParser(MULTIPART, form.add_field, form.add_file, boundary=options[b"boundary"], config=config)
         parser.write(bytes(body))
         parser.finalize()
-    except FormParserError as error:
-        raise malformed(f"the body is not {MULTIPART}: {error}") from None
+    except FormParserError:  # its message quotes the body
+        raise malformed(f"the body is not {MULTIPART}: a boundary, header or encoding in it is malformed") from None
     if getattr(parser.parser, "state", None) != MultipartState.END:  # else its last part would be missing in silence
         raise malformed(f"the body is not {MULTIPART}: it has no closing boundary")
     return form.values

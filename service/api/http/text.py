@@ -52,7 +52,7 @@ class TextEndpoint:
     body: type[BaseModel]
     inputs: Callable[[Any], dict[str, Any]]  # of a validated body, as `ForwardRequest` names them
     options: type[ForwardOptions]
-    render: Callable[[Answer, dict[str, Any]], bytes]
+    render: Callable[[Answer, Any], bytes]  # with the validated body
 
 
 # -- bodies to requests -----------------------------------------------------------------------------------------
@@ -135,12 +135,12 @@ def explained_inputs(body: ExplainBody) -> dict[str, Any]:
     return {"texts": (body.text,), "query": body.query}
 
 
-def forward_request(call: HttpCall, values: dict[str, Any], endpoint: TextEndpoint) -> ForwardRequest:
-    """The request of a body. Raises FarsightError (422)."""
+def forward_request(call: HttpCall, values: dict[str, Any], endpoint: TextEndpoint) -> Parsed[Any]:
+    """The request of a body, and the body as validated. Raises FarsightError (422)."""
     if call.timeout_s is not None:
         values = {"timeout_s": call.timeout_s, **values}
     body: Any = validated(endpoint.body, values)
-    return ForwardRequest(
+    request = ForwardRequest(
         id=call.id,
         model=body.model,
         task=endpoint.task,
@@ -149,6 +149,7 @@ def forward_request(call: HttpCall, values: dict[str, Any], endpoint: TextEndpoi
         endpoint=call.endpoint,
         **endpoint.inputs(body),
     )
+    return Parsed(request, body)
 
 
 # -- answers to bodies ------------------------------------------------------------------------------------------
@@ -161,15 +162,15 @@ def _whole(answer: Answer, name: str, data: Any) -> bytes:
     return codec.dump_json({"object": "list", name: data, "model": answer.model, "usage": usage, **ours})
 
 
-def render_embeddings(answer: Answer, values: dict[str, Any]) -> bytes:
+def render_embeddings(answer: Answer, body: EmbeddingsBody) -> bytes:
     rows = answer.tensors["embedding"]
-    as_base64 = values.get("encoding_format") == "base64"
+    as_base64 = body.encoding_format == "base64"
     vectors = [base64.b64encode(codec.raw_bytes(row)).decode() for row in rows] if as_base64 else list(rows.numpy())
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
     return _whole(answer, "data", data)
 
 
-def render_classify(answer: Answer, _: dict[str, Any]) -> bytes:
+def render_classify(answer: Answer, _: ClassifyBody) -> bytes:
     labels = answer.details
     data = []
     for index, row in enumerate(answer.tensors["scores"]):
@@ -179,21 +180,21 @@ def render_classify(answer: Answer, _: dict[str, Any]) -> bytes:
     return _whole(answer, "data", data)
 
 
-def render_rerank(answer: Answer, values: dict[str, Any]) -> bytes:
+def render_rerank(answer: Answer, body: RerankBody) -> bytes:
     scores = answer.tensors["scores"][:, 0]
-    best = torch.argsort(scores, descending=True, stable=True).tolist()[: values.get("top_n")]
+    best = torch.argsort(scores, descending=True, stable=True).tolist()[: body.top_n]
     results = [{"index": at, "relevance_score": scores[at].item()} for at in best]
-    if values.get("return_documents"):
-        texts = [entry if isinstance(entry, str) else entry["text"] for entry in values["documents"]]
+    if body.return_documents:
+        texts = [entry if isinstance(entry, str) else entry.text for entry in body.documents]
         results = [{**result, "document": {"text": texts[int(result["index"])]}} for result in results]
     return _whole(answer, "results", results)
 
 
-def render_score(answer: Answer, _: dict[str, Any]) -> bytes:
+def render_score(answer: Answer, _: ScoreBody) -> bytes:
     return _whole(answer, "data", [{"index": index, **scored} for index, scored in enumerate(answer.details)])
 
 
-def render_explain(answer: Answer, _: dict[str, Any]) -> bytes:
+def render_explain(answer: Answer, _: ExplainBody) -> bytes:
     return codec.dump_json({"model": answer.model, "explanation": answer.details, **document(answer)})
 
 
@@ -253,11 +254,10 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
     config = routes.service.config
 
     async def answered(endpoint: TextEndpoint, call: HttpCall) -> Response:
-        def parse() -> Parsed[dict[str, Any]]:
-            values = call.values(config.max_json_bytes)
-            return Parsed(forward_request(call, values, endpoint), values)
+        def parse() -> Parsed[Any]:
+            return forward_request(call, call.values(config.max_json_bytes), endpoint)
 
-        def render(answer: Answer, parsed: Parsed[dict[str, Any]]) -> Response:
+        def render(answer: Answer, parsed: Parsed[Any]) -> Response:
             return PartsResponse(endpoint.render(answer, parsed.form), headers(answer), JSON)
 
         exchange = Exchange(

@@ -12,7 +12,8 @@ from service.errors import invalid, too_large
 def check_counts(config: Config, request: ForwardRequest) -> None:
     """Raises FarsightError (413) if there are too many inputs, before any of them is read."""
     features = 0 if request.features is None else len(request.features)
-    images = len(request.images) + features
+    is_audio = request.features is not None and request.features.ndim == 3  # limited by its windows
+    images = len(request.images) + (0 if is_audio else features)
     count = len(request.texts) + len(request.token_ids) + len(request.pairs) + len(request.audio) + images
     if count > config.max_texts:
         raise too_large("input", count, config.max_texts, "items", param="input")

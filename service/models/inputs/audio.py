@@ -26,12 +26,15 @@ from service.models.files import read_json
 MAX_BYTES = 64 * 1024**2  # of one file
 RATES = 4_000, 192_000  # samples per second; a lower rate would make a long signal of a small file
 MAX_CHANNELS = 8  # as many as FLAC can have
+MAX_NUMBERS_PER_S = 400_000  # of all channels: eight at 48 kHz; silence compresses so well that bytes are no limit
+LARGEST_SAMPLE = 1e6  # of floats; full scale is 1
 MAGIC = {b"fLaC": "FLAC", b"RIFF": "WAV"}
 # no compressed speech (ADPCM, GSM, MP3) inside WAV: decoders that nobody needs here and that callers could attack
 SUBTYPES = {
     "FLAC": {"PCM_S8", "PCM_16", "PCM_24"},
     "WAV": {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"},
 }
+UNKNOWN_FRAMES = 1 << 40  # libsndfile says that there are more if a header does not say how many
 BLOCK = 65_536  # samples of each channel that are decoded at a time
 
 _invalid = partial(invalid, param="audio")
@@ -75,14 +78,14 @@ class AudioProcessor:
         Raises FarsightError that names `audio {index}` but no content of the file: 422 if it is not such a file, is
         damaged or has nothing in it; 413 if it is too long.
         """
-        limit_s = self.window_s * (1 if truncate == "error" else most)
-        advice = '; use truncate "chunk" or "end"' if truncate == "error" else ""
-        samples = decode(index, data, self.extractor.sampling_rate, limit_s, advice)
-        size = self.extractor.n_samples
-        parts = [samples[start : start + size] for start in range(0, len(samples), size)]
-        if truncate == "end":
-            return [self._window(parts[0])], sum(map(self._states, parts[1:]))
-        return [self._window(part) for part in parts], 0
+        rate, size = self.extractor.sampling_rate, self.extractor.n_samples
+        decoded = decode(index, data, rate, self.window_s * (most if truncate == "chunk" else 1))
+        if decoded.is_cut and truncate != "end":
+            raise _too_long(index, decoded, truncate)
+        samples = decoded.samples
+        windows = [self._window(samples[start : start + size]) for start in range(0, len(samples), size)]
+        left_s = decoded.declared_s - self.window_s
+        return windows, max(1, math.ceil(left_s * self.states / self.window_s)) if decoded.is_cut else 0
 
     def check_features(self, features: torch.Tensor) -> torch.Tensor:
         """features [n, mel bands, frames] that the caller has prepared, as float32. Raises FarsightError (422)."""
@@ -124,8 +127,18 @@ class _Stream(soundfile.SoundFile):  # type: ignore[misc]
         return False
 
 
-def decode(index: int, data: bytes, rate: int, limit_s: float, advice: str = "") -> np.ndarray:
-    """A WAV or FLAC file -> [samples] float32 at `rate`, all channels averaged. `advice` ends the message of a 413.
+@dataclass(frozen=True, slots=True)
+class DecodedAudio:
+    """The beginning of an audio file."""
+
+    samples: np.ndarray  # [n] float32, all channels averaged
+    is_cut: bool  # there is more in the file
+    declared_s: float  # length of the file as its header says, which may be wrong; 0: it does not say
+    limit_s: float  # of `samples`
+
+
+def decode(index: int, data: bytes, rate: int, limit_s: float) -> DecodedAudio:
+    """At most `limit_s` seconds of a WAV or FLAC file, at `rate` samples per second; no more are read.
 
     Raises FarsightError as `AudioProcessor.windows` does.
     """
@@ -134,19 +147,20 @@ def decode(index: int, data: bytes, rate: int, limit_s: float, advice: str = "")
     try:
         with _Stream(io.BytesIO(data)) as file:
             _check_header(index, file, format_)
+            declared_s = file.frames / file.samplerate if file.frames < UNKNOWN_FRAMES else 0.0
             for part in _resampled(file, rate):
+                parts.append(part)
                 count += len(part)
                 if count > limit:
-                    raise _too_long(index, file, limit_s, advice)
-                parts.append(part)
+                    break
     except soundfile.LibsndfileError:
         raise _invalid(f"audio {index}: the {format_} file is damaged or of an unsupported kind") from None
-    samples = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    samples = np.concatenate(parts)[:limit] if parts else np.empty(0, np.float32)
     if not len(samples):
-        raise _invalid(f"audio {index}: the {format_} file has no samples")
-    if not np.isfinite(samples).all():
-        raise _invalid(f"audio {index}: the {format_} file has samples that are not finite")
-    return samples
+        raise _invalid(f"audio {index}: the {format_} file has no samples at {rate} per second")
+    if not np.abs(samples).max() <= LARGEST_SAMPLE:  # NaN is not
+        raise _invalid(f"audio {index}: the {format_} file has samples that are not finite or over {LARGEST_SAMPLE:g}")
+    return DecodedAudio(samples, count > limit, declared_s, limit_s)
 
 
 def _format(index: int, data: bytes) -> str:
@@ -168,6 +182,9 @@ def _check_header(index: int, file: soundfile.SoundFile, format_: str) -> None:
         raise _invalid(f"audio {index}: expected {low} to {high} samples per second, got {file.samplerate}")
     if file.channels > MAX_CHANNELS:
         raise _invalid(f"audio {index}: expected at most {MAX_CHANNELS} channels, got {file.channels}")
+    numbers = file.channels * file.samplerate
+    if numbers > MAX_NUMBERS_PER_S:
+        raise _too_large(f"audio {index}: samples of all channels", numbers, MAX_NUMBERS_PER_S, "per second")
 
 
 def _resampled(file: soundfile.SoundFile, rate: int) -> Iterator[np.ndarray]:
@@ -180,9 +197,8 @@ def _resampled(file: soundfile.SoundFile, rate: int) -> Iterator[np.ndarray]:
         yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
 
 
-def _too_long(index: int, file: soundfile.SoundFile, limit_s: float, advice: str) -> FarsightError:
-    seconds = file.frames / file.samplerate  # as the header says, which may be wrong
-    got = f"{seconds:.1f} s" if seconds > limit_s else "more"
-    return FarsightError(
-        Kind.TOO_LARGE, f"audio {index}: expected at most {limit_s:g} s, got {got}{advice}", param="audio"
-    )
+def _too_long(index: int, decoded: DecodedAudio, truncate: Truncate) -> FarsightError:
+    got = f"{decoded.declared_s:.1f} s" if decoded.declared_s > decoded.limit_s else "more"
+    advice = '; use truncate "chunk" or "end"' if truncate == "error" else ""
+    message = f"audio {index}: expected at most {decoded.limit_s:g} s, got {got}{advice}"
+    return FarsightError(Kind.TOO_LARGE, message, param="audio")

@@ -76,10 +76,10 @@ class InputProcessor:
         model = f"model {self.spec.model!r}"
         taken = "images" if self.spec.image_processor else "audio" if self.spec.audio_processor else "text"
         given = "images" if request.images else "audio" if request.audio else "text"
-        if request.features is not None:
-            given = "images" if request.features.ndim == 4 else "audio"
+        if request.features is not None:  # whether they fit, their processor says
+            given = "images or audio" if taken == "text" else taken
         if given != taken:
-            raise invalid(f"{model} takes {taken}, not {given}", param=given if taken == "text" else taken)
+            raise invalid(f"{model} takes {taken}, not {given}", param=taken if taken != "text" else "input")
         if request.task == "score" and self.spec.has_target != bool(request.pairs):
             scored = "a target given its source" if self.spec.has_target else "one input, without source and target"
             raise invalid(f"{model} scores {scored}", param="target")
