@@ -35,6 +35,8 @@ def first_error(error: ValidationError) -> tuple[str, str]:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].replace("valid tuple", "list")  # JSON has no tuples
+    if first["type"] == "extra_forbidden":
+        message = "unknown field"
     return field, f"{field or 'body'}: {message}"
 
 

@@ -25,7 +25,7 @@ from service.cluster.environment import (
 from service.commands.terminal import console, device, fail, settings
 from service.config import Config, ModelConfig
 from service.models.demo import DEMO_MODEL
-from service.models.files import directory_of, task_of
+from service.models.files import directory_of, read_json, takes_audio, takes_images, task_of
 from service.scheduling.scheduler import Order
 
 
@@ -85,9 +85,12 @@ def with_models(config: Config, *, demo: bool) -> Config:
 
 
 def _embedder(model: ModelConfig) -> str | None:
-    """The name of a model for embeddings; None for others, and for one that cannot be read."""
+    """The name of a model for embeddings of texts; None for others, and for one that cannot be read."""
     try:
-        return model.name if (model.task or task_of(directory_of(model))) == "embed" else None
+        directory = directory_of(model)
+        declared = read_json(directory / "config.json")
+        takes_text = not takes_images(declared) and not takes_audio(declared)
+        return model.name if takes_text and (model.task or task_of(directory)) == "embed" else None
     except (OSError, ValueError):  # reported when it was loaded
         return None
 

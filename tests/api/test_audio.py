@@ -193,7 +193,7 @@ ENCODED = (
             400,
             "model is not valid UTF-8",
         ),
-        (WHISPER + part("unknown", "a") + b"--x--", BOUNDARY, 422, "unknown"),
+        (WHISPER + part("unknown", "a") + b"--x--", BOUNDARY, 422, "unknown: unknown field"),
         (b"".join(part(f"a{at}", "") for at in range(MAX_PARTS + 1)) + b"--x--", BOUNDARY, 413, "1025 parts"),
         (part("input", "a" * ((4 << 20) + 1)) + b"--x--", BOUNDARY, 413, "fields of a multipart body"),
         (WHISPER + part("audio", "a text, not a file") + b"--x--", BOUNDARY, 422, "audio"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers as hf
 from typer.testing import CliRunner
 
 from service.commands.main import app
 from service.commands.serve import _banner, with_models
 from service.config import Config, ModelConfig
 from service.models.packaged.catalogue import MODELS
+from tests.models import zoo
 
 
 def test_packaged_models_are_listed_with_their_licenses() -> None:
@@ -47,3 +49,13 @@ def test_only_a_required_model_stops_the_start(tmp_path: Path, capsys: pytest.Ca
     assert "/v1/embeddings" not in _banner(optional, 1.0)
     with pytest.raises(SystemExit):
         with_models(Config(models=(ModelConfig(name="broken", path=str(tmp_path)),)), demo=False)
+
+
+def test_the_command_to_try_is_for_a_model_of_texts(tmp_path: Path) -> None:
+    zoo.save("vit", hf.AutoModel, tmp_path / "vision")
+    zoo.save("whisper", hf.AutoModel, tmp_path / "speech")
+    zoo.save("bert", hf.AutoModel, tmp_path / "words")
+    names = ("vision", "speech", "words")
+    models = tuple(ModelConfig(name=name, path=str(tmp_path / name)) for name in names)
+    assert '{"model": "words", "input"' in _banner(Config(models=models), 1.0)
+    assert "/v1/embeddings" not in _banner(Config(models=models[:2]), 1.0)
