@@ -13,11 +13,12 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class Workers:
-    """Two threads for text and bytes, one for images: an image may take seconds, and texts must not wait for it."""
+    """Two threads for text and bytes, one for images, one for audio: these may take seconds, and others cannot wait."""
 
     def __init__(self) -> None:
         self.parsers = side_pool(2, "parse")
-        self.decoders = side_pool(1, "decode")
+        self.images = side_pool(1, "images")
+        self.audio = side_pool(1, "audio")
 
     async def run(self, function: Callable[[Unpack[Arguments]], Result], *arguments: *Arguments) -> Result:
         """Run parsing, tokenising or encoding off the event loop."""
@@ -25,4 +26,5 @@ class Workers:
 
     def close(self) -> None:
         self.parsers.shutdown()
-        self.decoders.shutdown()
+        self.images.shutdown()
+        self.audio.shutdown()

@@ -71,9 +71,9 @@ class Model:
     history: hook.SparseHistory = field(default_factory=hook.SparseHistory)
     resets: tuple[Callable[[], None], ...] = ()  # called before each pass: state that must not carry over
 
-    def tokenize(self, request: ForwardRequest) -> Tokenized:
+    def tokenize(self, request: ForwardRequest, has_ended: Callable[[], bool] = lambda: False) -> Tokenized:
         """The rows of one request, on any thread. Raises FarsightError like `InputProcessor.encode`."""
-        return self.inputs.encode(request)
+        return self.inputs.encode(request, has_ended)
 
     @torch.inference_mode()
     def run(self, requests: TokenizedRequests, context: hook.ForwardContext) -> list[TaskOutput]:

@@ -114,7 +114,7 @@ def test_other_sampling_rates_are_resampled_whole(model: Model, directory: Path,
     wanted = expected(directory, encoder, soxr.resample(samples, 8_000, RATE))
     (found,) = run(model, asked("embed", audio=(encoded(samples, 8_000),)))
     assert (found.tensors["embedding"][0] - unit(wanted)).norm() < 1e-3
-    for rate in (8_000, 22_050, 44_100, 192_000):  # longer than one block
+    for rate in (8_000, 22_050, 44_100, 96_000):  # longer than one block
         decoded = audio.decode(0, encoded(sound(9.0, rate), rate), RATE, 10)
         assert len(decoded.samples) == pytest.approx(9 * RATE, abs=1)
         assert (decoded.is_cut, decoded.declared_s) == (False, pytest.approx(9, abs=1e-3))
@@ -193,12 +193,44 @@ def flac_of(declared: int, samples: np.ndarray | None = None) -> bytes:
 
 
 def test_a_flac_header_that_promises_more_is_not_believed(model: Model) -> None:
-    for declared in (0, (1 << 36) - 1):  # 0: unknown, as written into a pipe
-        (row,) = model.tokenize(asked("embed", audio=(flac_of(declared),))).rows
-        assert row.length == 25
+    (row,) = model.tokenize(asked("embed", audio=(flac_of(0),))).rows  # 0: unknown, as written into a pipe
+    assert row.length == 25
+    error = refused(model, flac_of((1 << 36) - 1))
+    assert (error.kind, error.message) == (
+        Kind.INVALID,
+        "audio 0: the FLAC file is incomplete: 8000 of 68719476735 samples",
+    )
+    cut = flac_of((1 << 36) - 1, samples=sound(2.5))
+    dropped = model.tokenize(asked("embed", audio=(cut,), truncate="end")).dropped_tokens
+    assert dropped == (24 * 3600 - WINDOW_S) * STATES // WINDOW_S  # as the header says, but for a day at most
+
+
+def test_a_file_that_ends_early_is_refused(model: Model) -> None:
+    whole = encoded(sound(1.9), kind="FLAC")
+    frames = [at for at in range(100, len(whole) - 1) if whole[at] == 0xFF and whole[at + 1] & 0xFE == 0xF8]
+    assert len(frames) > 3
+    for at in frames:  # where a frame begins: what is before is complete
+        error = refused(model, whole[:at])
+        assert error.kind is Kind.INVALID
+    assert refused(model, encoded(sound(1.9))[:20_000]).message == (
+        "audio 0: the WAV file is incomplete: 19956 of 60800 bytes of samples"
+    )
+
+
+def test_decoding_ends_when_nobody_waits_for_it(model: Model) -> None:
+    asked_for, file = [], encoded(sound(7.9))
+
+    def has_ended() -> bool:
+        asked_for.append(1)
+        return len(asked_for) > 2
+
+    with pytest.raises(FarsightError, match="the caller left"):
+        model.tokenize(asked("embed", audio=(file,), truncate="chunk"), has_ended)
+    assert len(asked_for) == 3
 
 
 ADPCM = encoded(sound(0.5), subtype="MS_ADPCM")
+MP3 = encoded(sound(0.5)).replace(b"fmt \x10\0\0\0\x01\0", b"fmt \x10\0\0\0\x55\0")
 
 
 @pytest.mark.parametrize(
@@ -211,11 +243,13 @@ ADPCM = encoded(sound(0.5), subtype="MS_ADPCM")
         (b"fLaC" + bytes(64), Kind.INVALID, "damaged"),
         (encoded(sound(0.5), kind="FLAC")[:300], Kind.INVALID, "audio 0"),
         (encoded(np.empty(0, np.float32)), Kind.INVALID, "no samples"),
-        (encoded(np.ones(1, np.float32), rate=192_000), Kind.INVALID, "no samples at 16000 per second"),
+        (encoded(np.ones(1, np.float32), rate=96_000), Kind.INVALID, "no samples at 16000 per second"),
         (encoded(np.zeros((800, 8), np.float32), rate=96_000), Kind.TOO_LARGE, "768000 per second is over the limit"),
         (encoded(np.full(800, 1e18, np.float32), subtype="FLOAT"), Kind.INVALID, "not finite or over 1e+06"),
-        (ADPCM, Kind.INVALID, "MS_ADPCM inside WAV is not supported"),
-        (encoded(sound(0.5), rate=1_000), Kind.INVALID, "expected 4000 to 192000 samples per second, got 1000"),
+        (ADPCM, Kind.INVALID, "format 2 inside WAV is not supported"),
+        (MP3, Kind.INVALID, "format 85 inside WAV is not supported"),
+        (b"RIFF\0\0\0\0WAVE" + 2000 * b"junk\0\0\0\0", Kind.INVALID, "damaged"),
+        (encoded(sound(0.5), rate=1_000), Kind.INVALID, "expected 4000 to 96000 samples per second, got 1000"),
         (encoded(np.zeros((800, 9), np.float32)), Kind.INVALID, "expected at most 8 channels, got 9"),
         (encoded(np.full(800, np.nan, np.float32), subtype="FLOAT"), Kind.INVALID, "not finite"),
         (b"RIFF" + bytes(audio.MAX_BYTES), Kind.TOO_LARGE, "audio 0"),

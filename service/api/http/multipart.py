@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File, FormParser, MultipartState, parse_options_header
+from python_multipart.multipart import MultipartParser, MultipartState, parse_options_header
 
 from service.api.codec import Body
 from service.errors import malformed, too_large
 
 MULTIPART = "multipart/form-data"
-MAX_PARTS = 1024  # each is an object of a few hundred bytes, however short its text
+MAX_PARTS = 256
+MAX_FILE_BYTES = 64 * 1024**2  # audio may have so much, images less
+MAX_HEADER_BYTES = 512  # the library reads a header in time that grows with its square
+SLICE_BYTES = 1024**2  # of the body that are parsed at a time: each is copied
+
+# its warnings quote what the caller sent
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def parse_form(body: Body, content_type: str, max_field_bytes: int) -> dict[str, Any]:
@@ -23,21 +30,29 @@ def parse_form(body: Body, content_type: str, max_field_bytes: int) -> dict[str,
         max_field_bytes: of all fields that are not files.
 
     Raises FarsightError: 400 if the body is not such a form, a field is not UTF-8 or occurs twice; 413 if there are too
-    many parts or too long fields.
+    many parts, or too large ones.
     """
-    _, options = parse_options_header(content_type)
+    options = parse_options_header(content_type)[1] if len(content_type) <= MAX_HEADER_BYTES else {}
     if not options.get(b"boundary"):
         raise malformed(f"content-type: expected {MULTIPART} with a boundary")
     form = _Form(max_field_bytes)
-    # nothing is written to the disk; an unknown encoding is an error, not a line of the log with what the caller sent
-    config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True}
+    callbacks: Any = {
+        "on_part_begin": form.begin,
+        "on_header_field": form.header_field,
+        "on_header_value": form.header_value,
+        "on_header_end": form.header_end,
+        "on_headers_finished": form.headers_finished,
+        "on_part_data": form.data,
+        "on_part_end": form.end,
+    }
+    view = memoryview(body)
     try:
-        parser = FormParser(MULTIPART, form.add_field, form.add_file, boundary=options[b"boundary"], config=config)
-        parser.write(bytes(body))
-        parser.finalize()
+        parser = MultipartParser(options[b"boundary"], callbacks, max_header_size=MAX_HEADER_BYTES)
+        for start in range(0, len(view), SLICE_BYTES):
+            parser.write(bytes(view[start : start + SLICE_BYTES]))
     except FormParserError:  # its message quotes the body
-        raise malformed(f"the body is not {MULTIPART}: a boundary, header or encoding in it is malformed") from None
-    if getattr(parser.parser, "state", None) != MultipartState.END:  # else its last part would be missing in silence
+        raise malformed(f"the body is not {MULTIPART}: a boundary or header in it is malformed") from None
+    if parser.state != MultipartState.END:  # else its last part would be missing in silence
         raise malformed(f"the body is not {MULTIPART}: it has no closing boundary")
     return form.values
 
@@ -50,33 +65,56 @@ class _Form:
         self._max_field_bytes = max_field_bytes
         self._parts = self._field_bytes = 0
 
-    def add_field(self, field: Field) -> None:
-        text = field.value or b""
-        self._count(len(text))
-        name = _decoded(field.field_name, "a name")
-        if name in self.values:
-            raise malformed(f"{name[:64]}: is given twice", param=name[:64])
-        self.values[name] = _decoded(text, name)
-
-    def add_file(self, file: File) -> None:
-        self._count(0)
-        name = _decoded(file.field_name, "a name")
-        files = self.values.setdefault(name, [])
-        if not isinstance(files, list):
-            raise malformed(f"{name[:64]}: is given twice", param=name[:64])
-        file.file_object.seek(0)
-        files.append(file.file_object.read())
-
-    def _count(self, field_bytes: int) -> None:
-        self._parts, self._field_bytes = self._parts + 1, self._field_bytes + field_bytes
+    def begin(self) -> None:
+        self._parts += 1
         if self._parts > MAX_PARTS:
             raise too_large("multipart body", self._parts, MAX_PARTS, "parts")
-        if self._field_bytes > self._max_field_bytes:
-            raise too_large("fields of a multipart body", self._field_bytes, self._max_field_bytes, "bytes")
+        self._headers: dict[bytes, bytes] = {}
+        self._field, self._value = bytearray(), bytearray()
+        self._content = bytearray()
+
+    def header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def header_end(self) -> None:
+        self._headers[bytes(self._field).lower()] = bytes(self._value)
+        self._field, self._value = bytearray(), bytearray()
+
+    def headers_finished(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        if b"name" not in options:
+            raise malformed("multipart body: a part has no name")
+        self._name, self._is_file = _decoded(options[b"name"], "a name"), b"filename" in options
+        encoding = self._headers.get(b"content-transfer-encoding", b"binary").strip().lower()
+        if encoding not in (b"binary", b"8bit", b"7bit"):
+            raise malformed(f"{self._name[:64]}: expected no content-transfer-encoding", param=self._name[:64])
+        is_new = self._name not in self.values
+        if not is_new and not (self._is_file and isinstance(self.values[self._name], list)):
+            raise malformed(f"{self._name[:64]}: is given twice", param=self._name[:64])
+
+    def data(self, data: bytes, start: int, end: int) -> None:
+        size = len(self._content) + end - start
+        if self._is_file and size > MAX_FILE_BYTES:
+            raise too_large(f"{self._name[:64]}: a file", size, MAX_FILE_BYTES, "bytes", param=self._name[:64])
+        if not self._is_file and self._field_bytes + size > self._max_field_bytes:
+            size += self._field_bytes
+            raise too_large("fields of a multipart body", size, self._max_field_bytes, "bytes")
+        self._content += memoryview(data)[start:end]
+
+    def end(self) -> None:
+        content, self._content = bytes(self._content), bytearray()
+        if self._is_file:
+            self.values.setdefault(self._name, []).append(content)
+        else:
+            self._field_bytes += len(content)
+            self.values[self._name] = _decoded(content, self._name)
 
 
-def _decoded(text: bytes | None, name: str) -> str:
+def _decoded(text: bytes, name: str) -> str:
     try:
-        return (text or b"").decode()
+        return text.decode()
     except UnicodeDecodeError:
         raise malformed(f"multipart body: {name[:64]} is not valid UTF-8") from None

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from service.api import codec
 from service.api.answer import document, headers
-from service.api.handler import Exchange, Parsed
+from service.api.handler import INLINE_BYTES, Exchange, Parsed
 from service.api.http.endpoint import HttpCall, HttpRoutes
 from service.api.http.multipart import MULTIPART
 from service.api.http.responses import JSON, WORK_ERRORS, PartsResponse
@@ -41,6 +41,9 @@ from service.core.options import (
 from service.core.request import ForwardRequest
 from service.errors import invalid
 
+FILES = ("images", "audio")  # fields whose values are files
+BINARY = {"type": "string", "format": "binary"}
+
 
 @dataclass(frozen=True, slots=True)
 class TextEndpoint:
@@ -56,6 +59,11 @@ class TextEndpoint:
 
 
 # -- bodies to requests -----------------------------------------------------------------------------------------
+
+
+def takes_files(body: type[BaseModel]) -> bool:
+    """Whether a body may be a form with files."""
+    return any(name in body.model_fields for name in FILES)
 
 
 def texts_or_ids(given: TextsOrIds | None) -> dict[str, Any]:
@@ -255,14 +263,17 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
 
     async def answered(endpoint: TextEndpoint, call: HttpCall) -> Response:
         def parse() -> Parsed[Any]:
-            return forward_request(call, call.values(config.max_json_bytes), endpoint)
+            values = call.values if takes_files(endpoint.body) else call.json
+            return forward_request(call, values(config.max_json_bytes), endpoint)
 
         def render(answer: Answer, parsed: Parsed[Any]) -> Response:
             return PartsResponse(endpoint.render(answer, parsed.form), headers(answer), JSON)
 
         exchange = Exchange(
             parse,
-            len(call.body),
+            len(call.body)
+            if call.content_type == JSON
+            else max(len(call.body), INLINE_BYTES + 1),  # forms off the loop
             render,
             lambda price, _: routes.price_response(price),
             is_long=endpoint.task in ("score", "explain"),
@@ -271,11 +282,11 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
 
     def contents(body: type[BaseModel]) -> dict[str, Any]:
         found: dict[str, Any] = {JSON: routes.body_schema(body)}
-        files = [name for name in ("images", "audio") if name in body.model_fields]
-        if files:
-            fields: dict[str, Any] = {"model": {"type": "string"}}
-            for name in files:
-                fields[name] = {"type": "array", "items": {"type": "string", "format": "binary"}}
+        if takes_files(body):
+            fields: dict[str, Any] = {}
+            for name in body.model_fields:
+                is_file = name in FILES
+                fields[name] = {"type": "array", "items": BINARY} if is_file else {"type": "string"}
             found[MULTIPART] = {"schema": {"type": "object", "properties": fields, "required": ["model"]}}
         return found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,19 @@ from service.errors import FarsightError, Kind, invalid, too_large
 from service.models.files import read_json
 
 MAX_BYTES = 64 * 1024**2  # of one file
-RATES = 4_000, 192_000  # samples per second; a lower rate would make a long signal of a small file
+RATES = 4_000, 96_000  # samples per second; a lower rate would make a long signal of a small file
 MAX_CHANNELS = 8  # as many as FLAC can have
-MAX_NUMBERS_PER_S = 400_000  # of all channels: eight at 48 kHz; silence compresses so well that bytes are no limit
+MAX_NUMBERS_PER_S = 400_000  # of all channels: eight at 48 kHz. Silence compresses so well that bytes are no limit
 LARGEST_SAMPLE = 1e6  # of floats; full scale is 1
 MAGIC = {b"fLaC": "FLAC", b"RIFF": "WAV"}
-# no compressed speech (ADPCM, GSM, MP3) inside WAV: decoders that nobody needs here and that callers could attack
-SUBTYPES = {
-    "FLAC": {"PCM_S8", "PCM_16", "PCM_24"},
-    "WAV": {"PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"},
-}
+# of WAV: PCM, floats, A-law and mu-law; no compressed speech (ADPCM, GSM, MP3), whose decoders callers could attack.
+# Looked at before libsndfile is: it starts the decoder to read the header
+WAV_FORMATS = {1, 3, 6, 7}
+EXTENSIBLE = 0xFFFE  # the format follows in the chunk
+STREAMED = 0x7FFFFF00  # a size of at least that, or 0, is what writers of streams put: they do not know it
+MAX_CHUNKS = 1000
 UNKNOWN_FRAMES = 1 << 40  # libsndfile says that there are more if a header does not say how many
+LONGEST_DECLARED_S = 24 * 3600.0  # a header that says more is not believed when the rest is counted
 BLOCK = 65_536  # samples of each channel that are decoded at a time
 
 _invalid = partial(invalid, param="audio")
@@ -66,7 +68,9 @@ class AudioProcessor:
         seconds: float = self.extractor.n_samples / self.extractor.sampling_rate
         return seconds
 
-    def windows(self, index: int, data: bytes, truncate: Truncate, most: int) -> tuple[list[AudioWindow], int]:
+    def windows(
+        self, index: int, data: bytes, truncate: Truncate, most: int, has_ended: Callable[[], bool] = lambda: False
+    ) -> tuple[list[AudioWindow], int]:
         """A WAV or FLAC file -> (its windows, the states that were cut off its end).
 
         Args:
@@ -74,17 +78,21 @@ class AudioProcessor:
             data: the file.
             truncate: what becomes of a file that is longer than one window: refused, cut, or read window by window.
             most: windows that the request may still have.
+            has_ended: nobody waits for the result any more.
 
         Raises FarsightError that names `audio {index}` but no content of the file: 422 if it is not such a file, is
         damaged or has nothing in it; 413 if it is too long.
         """
         rate, size = self.extractor.sampling_rate, self.extractor.n_samples
-        decoded = decode(index, data, rate, self.window_s * (most if truncate == "chunk" else 1))
+        decoded = decode(index, data, rate, self.window_s * (most if truncate == "chunk" else 1), has_ended)
         if decoded.is_cut and truncate != "end":
             raise _too_long(index, decoded, truncate)
         samples = decoded.samples
-        windows = [self._window(samples[start : start + size]) for start in range(0, len(samples), size)]
-        left_s = decoded.declared_s - self.window_s
+        windows = []
+        for start in range(0, len(samples), size):
+            _check(has_ended)
+            windows.append(self._window(samples[start : start + size]))
+        left_s = min(decoded.declared_s, LONGEST_DECLARED_S) - self.window_s
         return windows, max(1, math.ceil(left_s * self.states / self.window_s)) if decoded.is_cut else 0
 
     def check_features(self, features: torch.Tensor) -> torch.Tensor:
@@ -123,8 +131,16 @@ class _Stream(soundfile.SoundFile):  # type: ignore[misc]
     """Read from the beginning to the end. Otherwise a position is set after each block, which fails at the end of FLAC
     files whose header does not say how long they are, as encoders write into a pipe."""
 
+    read_frames = 0  # samples of each channel so far
+
     def seekable(self) -> bool:
         return False
+
+    def blocks_of(self, size: int) -> Iterator[np.ndarray]:
+        """[n, channels] float32, n <= size."""
+        while len(block := self.read(size, dtype="float32", always_2d=True)):
+            self.read_frames += len(block)
+            yield block
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +153,34 @@ class DecodedAudio:
     limit_s: float  # of `samples`
 
 
-def decode(index: int, data: bytes, rate: int, limit_s: float) -> DecodedAudio:
+def decode(
+    index: int, data: bytes, rate: int, limit_s: float, has_ended: Callable[[], bool] = lambda: False
+) -> DecodedAudio:
     """At most `limit_s` seconds of a WAV or FLAC file, at `rate` samples per second; no more are read.
 
     Raises FarsightError as `AudioProcessor.windows` does.
     """
     format_ = _format(index, data)
+    if format_ == "WAV":
+        _check_wav(index, data)
     limit, count, parts = math.floor(limit_s * rate), 0, []
     try:
         with _Stream(io.BytesIO(data)) as file:
-            _check_header(index, file, format_)
-            declared_s = file.frames / file.samplerate if file.frames < UNKNOWN_FRAMES else 0.0
+            _check_header(index, file)
+            declared = file.frames if file.frames < UNKNOWN_FRAMES else 0
+            declared_s = declared / file.samplerate
             for part in _resampled(file, rate):
+                _check(has_ended)
                 parts.append(part)
                 count += len(part)
                 if count > limit:
                     break
+            else:
+                if declared and declared != file.read_frames:  # FLAC ends in silence where frames are missing
+                    message = (
+                        f"audio {index}: the {format_} file is incomplete: {file.read_frames} of {declared} samples"
+                    )
+                    raise _invalid(message)
     except soundfile.LibsndfileError:
         raise _invalid(f"audio {index}: the {format_} file is damaged or of an unsupported kind") from None
     samples = np.concatenate(parts)[:limit] if parts else np.empty(0, np.float32)
@@ -174,9 +202,30 @@ def _format(index: int, data: bytes) -> str:
     return format_
 
 
-def _check_header(index: int, file: soundfile.SoundFile, format_: str) -> None:
-    if file.subtype not in SUBTYPES[format_]:
-        raise _invalid(f"audio {index}: {file.subtype} inside {format_} is not supported; expected PCM samples")
+def _check_wav(index: int, data: bytes) -> None:
+    """Walks the chunks of a WAV file, up to its samples: its format, and whether they are all there."""
+    at, format_ = 12, 0
+    for _ in range(MAX_CHUNKS):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8
+        if name == b"fmt ":
+            format_ = int.from_bytes(data[at : at + 2], "little")
+            if format_ == EXTENSIBLE:
+                format_ = int.from_bytes(data[at + 24 : at + 26], "little")
+            if format_ not in WAV_FORMATS:
+                raise _invalid(f"audio {index}: format {format_} inside WAV is not supported; expected PCM samples")
+        if name == b"data" and format_:
+            if len(data) - at < size < STREAMED:
+                message = f"audio {index}: the WAV file is incomplete: {len(data) - at} of {size} bytes of samples"
+                raise _invalid(message)
+            return
+        at += size + size % 2
+        if at > len(data):
+            break
+    raise _invalid(f"audio {index}: the WAV file is damaged or of an unsupported kind")
+
+
+def _check_header(index: int, file: soundfile.SoundFile) -> None:
     low, high = RATES
     if not low <= file.samplerate <= high:
         raise _invalid(f"audio {index}: expected {low} to {high} samples per second, got {file.samplerate}")
@@ -187,10 +236,15 @@ def _check_header(index: int, file: soundfile.SoundFile, format_: str) -> None:
         raise _too_large(f"audio {index}: samples of all channels", numbers, MAX_NUMBERS_PER_S, "per second")
 
 
-def _resampled(file: soundfile.SoundFile, rate: int) -> Iterator[np.ndarray]:
+def _check(has_ended: Callable[[], bool]) -> None:
+    if has_ended():
+        raise FarsightError(Kind.CANCELLED, "the caller left or its time was over while audio was decoded")
+
+
+def _resampled(file: _Stream, rate: int) -> Iterator[np.ndarray]:
     """Blocks of samples at `rate`: memory does not grow with what a header promises."""
     resampler = None if file.samplerate == rate else soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32")
-    while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+    for block in file.blocks_of(BLOCK):
         mono = block.mean(axis=1, dtype=np.float32)
         yield mono if resampler is None else resampler.resample_chunk(mono)
     if resampler is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ class InputProcessor:
     spec: InputSpec
     max_windows: int  # of audio in one request
 
-    def encode(self, request: ForwardRequest) -> Tokenized:
-        """The rows of one request.
+    def encode(self, request: ForwardRequest, has_ended: Callable[[], bool] = lambda: False) -> Tokenized:
+        """The rows of one request. `has_ended`: nobody waits for them any more; asked while audio is decoded.
 
         Raises FarsightError: 422 if the model does not accept the request, 413 if an input or all of them are too
         large, 507 if memory does not suffice to decode an image.
@@ -38,7 +39,7 @@ class InputProcessor:
         if self.spec.image_processor is not None:
             tokenized = self._encode_images(request, self.spec.image_processor)
         elif self.spec.audio_processor is not None:
-            tokenized = self._encode_audio(request, self.spec.audio_processor)
+            tokenized = self._encode_audio(request, self.spec.audio_processor, has_ended)
         else:
             tokenized = encode_texts(self.spec, request)
         _check_named_tokens(request, tokenized)
@@ -51,18 +52,21 @@ class InputProcessor:
             pixels = [processor(index, data) for index, data in enumerate(request.images)]
         return self._one_each(pixels)
 
-    def _encode_audio(self, request: ForwardRequest, processor: AudioProcessor) -> Tokenized:
+    def _encode_audio(
+        self, request: ForwardRequest, processor: AudioProcessor, has_ended: Callable[[], bool]
+    ) -> Tokenized:
         """Each file as its windows. What of a window is silence after the end of its file is not in the result."""
-        count = max(len(request.audio), 0 if request.features is None else len(request.features))
+        count = len(request.audio) if request.features is None else len(request.features)
         if count > self.max_windows:
-            raise too_large("audio", count, self.max_windows, "windows", param="audio")
+            name = "audio" if request.features is None else "input_features"
+            raise too_large(name, count, self.max_windows, "windows", param=name)
         if request.features is not None:
             return self._one_each(list(processor.check_features(request.features)))
         rows: list[EncodedInput] = []
         counts, dropped, cut = [], 0, 0
         for index, data in enumerate(request.audio):
             left = self.max_windows - len(rows) - (len(request.audio) - index - 1)
-            windows, excess = processor.windows(index, data, request.options.truncate, left)
+            windows, excess = processor.windows(index, data, request.options.truncate, left, has_ended)
             rows += [EncodedInput(features=one.features, states=self.spec.states, kept=one.states) for one in windows]
             counts.append(len(windows))
             dropped, cut = dropped + excess, cut + bool(excess)

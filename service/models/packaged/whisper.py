@@ -25,6 +25,7 @@ from transformers import (
 
 FORMAT, SPECIFICATION = 6, "WhisperSpec"
 DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
+FLOATS = (0, 4)  # integers have scales, which are not read
 ROUNDING = 1e-4  # of the norm of the encoder's states, and of the largest score of a next token
 SAMPLING_RATE = 16_000
 TRANSCRIBED = 8  # tokens
@@ -129,8 +130,10 @@ def _arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
         for _ in range(_number(stream, "I")):
             name = _text(stream)
             shape = [_number(stream, "I") for _ in range(_number(stream, "B"))]
-            dtype = DTYPES[_number(stream, "B")]
-            yield name, np.frombuffer(stream.read(_number(stream, "I")), dtype).reshape(shape)
+            kind = _number(stream, "B")
+            if kind not in DTYPES or (shape and kind not in FLOATS):
+                raise RuntimeError(f"{file.name}: {name} has a type that is not converted ({kind})")
+            yield name, np.frombuffer(stream.read(_number(stream, "I")), DTYPES[kind]).reshape(shape)
 
 
 def _number(stream: BufferedReader, kind: str) -> int:
