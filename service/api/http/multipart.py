@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
@@ -55,6 +56,13 @@ def parse_form(body: Body, content_type: str, max_field_bytes: int) -> dict[str,
     if parser.state != MultipartState.END:  # else its last part would be missing in silence
         raise malformed(f"the body is not {MULTIPART}: it has no closing boundary")
     return form.values
+
+
+def form_schema(fields: Iterable[str], files: Sequence[str]) -> dict[str, Any]:
+    """The OpenAPI text of a form with these fields, some of them files; `model` is required."""
+    binary = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    properties = {name: binary if name in files else {"type": "string"} for name in fields}
+    return {"schema": {"type": "object", "properties": properties, "required": ["model"]}}
 
 
 class _Form:

@@ -17,7 +17,7 @@ from service.api import codec
 from service.api.answer import document, headers
 from service.api.handler import INLINE_BYTES, Exchange, Parsed
 from service.api.http.endpoint import HttpCall, HttpRoutes
-from service.api.http.multipart import MULTIPART
+from service.api.http.multipart import MULTIPART, form_schema
 from service.api.http.responses import JSON, WORK_ERRORS, PartsResponse
 from service.api.schema import (
     ClassifyBody,
@@ -42,7 +42,6 @@ from service.core.request import ForwardRequest
 from service.errors import invalid
 
 FILES = ("images", "audio")  # fields whose values are files
-BINARY = {"type": "string", "format": "binary"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,28 +268,20 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
         def render(answer: Answer, parsed: Parsed[Any]) -> Response:
             return PartsResponse(endpoint.render(answer, parsed.form), headers(answer), JSON)
 
+        is_form = call.content_type == MULTIPART  # read off the loop, however small
         exchange = Exchange(
             parse,
-            len(call.body)
-            if call.content_type == JSON
-            else max(len(call.body), INLINE_BYTES + 1),  # forms off the loop
+            len(call.body) + is_form * INLINE_BYTES,
             render,
             lambda price, _: routes.price_response(price),
             is_long=endpoint.task in ("score", "explain"),
         )
         return await routes.handler.answer(call, exchange)
 
-    def contents(body: type[BaseModel]) -> dict[str, Any]:
-        found: dict[str, Any] = {JSON: routes.body_schema(body)}
-        if takes_files(body):
-            fields: dict[str, Any] = {}
-            for name in body.model_fields:
-                is_file = name in FILES
-                fields[name] = {"type": "array", "items": BINARY} if is_file else {"type": "string"}
-            found[MULTIPART] = {"schema": {"type": "object", "properties": fields, "required": ["model"]}}
-        return found
-
     for path, endpoint in ENDPOINTS.items():
+        contents = {JSON: routes.body_schema(endpoint.body)}
+        if takes_files(endpoint.body):
+            contents[MULTIPART] = form_schema(endpoint.body.model_fields, FILES)
         routes.direct["POST", path] = routes.route(endpoint.name, partial(answered, endpoint))
         app.add_api_route(
             path,
@@ -299,5 +290,5 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
             tags=["text"],
             summary=endpoint.summary,
             responses=WORK_ERRORS,
-            openapi_extra={"requestBody": {"required": True, "content": contents(endpoint.body)}},
+            openapi_extra={"requestBody": {"required": True, "content": contents}},
         )
