@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBytes, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBytes, StrictInt, StrictStr, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from service.core.options import (
@@ -27,6 +27,8 @@ def validated(model: type[Body], values: Any) -> Body:
         return model.model_validate(values)
     except ValidationError as error:
         field, message = first_error(error)
+        if field not in model.model_fields and error.errors()[0]["type"] == "extra_forbidden":
+            message += f"; expected {', '.join(model.model_fields)}"
         raise invalid(message, param=field or None) from None
 
 
@@ -47,8 +49,11 @@ def options_of(body: Options, options: type[Options]) -> Options:
 
 File = StrictStr | SkipJsonSchema[StrictBytes]  # bytes: a file of a multipart body
 _FORMS = "as base64 or as base64 data URLs, or as files of a multipart body"
-Images = Annotated[list[File], Field(description=f"Encoded image files (JPEG, PNG or WebP), {_FORMS}.")]
-Audio = Annotated[list[File], Field(description=f"Audio files (WAV or FLAC), {_FORMS}.")]
+_ONE_OR_MORE = BeforeValidator(lambda given: [given] if isinstance(given, str | bytes) else given)
+Images = Annotated[
+    list[File], _ONE_OR_MORE, Field(description=f"Encoded image files (JPEG, PNG or WebP), or one, {_FORMS}.")
+]
+Audio = Annotated[list[File], _ONE_OR_MORE, Field(description=f"Audio files (WAV or FLAC), or one, {_FORMS}.")]
 TextsOrIds = StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
 Tensor = Annotated[
     Any,

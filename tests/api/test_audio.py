@@ -98,6 +98,26 @@ def test_the_price_is_known_before(send: Any) -> None:
     assert estimate[estimate["chosen"]["kind"]]["flops"] == answered["usage"]["flops"] > 0
 
 
+def test_one_file_needs_no_list(send: Any) -> None:
+    alone, listed = (embed(send, audio=given)["data"] for given in (TEXT, [TEXT]))
+    assert len(alone) == len(listed) == 1
+    assert alone[0]["embedding"] == pytest.approx(listed[0]["embedding"], abs=1e-6)
+
+
+def test_likely_mistakes_are_answered_with_what_to_do(send: Any) -> None:
+    content = WHISPER + part("audio", "hello.wav") + b"--x--"
+    named = send("/v1/embeddings", content=content, headers=BOUNDARY).json()["error"]["message"]
+    assert named.endswith("or in a form a file: audio=@FILE")
+    raw = send("/v1/embeddings", content=FILE, headers={"content-type": "audio/wav"})
+    assert (raw.status_code, "or multipart/form-data, got 'audio/wav'" in raw.text) == (415, True)
+    inputs = [{"name": "audio", "datatype": "BYTES", "shape": [1], "data": [TEXT]}]
+    encoded_twice = send("/v2/models/whisper/infer", json={"inputs": inputs}).json()["error"]
+    assert encoded_twice.endswith("this is base64 of one, expected its bytes")
+    unknown = send("/v1/embeddings", json={"model": "whisper", "audios": [TEXT]}).json()["error"]["message"]
+    assert unknown.startswith("audios: unknown field; expected truncate, ")
+    assert ", images, audio, " in unknown
+
+
 def test_images_come_in_forms_too(send: Any) -> None:
     file = picture(0)
     given = embed(send, model="vision", images=[file])["data"][0]["embedding"]
@@ -199,7 +219,7 @@ ENCODED = (
         (b"".join(part(f"a{at}", "") for at in range(MAX_PARTS + 1)) + b"--x--", BOUNDARY, 413, "257 parts"),
         (WHISPER + LARGE + b"--x--", BOUNDARY, 413, "audio: a file: "),
         (part("input", "a" * ((4 << 20) + 1)) + b"--x--", BOUNDARY, 413, "fields of a multipart body"),
-        (WHISPER + part("audio", "a text, not a file") + b"--x--", BOUNDARY, 422, "audio"),
+        (WHISPER + part("audio", "a text, not a file") + b"--x--", BOUNDARY, 422, "audio=@FILE"),
     ],
 )
 def test_damaged_and_oversized_forms(

@@ -59,6 +59,9 @@ class HttpCall(Call):
         """The body as `json` gives it, or the fields and files of a form. Raises FarsightError: 400, 413 or 415."""
         if self.content_type == MULTIPART:
             return parse_form(self.body, self.metadata["content-type"], max_bytes)
+        if self.content_type != JSON:
+            got = self.content_type[:64]
+            raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-type: expected {JSON} or {MULTIPART}, got {got!r}")
         return self.json(max_bytes)
 
 

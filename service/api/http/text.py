@@ -94,7 +94,8 @@ def file_bytes(given: list[str | bytes], name: Literal["images", "audio"]) -> tu
         try:
             found.append(base64.b64decode(entry, validate=True))
         except ValueError as error:  # binascii.Error, or characters beyond ASCII
-            raise invalid(f"{noun} {index}: expected base64 (URLs are not fetched)", param=name) from error
+            message = f"{noun} {index}: expected base64 (URLs are not fetched), or in a form a file: {name}=@FILE"
+            raise invalid(message, param=name) from error
     if not found:
         raise invalid(f"{name}: expected at least one", param=name)
     return tuple(found)

@@ -29,6 +29,7 @@ MAX_CHANNELS = 8  # as many as FLAC can have
 MAX_NUMBERS_PER_S = 400_000  # of all channels: eight at 48 kHz. Silence compresses so well that bytes are no limit
 LARGEST_SAMPLE = 1e6  # of floats; full scale is 1
 MAGIC = {b"fLaC": "FLAC", b"RIFF": "WAV"}
+ENCODED_MAGIC = (b"ZkxhQ", b"UklGR")  # the same in base64
 # of WAV: PCM, floats, A-law and mu-law; no compressed speech (ADPCM, GSM, MP3), whose decoders callers could attack.
 # Looked at before libsndfile is: it starts the decoder to read the header
 WAV_FORMATS = {1, 3, 6, 7}
@@ -198,7 +199,8 @@ def _format(index: int, data: bytes) -> str:
         raise _too_large(f"audio {index}", len(data), MAX_BYTES, "bytes")
     format_ = MAGIC.get(bytes(data[:4]))
     if format_ is None or (format_ == "WAV" and data[8:12] != b"WAVE"):
-        raise _invalid(f"audio {index}: expected a WAV or FLAC file")
+        hint = "; this is base64 of one, expected its bytes" if data[:5] in ENCODED_MAGIC else ""
+        raise _invalid(f"audio {index}: expected a WAV or FLAC file{hint}")
     return format_
 
 

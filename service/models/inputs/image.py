@@ -148,7 +148,7 @@ def _format(index: int, data: bytes) -> Callable[[io.BytesIO], ImageFile]:
     if len(data) > MAX_BYTES:
         raise _too_large(f"image {index}", len(data), MAX_BYTES, "bytes")
     for magic, format_ in FORMATS.items():
-        if data.startswith(magic):
+        if data.startswith(magic) and (format_ is not WebPImageFile or data[8:12] in b"WEBP"):
             return format_
     raise _invalid(f"image {index}: expected a JPEG, PNG or WebP file")
 
