@@ -258,11 +258,13 @@ def real_attention(
     """Attention of a real decoder that reads a real text: sparse as the service does it, compared with SDPA."""
     from benchmarks import real_attention as bench
 
-    numbers = tuple(int(layer) for layer in layers.split(","))
-    settings = bench.Settings(model, tokens, numbers, max_error, threshold=threshold, rounds=rounds, text=text)
+    settings = bench.Settings(model, tokens, _numbers(layers, "layers", 0), max_error, threshold, rounds, text)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=bench.steps(settings))
-        found = list(bench.run(settings, lambda what: progress.update(bar, description=what, advance=1)))
+        try:
+            found = list(bench.run(settings, lambda what: progress.update(bar, description=what, advance=1)))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
     console.print(
         real_attention_table(found, f"{model.name}, {tokens:,} tokens, max_error {max_error:g}, {hardware()}")
     )
@@ -304,9 +306,9 @@ def attention(
 
     _check(heads, kv_heads, device, plots)
     settings = Settings(
-        lengths=_lengths(lengths), heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, is_causal=causal,
-        max_error=max_error, epsilon=DEFAULT_EPSILON if epsilon is None else epsilon, rounds=rounds, input=inputs,
-        seed=seed, device=device, dense_limit=dense_limit,
+        lengths=_numbers(lengths, "lengths", 2), heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
+        is_causal=causal, max_error=max_error, epsilon=DEFAULT_EPSILON if epsilon is None else epsilon,
+        rounds=rounds, input=inputs, seed=seed, device=device, dense_limit=dense_limit,
         antidiagonal_limit=antidiagonal_limit if antidiagonal else 0, flex=flex,
     )  # fmt: skip
     _attention(settings, output, plots)
@@ -399,14 +401,14 @@ def predictions(
     write(output, found)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _numbers(text: str, name: str, least: int) -> tuple[int, ...]:
     try:
-        lengths = sorted({int(part) for part in text.split(",")})
+        numbers = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 2:
-        raise typer.BadParameter(f"lengths: expected comma-separated numbers of at least 2, got {text!r}")
-    return tuple(lengths)
+        numbers = []
+    if not numbers or numbers[0] < least:
+        raise typer.BadParameter(f"{name}: expected comma-separated numbers of at least {least}, got {text!r}")
+    return tuple(numbers)
 
 
 def _check(heads: int, kv_heads: int, device: str, plots: Path | None) -> None:

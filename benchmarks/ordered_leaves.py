@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from service.attention.scores import LOG2_E
 
@@ -120,9 +120,8 @@ class _Tile:
         self.mean = leaves.mean[self.index]
         self.square = query.square().sum(1, keepdim=True) / LOG2_E  # |q|^2 in nats, times LOG2_E
         window = torch.arange(SEGMENT) // FINE  # keys of a row's own window are read one by one
-        scores = pad(query, (0, 2)) + 0.0
-        scores[:, -2:] = torch.cat((self.square / 2, torch.ones_like(self.square)), 1)
-        self.mass = scores @ leaves.scorer[self.index].T  # log2
+        scored = torch.cat((query, self.square / 2, torch.ones_like(self.square)), 1)
+        self.mass = scored @ leaves.scorer[self.index].T  # log2
         fine = torch.arange(SEGMENT // LEAF) // (FINE // LEAF)
         self.mass[:, -len(fine) :].masked_fill_(fine >= window[:, None], HIDDEN)
         self._read_near(key, value, start, window)

@@ -19,7 +19,6 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from benchmarks import ordered_leaves
 from benchmarks.attention import Step
-from service.attention import DEFAULT_EPSILON
 from service.attention.masks import MaskSpec
 from service.attention.output import Scoring
 from service.attention.sparse.bounded_error import BoundedErrorOutput, ErrorBound, attend_with_error_bound
@@ -29,7 +28,6 @@ from service.models.loading.rope import scale_rope
 
 CAPTURED = "farsight_captured"  # the name of the attention that keeps its inputs
 CPU = torch.device("cpu")
-MAX_DENSITY = 0.5  # as in the service: denser selections go exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +35,11 @@ class Settings:
     """The command line."""
 
     directory: Path
-    tokens: int = 8192
-    layers: tuple[int, ...] = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 29)
-    max_error: float = 0.02
-    epsilon: float = DEFAULT_EPSILON
-    threshold: float = 0.05  # of the ordered leaves
-    rounds: int = 3
+    tokens: int
+    layers: tuple[int, ...]
+    max_error: float
+    threshold: float  # of the ordered leaves
+    rounds: int
     text: Path | None = None  # None: what CPython's interactive help says
 
 
@@ -102,9 +99,11 @@ def run(settings: Settings, step: Step) -> Iterator[Layer]:
 def capture(settings: Settings) -> dict[int, LayerInputs]:
     """Inputs of the attention of some layers. Positions over the model's own length are scaled with YaRN.
 
-    Raises ValueError if the text is too short.
+    Raises ValueError if the text is too short, or the model has no such layer.
     """
     config = AutoConfig.from_pretrained(settings.directory)
+    if not all(0 <= layer < config.num_hidden_layers for layer in settings.layers):
+        raise ValueError(f"layers: expected 0 to {config.num_hidden_layers - 1}, got {settings.layers}")
     trained = config.max_position_embeddings
     if settings.tokens > trained:
         scale_rope(settings.directory.name, config, {"rope_type": "yarn", "factor": settings.tokens / trained})
@@ -115,7 +114,7 @@ def capture(settings: Settings) -> dict[int, LayerInputs]:
     ) -> tuple[torch.Tensor, None]:
         inputs = LayerInputs(query, key, value, more["scaling"])
         if module.layer_idx in settings.layers:
-            kept[module.layer_idx] = LayerInputs(query.clone(), key.clone(), value.clone(), inputs.scale)
+            kept[module.layer_idx] = inputs
         return inputs.sdpa().transpose(1, 2), None
 
     AttentionInterface.register(CAPTURED, attention)
@@ -141,10 +140,7 @@ def measure(settings: Settings, layer: int, inputs: LayerInputs) -> Layer:
     found = attend(settings, inputs)
     exact = inputs.sdpa()
     visible = exact.shape[1] * MaskSpec(is_causal=True).visible_pairs(settings.tokens, settings.tokens)
-    difference = (found.out - exact).norm(dim=(2, 3))[0] / exact.norm(dim=(2, 3))[0]
-    error = float((found.out - exact).norm() / exact.norm())
     leaves, leaves_density = inputs.leaves(settings.threshold)
-    leaves_error = float((leaves - exact).norm() / exact.norm())
     ours, theirs, leaves_s = [], [], []
     for _ in range(settings.rounds):
         ours.append(timed(lambda: attend(settings, inputs), CPU)[1])
@@ -157,19 +153,23 @@ def measure(settings: Settings, layer: int, inputs: LayerInputs) -> Layer:
         density=found.density,
         attempts_pairs=found.pairs_scored / visible,
         reported_upper=found.error.relative_l2_upper,
-        error=error,
-        head_errors=tuple(difference.tolist()),
+        error=relative(found.out, exact),
+        head_errors=tuple(relative(out, right) for out, right in zip(found.out[0], exact[0], strict=True)),
         seconds=median(ours),
         sdpa_s=median(theirs),
         ratio=median(theirs) / median(ours),
         leaves_density=leaves_density,
-        leaves_error=leaves_error,
+        leaves_error=relative(leaves, exact),
         leaves_ratio=median(theirs) / median(leaves_s),
     )
 
 
+def relative(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((out - exact).norm() / exact.norm())
+
+
 def attend(settings: Settings, inputs: LayerInputs) -> BoundedErrorOutput:
     """As the service answers: selection, sparse attention and its audit, and the exact answer where it is needed."""
-    bound = ErrorBound(settings.max_error, PlanKind.DENSE, settings.epsilon, max_density=MAX_DENSITY)
-    mask, scoring = MaskSpec(is_causal=True), Scoring(inputs.scale)
-    return attend_with_error_bound(*inputs.tensors, mask, bound, scoring=scoring)
+    bound = ErrorBound(settings.max_error, PlanKind.DENSE)
+    return attend_with_error_bound(*inputs.tensors, MaskSpec(is_causal=True), bound, scoring=Scoring(inputs.scale))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -60,12 +60,11 @@ def real_attention_table(layers: Sequence[real_attention.Layer], title: str) -> 
     table = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
     for row in layers:
         density = "" if row.density is None else f"{row.density:.2f}"
-        ours = row.kind, density, f"{row.reported_upper:.3f}", f"{row.error:.3f}", f"{row.ratio:.2f}x"
-        table.add_row(
-            str(row.layer), *ours, f"{row.leaves_density:.2f}", f"{row.leaves_error:.3f}", f"{row.leaves_ratio:.2f}x"
-        )
-    means = (f"{sum(getattr(row, name) for row in layers) / len(layers):.2f}x" for name in ("ratio", "leaves_ratio"))
-    table.add_row("mean", "", "", "", "", next(means), "", "", next(means))
+        answer = row.kind, density, f"{row.reported_upper:.3f}", f"{row.error:.3f}", f"{row.ratio:.2f}x"
+        sketch = f"{row.leaves_density:.2f}", f"{row.leaves_error:.3f}", f"{row.leaves_ratio:.2f}x"
+        table.add_row(str(row.layer), *answer, *sketch)
+    ours, leaves = fmean(row.ratio for row in layers), fmean(row.leaves_ratio for row in layers)
+    table.add_row("mean", "", "", "", "", f"{ours:.2f}x", "", "", f"{leaves:.2f}x")
     return table
 
 

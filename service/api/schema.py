@@ -26,19 +26,19 @@ def validated(model: type[Body], values: Any) -> Body:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        field, message = first_error(error)
-        if field not in model.model_fields and error.errors()[0]["type"] == "extra_forbidden":
-            message += f"; expected {', '.join(model.model_fields)}"
+        field, message = first_error(error, model)
         raise invalid(message, param=field or None) from None
 
 
-def first_error(error: ValidationError) -> tuple[str, str]:
+def first_error(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
     """(path of the first wrong field, for example `window.0`; a message that names it), without the wrong value."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].replace("valid tuple", "list")  # JSON has no tuples
     if first["type"] == "extra_forbidden":
         message = "unknown field"
+        if len(first["loc"]) == 1:
+            message += f"; expected {', '.join(model.model_fields)}"
     return field, f"{field or 'body'}: {message}"
 
 

@@ -25,7 +25,7 @@ from service.cluster.environment import (
 from service.commands.terminal import console, device, fail, settings
 from service.config import Config, ModelConfig
 from service.models.demo import DEMO_MODEL
-from service.models.files import directory_of, read_json, takes_audio, takes_images, task_of
+from service.models.files import directory_of, read_json, takes_text, task_of
 from service.scheduling.scheduler import Order
 
 
@@ -88,9 +88,8 @@ def _embedder(model: ModelConfig) -> str | None:
     """The name of a model for embeddings of texts; None for others, and for one that cannot be read."""
     try:
         directory = directory_of(model)
-        declared = read_json(directory / "config.json")
-        takes_text = not takes_images(declared) and not takes_audio(declared)
-        return model.name if takes_text and (model.task or task_of(directory)) == "embed" else None
+        is_of_text = takes_text(read_json(directory / "config.json"))
+        return model.name if is_of_text and (model.task or task_of(directory)) == "embed" else None
     except (OSError, ValueError):  # reported when it was loaded
         return None
 

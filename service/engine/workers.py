@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple, Unpack
 
 from service.device import side_pool
@@ -17,8 +18,11 @@ class Workers:
 
     def __init__(self) -> None:
         self.parsers = side_pool(2, "parse")
-        self.images = side_pool(1, "images")
-        self.audio = side_pool(1, "audio")
+        self._decoders = {kind: side_pool(1, kind) for kind in ("image", "audio")}
+
+    def readers(self, inputs: str) -> ThreadPoolExecutor:
+        """The threads that read inputs of a kind (`ModelInfo.inputs`)."""
+        return self._decoders.get(inputs, self.parsers)
 
     async def run(self, function: Callable[[Unpack[Arguments]], Result], *arguments: *Arguments) -> Result:
         """Run parsing, tokenising or encoding off the event loop."""
@@ -26,5 +30,5 @@ class Workers:
 
     def close(self) -> None:
         self.parsers.shutdown()
-        self.images.shutdown()
-        self.audio.shutdown()
+        for decoder in self._decoders.values():
+            decoder.shutdown()

@@ -53,7 +53,7 @@ def directory_of(config: ModelConfig) -> Path:
         raise ValueError(f"model {config.name!r}: an adapter (adapter_config.json) is not supported; merge it first")
     has_tokenizer = any((directory / file).is_file() for file in VOCABULARIES)
     settings = read_json(directory / "config.json")
-    if not has_tokenizer and not takes_images(settings) and not takes_audio(settings):
+    if takes_text(settings) and not has_tokenizer:
         kind = settings.get("model_type")
         if {"num_mel_bins", "conv_stride", "mask_time_prob"} & set(settings):
             raise ValueError(f"model {config.name!r}: {kind} takes audio; of such models Whisper's encoder is served")
@@ -87,6 +87,11 @@ def takes_images(config: dict[str, Any]) -> bool:
 def takes_audio(config: dict[str, Any]) -> bool:
     """Whether a model with this config.json takes audio: Whisper, of which the encoder is served."""
     return config.get("model_type") == "whisper"
+
+
+def takes_text(config: dict[str, Any]) -> bool:
+    """Whether a model with this config.json takes neither images nor audio."""
+    return not takes_images(config) and not takes_audio(config)
 
 
 def task_of(directory: Path) -> ModelTask:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from service.attention.output import no_checkpoint
+from service.attention.output import Checkpoint, no_checkpoint
 from service.core.model_info import ModelInfo
 from service.core.options import (
     ClassifyOptions,
@@ -71,9 +71,9 @@ class Model:
     history: hook.SparseHistory = field(default_factory=hook.SparseHistory)
     resets: tuple[Callable[[], None], ...] = ()  # called before each pass: state that must not carry over
 
-    def tokenize(self, request: ForwardRequest, has_ended: Callable[[], bool] = lambda: False) -> Tokenized:
+    def tokenize(self, request: ForwardRequest, checkpoint: Checkpoint = no_checkpoint) -> Tokenized:
         """The rows of one request, on any thread. Raises FarsightError like `InputProcessor.encode`."""
-        return self.inputs.encode(request, has_ended)
+        return self.inputs.encode(request, checkpoint)
 
     @torch.inference_mode()
     def run(self, requests: TokenizedRequests, context: hook.ForwardContext) -> list[TaskOutput]:

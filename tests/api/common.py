@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+from service.api.http.app import App
 from service.core.model_info import LayerKind, MatrixSizes, ModelInfo
 
 INFO = ModelInfo(
@@ -25,3 +32,16 @@ INFO = ModelInfo(
     attention=(LayerKind(1, is_causal=False),),
     packed=True,
 )
+
+
+def caller(app: App) -> Callable[..., httpx.Response]:
+    """`call(method, path, **arguments of httpx)`, in process."""
+
+    def call(method: str, path: str, **arguments: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+                return await client.request(method, path, **arguments)
+
+        return asyncio.run(send())
+
+    return call

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import gc
 import json
 import struct
+import time
 import tracemalloc
 from collections.abc import Iterator
 from typing import Any
@@ -21,10 +21,12 @@ from service.api.http.app import create_app
 from service.api.http.multipart import MAX_FILE_BYTES, MAX_PARTS, parse_form
 from service.config import Config, ModelConfig
 from service.engine.engine import Engine
+from service.models.inputs import audio
 from service.telemetry.metrics import Metrics
+from tests.api.common import caller
 from tests.api.test_text import picture
 from tests.models import zoo
-from tests.models.test_audio import encoded, sound
+from tests.models.test_audio import RATE, encoded, sound
 
 FILE = encoded(sound(1.5))
 TEXT = base64.b64encode(FILE).decode()
@@ -44,17 +46,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def send(engine: Engine) -> Any:
-    app = create_app(engine)
-
-    def send(path: str, method: str = "POST", **arguments: Any) -> httpx.Response:
-        async def sent() -> httpx.Response:
-            transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await client.request(method, path, **arguments)
-
-        return asyncio.run(sent())
-
-    return send
+    call = caller(create_app(engine))
+    return lambda path, method="POST", **arguments: call(method, path, **arguments)
 
 
 def embed(send: Any, **body: Any) -> Any:
@@ -89,6 +82,29 @@ def test_long_audio_is_refused_cut_or_read_window_by_window(send: Any) -> None:
     usage = embed(send, audio=[long], truncate="end")["usage"]
     assert (usage["tokens"], usage["truncated"], usage["dropped_tokens"]) == (100, 1, 50)
     assert embed(send, audio=[long], truncate="chunk")["usage"]["tokens"] == 200
+
+
+def test_decoding_ends_with_its_request(send: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, whole = [], audio._Stream.read
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        read.append(1)
+        time.sleep(0.05)
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(audio._Stream, "read", slow)
+    long = base64.b64encode(encoded(np.zeros(110 * RATE, np.float32), kind="FLAC")).decode()  # 27 blocks
+    body = {"model": "whisper", "audio": [long], "truncate": "chunk", "timeout_s": 0.15}
+    assert send("/v1/embeddings", json=body).status_code == 504
+    time.sleep(0.2)
+    stopped_after = len(read)
+    assert stopped_after < 15
+    time.sleep(0.2)
+    assert len(read) == stopped_after
+
+
+def test_the_limit_of_a_form_is_that_of_audio() -> None:
+    assert MAX_FILE_BYTES == audio.MAX_BYTES
 
 
 def test_the_price_is_known_before(send: Any) -> None:

@@ -22,6 +22,7 @@ from service.api.http.app import create_app, errors_table
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.engine.engine import Engine
+from tests.api.common import caller
 
 SMALL = {"query": [[[1.0, 0.0]]], "key": [[[1.0, 0.0], [0.0, 1.0]]], "value": [[[1.0, 2.0], [3.0, 4.0]]]}
 HEADERS = {
@@ -32,17 +33,7 @@ HEADERS = {
 
 @pytest.fixture(scope="module")
 def call(engine: Engine) -> Any:
-    app = create_app(engine)
-
-    def call(method: str, path: str, **arguments: Any) -> httpx.Response:
-        async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await client.request(method, path, **arguments)
-
-        return asyncio.run(send())
-
-    return call
+    return caller(create_app(engine))
 
 
 def message(response: httpx.Response) -> str:

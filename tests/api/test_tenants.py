@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -21,6 +20,7 @@ from service.billing.tenants import key_hash
 from service.config import Budget, TenantConfig
 from service.engine.engine import Engine
 from service.telemetry.metrics import Metrics
+from tests.api.common import caller
 from tests.api.test_grpc import SAMPLE, Context, attention
 from tests.api.test_http import SMALL
 from tests.engines import another
@@ -47,16 +47,7 @@ def closed(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def call(closed: Engine) -> Any:
-    app = create_app(closed)
-
-    def call(method: str, path: str, **arguments: Any) -> httpx.Response:
-        async def send() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-                return await client.request(method, path, **arguments)
-
-        return asyncio.run(send())
-
-    return call
+    return caller(create_app(closed))
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"x-api-key": ""}])

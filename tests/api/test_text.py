@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -21,6 +19,7 @@ from service.api.http.app import create_app
 from service.config import Config, ModelConfig
 from service.engine.engine import Engine
 from service.telemetry.metrics import Metrics
+from tests.api.common import caller
 from tests.models import zoo
 from tests.models.test_directories import old_layout, plain
 
@@ -55,17 +54,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def call(engine: Engine) -> Any:
-    app = create_app(engine)
-
-    def call(path: str, method: str = "POST", **body: Any) -> httpx.Response:
-        async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                return await client.request(method, path, json=body if method == "POST" else None)
-
-        return asyncio.run(send())
-
-    return call
+    call = caller(create_app(engine))
+    return lambda path, method="POST", **body: call(method, path, json=body if method == "POST" else None)
 
 
 def picture(seed: int, file_format: str = "PNG") -> str:

@@ -220,12 +220,13 @@ def test_a_file_that_ends_early_is_refused(model: Model) -> None:
 def test_decoding_ends_when_nobody_waits_for_it(model: Model) -> None:
     asked_for, file = [], encoded(sound(7.9))
 
-    def has_ended() -> bool:
+    def checkpoint() -> None:
         asked_for.append(1)
-        return len(asked_for) > 2
+        if len(asked_for) > 2:
+            raise FarsightError(Kind.CANCELLED, "the caller left")
 
     with pytest.raises(FarsightError, match="the caller left"):
-        model.tokenize(asked("embed", audio=(file,), truncate="chunk"), has_ended)
+        model.tokenize(asked("embed", audio=(file,), truncate="chunk"), checkpoint)
     assert len(asked_for) == 3
 
 

@@ -45,11 +45,14 @@ class HttpCall(Call):
     def content_type(self) -> str:
         return self.metadata.get("content-type", JSON).partition(";")[0].strip().lower()
 
-    def json(self, max_bytes: int) -> dict[str, Any]:
-        """The body as a JSON object. Raises FarsightError: 400, 413 or 415."""
+    def json(self, max_bytes: int, accepted: str = JSON) -> dict[str, Any]:
+        """The body as a JSON object. `accepted`: what a 415 says of other content types.
+
+        Raises FarsightError: 400, 413 or 415.
+        """
         if self.content_type != JSON:
             raise FarsightError(
-                Kind.UNSUPPORTED_MEDIA, f"content-type: expected {JSON}, got {self.content_type[:64]!r}"
+                Kind.UNSUPPORTED_MEDIA, f"content-type: expected {accepted}, got {self.content_type[:64]!r}"
             )
         if len(self.body) > max_bytes:
             raise too_large("JSON body (binary tensors may be larger)", len(self.body), max_bytes, "bytes")
@@ -59,10 +62,7 @@ class HttpCall(Call):
         """The body as `json` gives it, or the fields and files of a form. Raises FarsightError: 400, 413 or 415."""
         if self.content_type == MULTIPART:
             return parse_form(self.body, self.metadata["content-type"], max_bytes)
-        if self.content_type != JSON:
-            got = self.content_type[:64]
-            raise FarsightError(Kind.UNSUPPORTED_MEDIA, f"content-type: expected {JSON} or {MULTIPART}, got {got!r}")
-        return self.json(max_bytes)
+        return self.json(max_bytes, f"{JSON} or {MULTIPART}")
 
 
 class Access(StrEnum):

@@ -58,7 +58,7 @@ def _validated(options: type[Options], given: dict[str, Any]) -> Options:
     try:
         return options.model_validate(given)
     except ValidationError as error:
-        field, message = first_error(error)
+        field, message = first_error(error, options)
         raise invalid(message, param=field.partition(".")[0]) from error
 
 

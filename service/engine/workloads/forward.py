@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -74,17 +73,21 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
         model = self._models.model(request.model)
         check_counts(self._config, request)
         check_task(model.info, request)
-        pools = {"image": self._workers.images, "audio": self._workers.audio}
-        workers, ended = pools.get(model.info.inputs, self._workers.parsers), threading.Event()
+        workers, has_ended = self._workers.readers(model.info.inputs), False
+
+        def checkpoint() -> None:
+            if has_ended:
+                raise FarsightError(Kind.CANCELLED, "the caller left, or the time was over")
+
         left_s = None if math.isinf(deadline_s) else max(0.0, deadline_s - self._clock())
         try:
             async with asyncio.timeout(left_s):
                 loop = asyncio.get_running_loop()
-                tokenized = await loop.run_in_executor(workers, model.tokenize, request, ended.is_set)
+                tokenized = await loop.run_in_executor(workers, model.tokenize, request, checkpoint)
         except TimeoutError:
             raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
         finally:
-            ended.set()  # the caller may have left, and the thread still decode
+            has_ended = True  # the thread may still be at work
         sizes = tuple((len(row.ids) + row.states, len(row.target or ())) for row in tokenized.rows)
         info, fastest_s = model.info, self._fastest_s.get(model.info, math.inf)
         if fastest_s < info.smallest_pass_s:

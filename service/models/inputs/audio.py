@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ import soxr
 import torch
 from transformers import PretrainedConfig, WhisperFeatureExtractor
 
+from service.attention.output import Checkpoint, no_checkpoint
 from service.core.options import Truncate
 from service.errors import FarsightError, Kind, invalid, too_large
 from service.models.files import read_json
@@ -70,7 +71,7 @@ class AudioProcessor:
         return seconds
 
     def windows(
-        self, index: int, data: bytes, truncate: Truncate, most: int, has_ended: Callable[[], bool] = lambda: False
+        self, index: int, data: bytes, truncate: Truncate, most: int, checkpoint: Checkpoint = no_checkpoint
     ) -> tuple[list[AudioWindow], int]:
         """A WAV or FLAC file -> (its windows, the states that were cut off its end).
 
@@ -79,19 +80,19 @@ class AudioProcessor:
             data: the file.
             truncate: what becomes of a file that is longer than one window: refused, cut, or read window by window.
             most: windows that the request may still have.
-            has_ended: nobody waits for the result any more.
+            checkpoint: called between blocks of work; raises to stop it.
 
         Raises FarsightError that names `audio {index}` but no content of the file: 422 if it is not such a file, is
         damaged or has nothing in it; 413 if it is too long.
         """
         rate, size = self.extractor.sampling_rate, self.extractor.n_samples
-        decoded = decode(index, data, rate, self.window_s * (most if truncate == "chunk" else 1), has_ended)
+        decoded = decode(index, data, rate, self.window_s * (most if truncate == "chunk" else 1), checkpoint)
         if decoded.is_cut and truncate != "end":
             raise _too_long(index, decoded, truncate)
         samples = decoded.samples
         windows = []
         for start in range(0, len(samples), size):
-            _check(has_ended)
+            checkpoint()
             windows.append(self._window(samples[start : start + size]))
         left_s = min(decoded.declared_s, LONGEST_DECLARED_S) - self.window_s
         return windows, max(1, math.ceil(left_s * self.states / self.window_s)) if decoded.is_cut else 0
@@ -154,9 +155,7 @@ class DecodedAudio:
     limit_s: float  # of `samples`
 
 
-def decode(
-    index: int, data: bytes, rate: int, limit_s: float, has_ended: Callable[[], bool] = lambda: False
-) -> DecodedAudio:
+def decode(index: int, data: bytes, rate: int, limit_s: float, checkpoint: Checkpoint = no_checkpoint) -> DecodedAudio:
     """At most `limit_s` seconds of a WAV or FLAC file, at `rate` samples per second; no more are read.
 
     Raises FarsightError as `AudioProcessor.windows` does.
@@ -171,17 +170,14 @@ def decode(
             declared = file.frames if file.frames < UNKNOWN_FRAMES else 0
             declared_s = declared / file.samplerate
             for part in _resampled(file, rate):
-                _check(has_ended)
+                checkpoint()
                 parts.append(part)
                 count += len(part)
                 if count > limit:
                     break
             else:
                 if declared and declared != file.read_frames:  # FLAC ends in silence where frames are missing
-                    message = (
-                        f"audio {index}: the {format_} file is incomplete: {file.read_frames} of {declared} samples"
-                    )
-                    raise _invalid(message)
+                    raise _incomplete(index, format_, file.read_frames, declared, "samples")
     except soundfile.LibsndfileError:
         raise _invalid(f"audio {index}: the {format_} file is damaged or of an unsupported kind") from None
     samples = np.concatenate(parts)[:limit] if parts else np.empty(0, np.float32)
@@ -218,8 +214,7 @@ def _check_wav(index: int, data: bytes) -> None:
                 raise _invalid(f"audio {index}: format {format_} inside WAV is not supported; expected PCM samples")
         if name == b"data" and format_:
             if len(data) - at < size < STREAMED:
-                message = f"audio {index}: the WAV file is incomplete: {len(data) - at} of {size} bytes of samples"
-                raise _invalid(message)
+                raise _incomplete(index, "WAV", len(data) - at, size, "bytes of samples")
             return
         at += size + size % 2
         if at > len(data):
@@ -238,11 +233,6 @@ def _check_header(index: int, file: soundfile.SoundFile) -> None:
         raise _too_large(f"audio {index}: samples of all channels", numbers, MAX_NUMBERS_PER_S, "per second")
 
 
-def _check(has_ended: Callable[[], bool]) -> None:
-    if has_ended():
-        raise FarsightError(Kind.CANCELLED, "the caller left or its time was over while audio was decoded")
-
-
 def _resampled(file: _Stream, rate: int) -> Iterator[np.ndarray]:
     """Blocks of samples at `rate`: memory does not grow with what a header promises."""
     resampler = None if file.samplerate == rate else soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32")
@@ -251,6 +241,10 @@ def _resampled(file: _Stream, rate: int) -> Iterator[np.ndarray]:
         yield mono if resampler is None else resampler.resample_chunk(mono)
     if resampler is not None:
         yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
+
+
+def _incomplete(index: int, format_: str, found: int, declared: int, unit: str) -> FarsightError:
+    return _invalid(f"audio {index}: the {format_} file is incomplete: {found} of {declared} {unit}")
 
 
 def _too_long(index: int, decoded: DecodedAudio, truncate: Truncate) -> FarsightError:

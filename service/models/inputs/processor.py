@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from service.attention.output import Checkpoint, no_checkpoint
 from service.core.options import EmbedOptions, ScoreOptions
 from service.core.request import ForwardRequest
 from service.errors import invalid, too_large
@@ -29,8 +29,8 @@ class InputProcessor:
     spec: InputSpec
     max_windows: int  # of audio in one request
 
-    def encode(self, request: ForwardRequest, has_ended: Callable[[], bool] = lambda: False) -> Tokenized:
-        """The rows of one request. `has_ended`: nobody waits for them any more; asked while audio is decoded.
+    def encode(self, request: ForwardRequest, checkpoint: Checkpoint = no_checkpoint) -> Tokenized:
+        """The rows of one request. `checkpoint`: called while audio is decoded; raises to stop that.
 
         Raises FarsightError: 422 if the model does not accept the request, 413 if an input or all of them are too
         large, 507 if memory does not suffice to decode an image.
@@ -39,7 +39,7 @@ class InputProcessor:
         if self.spec.image_processor is not None:
             tokenized = self._encode_images(request, self.spec.image_processor)
         elif self.spec.audio_processor is not None:
-            tokenized = self._encode_audio(request, self.spec.audio_processor, has_ended)
+            tokenized = self._encode_audio(request, self.spec.audio_processor, checkpoint)
         else:
             tokenized = encode_texts(self.spec, request)
         _check_named_tokens(request, tokenized)
@@ -52,9 +52,7 @@ class InputProcessor:
             pixels = [processor(index, data) for index, data in enumerate(request.images)]
         return self._one_each(pixels)
 
-    def _encode_audio(
-        self, request: ForwardRequest, processor: AudioProcessor, has_ended: Callable[[], bool]
-    ) -> Tokenized:
+    def _encode_audio(self, request: ForwardRequest, processor: AudioProcessor, checkpoint: Checkpoint) -> Tokenized:
         """Each file as its windows. What of a window is silence after the end of its file is not in the result."""
         count = len(request.audio) if request.features is None else len(request.features)
         if count > self.max_windows:
@@ -66,7 +64,7 @@ class InputProcessor:
         counts, dropped, cut = [], 0, 0
         for index, data in enumerate(request.audio):
             left = self.max_windows - len(rows) - (len(request.audio) - index - 1)
-            windows, excess = processor.windows(index, data, request.options.truncate, left, has_ended)
+            windows, excess = processor.windows(index, data, request.options.truncate, left, checkpoint)
             rows += [EncodedInput(features=one.features, states=self.spec.states, kept=one.states) for one in windows]
             counts.append(len(windows))
             dropped, cut = dropped + excess, cut + bool(excess)

@@ -70,8 +70,7 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
     hook.register()
     disable_progress_bar()  # type: ignore[no-untyped-call]
     source = read_source(config)
-    takes_text = not source.takes_images and not source.takes_audio
-    tokenizer = load_tokenizer(source.directory, lower_case=source.files.lower_case) if takes_text else None
+    tokenizer = load_tokenizer(source.directory, lower_case=source.files.lower_case) if source.takes_text else None
     module: Any = _read_module(source).to(settings.device).eval()
     install_checkpoints(module)
     base = module.get_encoder() if source.hf_config.is_encoder_decoder else module.base_model

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from service.config import ModelConfig
 from service.core.options import ModelTask
-from service.models.files import directory_of, takes_audio, takes_images, task_of
+from service.models.files import directory_of, takes_audio, takes_images, takes_text, task_of
 from service.models.loading.labels import count_labels
 from service.models.loading.rope import scale_rope
 from service.models.loading.sentence_files import SentenceFiles, read_sentence_files
@@ -32,6 +32,10 @@ class Source:
     @property
     def takes_audio(self) -> bool:
         return takes_audio(self.hf_config.to_dict())
+
+    @property
+    def takes_text(self) -> bool:
+        return takes_text(self.hf_config.to_dict())
 
 
 def read_source(config: ModelConfig) -> Source:

@@ -6,7 +6,6 @@ their nodes say whose they are.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+from service.models.packaged.extra import require
 
 STATES = "/backbone/layernorm/Add_1_output_0"  # in the graph: after the last layer norm
 POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"  # of the class token, and of 37 x 37 patches
@@ -23,9 +24,7 @@ IMAGES = 3
 
 def convert(source: Path, target: Path) -> None:
     """The one ONNX file in `source` into `target`. Raises ModuleNotFoundError if it cannot be read."""
-    for needed in ("onnx", "onnxruntime"):
-        if importlib.util.find_spec(needed) is None:
-            raise ModuleNotFoundError(f"ONNX files need {needed}: pip install 'farsight[models]'")
+    require("ONNX files", "onnx", "onnxruntime")
     graph = _model(source).graph
     weights = _weights(graph)
     layers = sum(name.endswith(".norm1.bias") for name in weights)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from service.models.packaged.extra import require
 
 BEGINNING, CONTINUED = "The capital of France is", "Paris"
 SHOWN = 4  # tokens
@@ -15,9 +16,7 @@ SHOWN = 4  # tokens
 
 def convert(source: Path, target: Path) -> None:
     """The one GGUF file in `source` into `target`. Raises ModuleNotFoundError if it cannot be read."""
-    for needed in ("gguf", "accelerate"):
-        if importlib.util.find_spec(needed) is None:
-            raise ModuleNotFoundError(f"GGUF files need {needed}: pip install 'farsight[models]'")
+    require("GGUF files", "gguf", "accelerate")
     (file,) = source.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name, local_files_only=True)
     module = AutoModelForCausalLM.from_pretrained(

@@ -5,7 +5,6 @@ The file is a list of named arrays; CTranslate2 itself is only needed to prove t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
+
+from service.models.packaged.extra import require
 
 FORMAT, SPECIFICATION = 6, "WhisperSpec"
 DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
@@ -81,8 +82,7 @@ def prove(source: Path, target: Path) -> str:
 
     The sound is made here: sweeps and noise have frequencies in every band.
     """
-    if importlib.util.find_spec("ctranslate2") is None:
-        raise ModuleNotFoundError("proving Whisper needs ctranslate2: pip install 'farsight[models]'")
+    require("proofs of Whisper", "ctranslate2")
     import ctranslate2
 
     original = ctranslate2.models.Whisper(str(source), device="cpu", compute_type="float32")
