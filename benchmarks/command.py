@@ -250,7 +250,6 @@ def real_attention(
     ] = 8192,
     layers: Annotated[str, typer.Option(help="Layers, comma-separated.")] = "0,1,2,4,8,12,16,20,24,28,29",
     max_error: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
-    threshold: Annotated[float, typer.Option(min=0, help="Of the ordered leaves, a sketch.")] = 0.05,
     rounds: Rounds = 3,
     text: Annotated[Path | None, typer.Option(help="A long text; default: CPython's interactive help.")] = None,
     output: Output = None,
@@ -258,7 +257,7 @@ def real_attention(
     """Attention of a real decoder that reads a real text: sparse as the service does it, compared with SDPA."""
     from benchmarks import real_attention as bench
 
-    settings = bench.Settings(model, tokens, _numbers(layers, "layers", 0), max_error, threshold, rounds, text)
+    settings = bench.Settings(model, tokens, _numbers(layers, "layers", 0), max_error, rounds, text)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=bench.steps(settings))
         try:

@@ -17,10 +17,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import ordered_leaves
+from benchmarks import antidiagonal
 from benchmarks.attention import Step
+from benchmarks.contenders import Inputs, matching_threshold
+from service.attention import DEFAULT_BLOCK_SIZE
 from service.attention.masks import MaskSpec
 from service.attention.output import Scoring
+from service.attention.sparse import attend as sparse
 from service.attention.sparse.bounded_error import BoundedErrorOutput, ErrorBound, attend_with_error_bound
 from service.core.plan import PlanKind
 from service.device import timed
@@ -38,7 +41,6 @@ class Settings:
     tokens: int
     layers: tuple[int, ...]
     max_error: float
-    threshold: float  # of the ordered leaves
     rounds: int
     text: Path | None = None  # None: what CPython's interactive help says
 
@@ -55,9 +57,6 @@ class LayerInputs:
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.query, self.key, self.value
-
-    def leaves(self, threshold: float) -> tuple[torch.Tensor, float]:
-        return ordered_leaves.attend(*self.tensors, self.scale, threshold)
 
     def sdpa(self) -> torch.Tensor:
         return scaled_dot_product_attention(*self.tensors, is_causal=True, scale=self.scale, enable_gqa=True)
@@ -78,9 +77,7 @@ class Layer:
     seconds: float  # median
     sdpa_s: float
     ratio: float  # SDPA's seconds over ours
-    leaves_density: float  # of `ordered_leaves`, without a promise and without an audit
-    leaves_error: float
-    leaves_ratio: float
+    antidiagonal_error: float | None  # of XAttention's selection at about our density; None: our answer was exact
 
 
 def steps(settings: Settings) -> int:
@@ -140,12 +137,10 @@ def measure(settings: Settings, layer: int, inputs: LayerInputs) -> Layer:
     found = attend(settings, inputs)
     exact = inputs.sdpa()
     visible = exact.shape[1] * MaskSpec(is_causal=True).visible_pairs(settings.tokens, settings.tokens)
-    leaves, leaves_density = inputs.leaves(settings.threshold)
-    ours, theirs, leaves_s = [], [], []
+    ours, theirs = [], []
     for _ in range(settings.rounds):
         ours.append(timed(lambda: attend(settings, inputs), CPU)[1])
         theirs.append(timed(inputs.sdpa, CPU)[1])
-        leaves_s.append(timed(lambda: inputs.leaves(settings.threshold), CPU)[1])
     return Layer(
         layer=layer,
         kind=found.kind,
@@ -158,10 +153,16 @@ def measure(settings: Settings, layer: int, inputs: LayerInputs) -> Layer:
         seconds=median(ours),
         sdpa_s=median(theirs),
         ratio=median(theirs) / median(ours),
-        leaves_density=leaves_density,
-        leaves_error=relative(leaves, exact),
-        leaves_ratio=median(theirs) / median(leaves_s),
+        antidiagonal_error=None if found.density is None else antidiagonal_error(inputs, found.density, exact),
     )
+
+
+def antidiagonal_error(inputs: LayerInputs, density: float, exact: torch.Tensor) -> float:
+    """Of XAttention's selection, at the nearest density that its threshold gives."""
+    mask, scoring = MaskSpec(is_causal=True), Scoring(inputs.scale)
+    threshold = matching_threshold(Inputs(*inputs.tensors, mask, ()), density)
+    chosen = antidiagonal.select(inputs.query, inputs.key, mask, DEFAULT_BLOCK_SIZE, threshold, scoring=scoring)
+    return relative(sparse.attend(*inputs.tensors, mask, chosen, scoring=scoring).out, exact)
 
 
 def relative(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -111,12 +111,17 @@ def _attend_tile(
     if scoring.softcap is not None:
         return _eager(query, key, value, bias, bounds, scoring)
     if bias is None and rows.stop - rows.start > 1:
-        return _by_parts(query, key, value, bounds, scale)
+        return attend_between(query, key, value, bounds, scale)
     return _kernel(query, key, value, False, _bias(bias, bounds, key.shape[2]), scale)
 
 
-def _by_parts(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds, scale: float) -> Partial:
-    """Keys that all rows see without a mask, the edges beside them apart: a mask costs up to half the speed."""
+def attend_between(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Bounds, scale: float
+) -> Partial:
+    """Rows that see the keys [lo, hi), `bounds` [B, Lq] each, without any other mask -> out [B, Hq, Lq, Dv], lse.
+
+    Keys that all rows see are computed without a mask, the edges beside them apart: a mask costs up to half the speed.
+    """
     lo, hi = bounds
     rows, keys = query.shape[2], key.shape[2]
     left, right = int(lo.max()), int(hi.min()) - 1  # one key less, and the right edge of a causal tile is a triangle

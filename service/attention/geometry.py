@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 SLICE_FLOPS = 4e9  # ~40 ms at the 100 GFLOP/s that 2 AVX2 cores gave torch's attention kernel
 
 # dense: one call of the fused kernel between checkpoints
@@ -13,7 +15,7 @@ CHUNK_ROWS, CHUNK_KEYS = 512, 512
 CHUNK_BYTES = 16 * 2**20
 
 # exact rows of audits and returned weights
-ROWS_BYTES = 16 * 2**20  # of one block of scores
+ROWS_BYTES = 4 * 2**20  # of one block of scores: read five times, so it should stay in the cache
 AUDIT_ROWS = 59  # of a head, drawn at random: 95 % of the rows at 95 % confidence
 RISKY_ROWS = 4  # of a head: those with the least mass read, audited as well
 ROUNDING_ROWS = 4  # of a head: audited in float64, too, if scores are large
@@ -23,3 +25,26 @@ SAMPLE_STRIDE = 8  # rows: selection looks at every 8th
 SPARSE_TILE_BYTES = 4 * 2**20  # of one tile of scores: read four times, so it should stay in the cache
 ESTIMATE_TILE_BYTES = 2 * 2**20  # of one tile of estimates: read twenty times, so it should stay in the cache
 MOMENTS_BYTES = 2 * 2**20  # of keys at a time: read ten times, so they should stay in the cache
+
+LEAF_BYTES = 2 * 2**30  # of all that leaves keep; larger inputs are read by blocks, one head at a time
+LEAF_TILE_BYTES = 8 * 2**20  # of the masses of a tile's leaves
+
+
+class LeafShape(NamedTuple):
+    """How the keys of sparse attention are cut, and the rows that read them."""
+
+    segment: int  # keys that are ordered together; as many rows are computed together, and read their own exactly
+    size: int  # keys of a leaf: read, or answered for, as one
+    rows: int  # that share a choice of leaves
+
+
+def leaf_shape(key_length: int) -> LeafShape:
+    """Of shorter inputs their own segment costs most; of longer ones scoring all leaves, and copying those read."""
+    if key_length < 2**14:
+        return LeafShape(512, 32, 256)
+    return LeafShape(1024, 32 if key_length < 2**17 else 64, 256)
+
+
+def leaf_bytes(rows: int, keys: int, head_dim: int, value_dim: int) -> int:
+    """What sparse attention by leaves keeps of rows and keys of all heads: mapped queries, outputs, keys and values."""
+    return 4 * (rows * (head_dim + 2 * value_dim + 6) + keys * (head_dim + value_dim + 4))

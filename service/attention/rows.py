@@ -73,17 +73,24 @@ def attend_rows(
     out = torch.zeros(heads, count, value.shape[3], dtype=dtype, device=query.device)
     lse = torch.full((heads, count), -torch.inf, dtype=dtype, device=query.device)
     lo, hi = rows.limits(inputs.mask, query.shape[2], key.shape[2])
+    # the rows that see most come first: of a block of keys near the end, only some are left
+    order = hi.argsort(dim=1, descending=True, stable=True)
+    rows = RowSet(rows.sequence, rows.index.gather(1, order))
+    last = hi.gather(1, order).amax(0).tolist()  # the keys that any head's row sees, falling
     numbers = heads * count  # of one key, in `dtype`
     if key.dtype != dtype:  # keys and values are copied
         numbers += key.shape[1] * (key.shape[3] + value.shape[3])
     for keys in _key_chunks(numbers * dtype.itemsize, int(lo.min()), int(hi.max())):
         (checkpoint or no_checkpoint)()
-        scores = score_rows(query, key, inputs.mask, rows, keys, inputs.scoring, dtype)
+        seeing = sum(end > keys.start for end in last)
+        some = RowSet(rows.sequence, rows.index[:, :seeing])
+        scores = score_rows(query, key, inputs.mask, some, keys, inputs.scoring, dtype)
         weights, total, top = exponentiate(scores)
         values = value[rows.sequence : rows.sequence + 1, :, keys].to(dtype)
         part = normalise(grouped(weights[None], values)[0], total)
-        out, lse = merge(out, lse, part, lse_of(total, top))
-    return out, lse
+        out[:, :seeing], lse[:, :seeing] = merge(out[:, :seeing], lse[:, :seeing], part, lse_of(total, top))
+    back = order.argsort(1)
+    return out.gather(1, back[..., None].expand(out.shape)), lse.gather(1, back)
 
 
 def _key_chunks(key_bytes: int, first: int, last: int) -> Iterator[slice]:

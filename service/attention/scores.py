@@ -65,7 +65,10 @@ def block_scores(
         # compared as int32: twice as many a step as int64
         columns = torch.arange(k_start, k_start + key.shape[2], dtype=torch.int32, device=key.device)
         lo, hi = (bound.int() for bound in bounds)
-        scores.masked_fill_((columns < lo[..., None]) | (columns >= hi[..., None]), -torch.inf)
+        hidden = columns >= hi[..., None]
+        if bool((lo > k_start).any()):
+            hidden |= columns < lo[..., None]
+        scores.masked_fill_(hidden, -torch.inf)
     return scores
 
 

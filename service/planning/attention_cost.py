@@ -17,12 +17,14 @@ from service.attention.geometry import (
     CHUNK_BYTES,
     CHUNK_KEYS,
     CHUNK_ROWS,
+    LEAF_BYTES,
     RISKY_ROWS,
     ROWS_BYTES,
     SAMPLE_STRIDE,
     SLICE_FLOPS,
     SPARSE_TILE_BYTES,
     TILE_ROWS,
+    leaf_bytes,
 )
 from service.attention.pairs import visible_pairs
 from service.core.options import AttentionOptions
@@ -246,4 +248,7 @@ def _scratch_bytes(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
             kept = shape.batch * shape.heads * blocks * ceil(shape.query_length / block_size)
             # four rows of moments for each block of every key head
             moments = 4 * shape.batch * shape.heads * blocks * (3 * shape.head_dim + shape.value_dim)
-            return SPARSE_SCRATCH_BYTES + 6 * head + kept + moments
+            by_blocks = 6 * head + kept + moments
+            keys = shape.batch * shape.kv_heads * shape.key_length
+            by_leaves = leaf_bytes(_query_rows(shape), keys, shape.head_dim, shape.value_dim)
+            return SPARSE_SCRATCH_BYTES + max(by_blocks, by_leaves if by_leaves <= LEAF_BYTES else 0)

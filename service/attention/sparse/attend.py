@@ -64,10 +64,10 @@ def attend(
             whole, read = both, shares(whole, outlier_lse)[2]
         out[b, h] = head_out.flatten(0, 1)[:query_length]
         lse[b, h], lse_read[b, h] = (x.flatten()[:query_length] for x in (whole, read))
-    return AttentionOutput(out, lse, selection.density, selection.pairs, _risky_rows(lse, lse_read), lse_read)
+    return AttentionOutput(out, lse, selection.density, selection.pairs, risky_rows(lse, lse_read), lse_read)
 
 
-def _risky_rows(lse: torch.Tensor, lse_read: torch.Tensor) -> torch.Tensor:
+def risky_rows(lse: torch.Tensor, lse_read: torch.Tensor) -> torch.Tensor:
     """[n, 3] int64 (batch, head, row): those of each head that read the least of their mass, looked at or not."""
     read = (lse_read - lse).nan_to_num(0.0)  # rows without keys: -inf - -inf
     rows = read.topk(min(RISKY_ROWS, lse.shape[2]), dim=2, largest=False).indices

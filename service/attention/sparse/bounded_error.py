@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 
 import torch
 
@@ -19,14 +20,15 @@ from service.attention.inputs import AttentionInputs
 from service.attention.masks import MaskSpec
 from service.attention.output import DEFAULT_SCORING, AttentionOutput, Checkpoint, Scoring
 from service.attention.segments import Segment, join, split
-from service.attention.sparse import attend as sparse
 from service.attention.sparse.audit import measure
 from service.attention.sparse.certificate import unread_mass
-from service.attention.sparse.selection import Selection, SelectionSettings, select
+from service.attention.sparse.segment_plan import SegmentPlan, SegmentPlanner
+from service.attention.sparse.selection import Selection, SelectionSettings
 from service.core.answer import ErrorReport
 from service.core.plan import PlanKind
 
 REPAIRED = 0.5  # of max_error: what is aimed at by replacing heads
+NEXT_AIM = 0.7  # of what would have been within the bound
 RETRY_WITHIN = 5.0  # times max_error: further off, a tighter epsilon would not be enough
 
 
@@ -82,13 +84,13 @@ def attend_with_error_bound(
     Raises:
         ValueError: cu_seqlens of the mask do not cover the rows and keys.
     """
-    run = _BoundedRun(AttentionInputs(query, key, value, mask, scoring), split(query, key, value, mask), checkpoint)
+    inputs, segments = AttentionInputs(query, key, value, mask, scoring), split(query, key, value, mask)
+    run = _BoundedRun(inputs, segments, checkpoint, SegmentPlanner(checkpoint))
     epsilon, pairs, history, rejected = bound.epsilon, 0, "", ErrorReport()
     for is_retry in (False, True):
         attempt = run.attempt(epsilon, bound)
-        if isinstance(attempt, float):
-            reason = f"predicted density {attempt:.2f} > {bound.max_density:g} with epsilon {epsilon:.2g}"
-            return run.exact(bound.exact_kind, rejected, pairs, history + reason)
+        if isinstance(attempt, str):
+            return run.exact(bound.exact_kind, rejected, pairs, history + attempt)
         pairs += attempt.pairs
         # no more than two looks: each may be lucky
         repaired = run.repaired(attempt, bound) if attempt.upper > bound.max_error and not is_retry else None
@@ -110,7 +112,7 @@ def attend_with_error_bound(
         del attempt, repaired  # their memory is needed
         if is_last:
             break
-        epsilon *= tighter(upper / bound.max_error)
+        epsilon *= run.tighter(upper / bound.max_error)
     return run.exact(bound.exact_kind, rejected, pairs, f"{history}recomputed exactly")
 
 
@@ -139,38 +141,64 @@ class _BoundedRun:
     inputs: AttentionInputs
     segments: Sequence[Segment]
     checkpoint: Checkpoint | None
+    planner: SegmentPlanner
+
+    def tighter(self, excess: float) -> float:
+        """The factor on epsilon after an error so many times too large."""
+        return NEXT_AIM / excess if self.planner.prepared else tighter(excess)
 
     def exact(self, kind: PlanKind, error: ErrorReport, pairs: int, reason: str) -> BoundedErrorOutput:
         """Exact attention, after sparse attempts that scored `pairs`."""
-        tensors, mask = self.inputs.tensors, self.inputs.mask
-        output = attend(*tensors, kind, mask, scoring=self.inputs.scoring, checkpoint=self.checkpoint)
+        output = self._exact(self.inputs, kind)
         pairs += sum(segment.visible_pairs for segment in self.segments)
         return BoundedErrorOutput(output.out, output.lse, error, kind, None, None, pairs, reason)
 
-    def attempt(self, epsilon: float, bound: ErrorBound) -> _SparseAttempt | float:
-        """A sparse output and its audit, or the predicted density if it is over the limit."""
-        settings = SelectionSettings(bound.block_size, epsilon, bound.max_density)
-        selections = {id(segment): self._select(segment, settings) for segment in self.segments if segment.has_keys}
-        visible = sum(selection.visible for selection in selections.values())
-        density = sum(selection.pairs for selection in selections.values()) / max(1, visible)
-        if bound.max_density is not None and density > bound.max_density:
-            return density
+    def attempt(self, epsilon: float, bound: ErrorBound) -> _SparseAttempt | str:
+        """A sparse output and its audit, or why it would not pay."""
+        planned = {id(segment): self._plan(segment, epsilon, bound) for segment in self.segments if segment.has_keys}
+        visible = sum(plan.visible for plan in planned.values())
+        density = sum(plan.pairs for plan in planned.values()) / max(1, visible)
+        pays = any(plan.pays for plan in planned.values())
+        if bound.max_density is not None and density > bound.max_density and not pays:
+            return f"predicted density {density:.2f} > {bound.max_density:g} with epsilon {epsilon:.2g}"
         parts: list[tuple[Segment, Selection, AttentionOutput]] = []
 
         def run(segment: Segment) -> AttentionOutput:
-            selection = selections[id(segment)]
-            output = self._attend(segment, selection, bound.exact_kind)
-            if bound.needs_certificate:  # else its memory is needed
-                parts.append((segment, selection, output))
+            plan = planned[id(segment)]
+            inputs = self._inputs(segment)
+            if plan.run is None:
+                return replace(self._exact(inputs, bound.exact_kind), pairs_scored=plan.visible)
+            output = plan.run()
+            for b in sorted({sequence for sequence, _ in plan.exact}):
+                heads = sorted(head for sequence, head in plan.exact if sequence == b)
+                pairs = _fill(output, inputs, slice(b, b + 1), heads, bound.exact_kind, self.checkpoint)
+                if plan.selection is None:  # else counted as what it reads
+                    output = replace(output, pairs_scored=(output.pairs_scored or 0) + pairs)
+            if bound.needs_certificate and plan.selection is not None:  # else its memory is needed
+                parts.append((segment, plan.selection, output))
             return output
 
         output = join(self.inputs.query, self.inputs.value, self.segments, run)
         attempt = self._audited(output, bound, bound.seed)
         if bound.needs_certificate and attempt.upper <= bound.max_error:
             attempt = replace(attempt, error=replace(attempt.error, certified_unread=self._certify(parts)))
-        exact = frozenset(head for selection in selections.values() for _, head in selection.exact)
-        reason = f"{_heads(exact)} exact: over density {bound.max_density:g}" if exact else ""
+        exact = frozenset(head for plan in planned.values() for _, head in plan.exact)
+        reasons = sorted({plan.reason for plan in planned.values() if plan.exact})
+        reason = f"{_heads(exact)} exact: {', '.join(reasons)}" if exact else ""
         return replace(attempt, exact=exact, reason=reason)
+
+    def _plan(self, segment: Segment, epsilon: float, bound: ErrorBound) -> SegmentPlan:
+        inputs, settings = self._inputs(segment), SelectionSettings(bound.block_size, epsilon, bound.max_density)
+        if bound.needs_certificate:  # that is about blocks
+            return self.planner.by_blocks(inputs, settings)
+        return self.planner.plan(segment, inputs, settings, bound.max_error, epsilon / bound.epsilon)
+
+    def _exact(self, inputs: AttentionInputs, kind: PlanKind) -> AttentionOutput:
+        scoring, checkpoint = inputs.scoring, self.checkpoint
+        return attend(*inputs.tensors, kind, inputs.mask, scoring=scoring, checkpoint=checkpoint)
+
+    def _inputs(self, segment: Segment) -> AttentionInputs:
+        return AttentionInputs(*segment.tensors, segment.mask, self.inputs.scoring)
 
     def repaired(self, attempt: _SparseAttempt, bound: ErrorBound) -> _SparseAttempt | None:
         """`attempt` with its worst heads replaced by exact attention and audited anew, on other rows: heads were chosen
@@ -193,23 +221,13 @@ class _BoundedRun:
         return replace(again, reason="; ".join(filter(None, (attempt.reason, reason))))
 
     def _audited(self, output: AttentionOutput, bound: ErrorBound, seed: int) -> _SparseAttempt:
-        audited = measure(self.inputs, output, rows=bound.audit_rows, seed=seed, checkpoint=self.checkpoint)
+        rows = bound.audit_rows
+        if self.planner.prepared:  # few rows that are far off would hide from few that are drawn
+            rows = max(rows, isqrt(2 * self.inputs.query.shape[2]))
+        audited = measure(self.inputs, output, rows=rows, seed=seed, checkpoint=self.checkpoint)
         error = audited.report
         upper = max(error.relative_l2_upper, error.lse_error) if bound.needs_lse else error.relative_l2_upper
         return _SparseAttempt(output, error, upper, (output.pairs_scored or 0) + audited.pairs, audited.head_errors)
-
-    def _select(self, segment: Segment, settings: SelectionSettings) -> Selection:
-        scoring, checkpoint = self.inputs.scoring, self.checkpoint
-        return select(*segment.tensors, segment.mask, settings, scoring=scoring, checkpoint=checkpoint)
-
-    def _attend(self, segment: Segment, selection: Selection, exact_kind: PlanKind) -> AttentionOutput:
-        scoring, checkpoint = self.inputs.scoring, self.checkpoint
-        output = sparse.attend(*segment.tensors, segment.mask, selection, scoring=scoring, checkpoint=checkpoint)
-        inputs = AttentionInputs(*segment.tensors, segment.mask, scoring)
-        for b in sorted({sequence for sequence, _ in selection.exact}):
-            heads = sorted(head for sequence, head in selection.exact if sequence == b)
-            _fill(output, inputs, slice(b, b + 1), heads, exact_kind, checkpoint)
-        return output
 
     def _certify(self, parts: Sequence[tuple[Segment, Selection, AttentionOutput]]) -> float | None:
         """The largest share of mass that any row of any segment can have left unread; None if it is not proven."""

@@ -21,6 +21,7 @@ import torch
 
 from service.attention import DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON
 from service.attention.geometry import ESTIMATE_TILE_BYTES, SAMPLE_STRIDE
+from service.attention.inputs import AttentionInputs
 from service.attention.masks import MaskSpec, as_bias, bias_at, cut, four
 from service.attention.output import DEFAULT_SCORING, Checkpoint, Scoring, no_checkpoint
 from service.attention.scores import LOG2_E, Scratch, cap, fitting
@@ -114,6 +115,19 @@ def select(
         pairs += read_pairs(layout, keep[b, h]) + summarized_pairs(layout, keep[b, h], own, parts)
     visible = batch * heads * of_head
     return Selection(layout, keep, moments, summarized, by_row, pairs, visible, frozenset(exact))
+
+
+def predicted_density(inputs: AttentionInputs, settings: SelectionSettings) -> float:
+    """Share of the visible blocks that one head would read; of the first sequence, without an attn_mask."""
+    query, key, value = inputs.tensors
+    layout = layout_of(inputs.mask, query.shape[2], key.shape[2], settings.block_size, query.device)
+    scratch, h = Scratch(query.device), key.shape[1] // 2
+    keys, values = scratch.float32("keys", key[0, h]), scratch.float32("values", value[0, h])
+    own = moments_of(keys, values, None, settings.block_size, no_checkpoint)
+    selector = BlockSelector(layout, own, None, (0, h), settings.epsilon, inputs.scoring.softcap, scratch)
+    bits = inputs.scoring.scale_for(query.shape[3]) * LOG2_E
+    q = scratch.float32("query", query[0, h * query.shape[1] // key.shape[1]]).mul_(bits)
+    return selector.predicted_density(q, keys, values)
 
 
 def read_pairs(layout: Layout, keep: torch.Tensor) -> int:
