@@ -17,7 +17,9 @@ from service.attention.sparse.by_leaf import LeafAttention, tiles_of
 from service.attention.sparse.selection import Selection, SelectionSettings, predicted_density, select
 
 BLOCKS_UP_TO = 0.2  # density: below, keys that are alike are neighbours already, and need no order
-AIM = 0.7  # of max_error: what leaves are chosen for; the audit's upper limit must fit beside it
+# of max_error: what leaves are chosen for. The audit's upper limit must fit beside it, and of a long input the pilot
+# sees a smaller share. Measured on a real model's layers: loadtests/results/real-attention-*.json
+AIM, LONG_AIM, LONG = 0.7, 0.5, 2**14
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +45,19 @@ class SegmentPlanner:
     def plan(
         self, segment: Segment, inputs: AttentionInputs, settings: SelectionSettings, max_error: float, tightness: float
     ) -> SegmentPlan:
-        """By leaves for max_error * AIM * tightness, or by blocks with the settings. `inputs` are the segment's."""
-        visible = segment.visible_pairs
+        """By leaves for max_error, times tightness, or by blocks with the settings. `inputs` are the segment's."""
+        visible, aim = segment.visible_pairs, max_error * (AIM if segment.key.shape[2] < LONG else LONG_AIM)
         if id(segment) not in self.prepared:
             parts = tiles_of(inputs)
             if not parts or predicted_density(inputs, settings) <= BLOCKS_UP_TO:
                 return self.by_blocks(inputs, settings)
             pause = self.checkpoint or no_checkpoint
-            prepared = LeafAttention.of(inputs, parts, AIM * max_error, settings.max_density, pause)
+            prepared = LeafAttention.of(inputs, parts, aim, settings.max_density, pause)
             if prepared is None:
                 return SegmentPlan(visible, visible)
             self.prepared[id(segment)] = prepared
         leaves = self.prepared[id(segment)]
-        choices = leaves.choose(AIM * max_error * tightness, settings.max_density)
+        choices = leaves.choose(aim * tightness, settings.max_density)
         heads = inputs.query.shape[1]
         exact = frozenset(divmod(head, heads) for head, choice in enumerate(choices) if choice is None)
         share = sum(1.0 if choice is None else choice.share for choice in choices) / len(choices)
