@@ -45,6 +45,21 @@ def attend(
     return join(query, value, split(query, key, value, mask), run)
 
 
+def clustered(
+    query_length: int = 700, key_length: int = 700, *, batch: int = 1, seed: int = 0, dim: int = 32
+) -> Tensors:
+    """Eight topics that come in any order, as words do: keys that are alike are no neighbours."""
+    draw = torch.Generator().manual_seed(seed)
+    topics = torch.randn(8, dim, generator=draw)
+    asked = torch.randint(8, (batch, 4, query_length), generator=draw)
+    given = torch.randint(8, (batch, 2, key_length), generator=draw)
+
+    def around(of: torch.Tensor, noise: float) -> torch.Tensor:
+        return topics[of] + noise * torch.randn(*of.shape, dim, generator=draw)
+
+    return around(asked, 0.3), around(given, 0.3), around(given, 1.0)
+
+
 def assert_within_budget(
     output: AttentionOutput,
     query: torch.Tensor,

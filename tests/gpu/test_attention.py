@@ -12,6 +12,7 @@ from service.attention.synthetic import InputShape, diffuse, structured
 from service.core.plan import PlanKind
 
 from ..attention.helpers import attend as attend_with
+from ..attention.helpers import clustered
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,3 +68,15 @@ def test_sparse_answers_are_measured(mask):
     assert checked.kind is PlanKind.SPARSE
     error = float((checked.out.float() - exact.out.float()).norm() / exact.out.float().norm())
     assert error <= checked.error.relative_l2_upper <= 0.02
+
+
+def test_leaves_are_read_on_the_gpu_as_on_the_cpu():
+    tensors = clustered(8192, 8192, dim=64)
+    bound = ErrorBound(0.1, PlanKind.DENSE, max_density=None)
+    mask = MaskSpec(is_causal=True)
+    checked = attend_with_error_bound(*(x.cuda() for x in tensors), mask, bound)
+    exact = attend(*tensors, PlanKind.DENSE, mask)
+    assert checked.kind is PlanKind.SPARSE
+    error = float((checked.out.cpu() - exact.out).norm() / exact.out.norm())
+    assert error <= checked.error.relative_l2_upper <= 0.1
+    assert checked.density == pytest.approx(attend_with_error_bound(*tensors, mask, bound).density, abs=0.05)

@@ -6,8 +6,8 @@ a leaf's mass is estimated from its centre and one variance, and both from one m
 log2 of the mean weight of n keys around c, at a query q in bits, is q.c + |q|^2 ln(2) variance / 2.
 
 Keys stay in their segment, so that what rows see of them is a range of whole segments; inside it they are ordered by
-balanced splits along the axis on which they vary most. The keys farthest from the
-middle of their leaf are kept apart: all rows read them.
+balanced splits along the axis on which they vary most. The keys farthest from the middle of their leaf are kept apart:
+all rows read them.
 """
 
 from __future__ import annotations
