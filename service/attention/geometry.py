@@ -26,6 +26,7 @@ SPARSE_TILE_BYTES = 4 * 2**20  # of one tile of scores: read four times, so it s
 ESTIMATE_TILE_BYTES = 2 * 2**20  # of one tile of estimates: read twenty times, so it should stay in the cache
 MOMENTS_BYTES = 2 * 2**20  # of keys at a time: read ten times, so they should stay in the cache
 
+PILOT_ROWS, PILOT_TILES = 16, 8  # of a tile's block; at most
 LEAF_BYTES = 2 * 2**30  # of all that leaves keep; larger inputs are read by blocks, one head at a time
 LEAF_TILE_BYTES = 8 * 2**20  # of the masses of a tile's leaves
 
@@ -45,6 +46,12 @@ def leaf_shape(key_length: int) -> LeafShape:
     return LeafShape(1024, 32 if key_length < 2**17 else 64, 256)
 
 
-def leaf_bytes(rows: int, keys: int, head_dim: int, value_dim: int) -> int:
-    """What sparse attention by leaves keeps of rows and keys of all heads: mapped queries, outputs, keys and values."""
-    return 4 * (rows * (head_dim + 2 * value_dim + 6) + keys * (head_dim + value_dim + 4))
+def leaf_bytes(shape: tuple[int, int, int, int, int], head_dim: int, value_dim: int) -> int:
+    """What sparse attention by leaves keeps of [B, Hq, Hkv, Lq, Lk]: mapped queries, outputs, keys and values of all
+    heads, and of one group of heads what its pilot and a block of rows need."""
+    batch, heads, kv_heads, rows, keys = shape
+    kept = batch * heads * rows * (head_dim + 2 * value_dim + 6) + batch * kv_heads * keys * (head_dim + value_dim + 4)
+    leaves = leaf_shape(keys)
+    group = heads // kv_heads * keys
+    pilot = group * PILOT_ROWS + group // leaves.size * (PILOT_TILES * PILOT_ROWS * value_dim + 2 * leaves.rows)
+    return 4 * (kept + pilot)

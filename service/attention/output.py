@@ -36,8 +36,8 @@ class AttentionOutput:
 
     out: torch.Tensor
     lse: torch.Tensor  # float64 if the query is float64 (tests only)
-    density: float | None = None  # pairs_scored / visible pairs
-    pairs_scored: int | None = None  # visible pairs of the selected blocks and the outlier columns, over all heads
+    density: float | None = None  # pairs_scored / visible pairs; heads left to the caller count as read
+    pairs_scored: int | None = None  # visible pairs that were read, and one for each centroid, over all heads
     risky_rows: torch.Tensor | None = None  # [n, 3] int64 (batch, head, row): rows with the least mass read
     lse_read: torch.Tensor | None = None  # like lse, over the keys that were read; the rest of lse is estimated
 

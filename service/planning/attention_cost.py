@@ -249,6 +249,6 @@ def _scratch_bytes(kind: PlanKind, shape: AttentionShape, options: AttentionOpti
             # four rows of moments for each block of every key head
             moments = 4 * shape.batch * shape.heads * blocks * (3 * shape.head_dim + shape.value_dim)
             by_blocks = 6 * head + kept + moments
-            keys = shape.batch * shape.kv_heads * shape.key_length
-            by_leaves = leaf_bytes(_query_rows(shape), keys, shape.head_dim, shape.value_dim)
-            return SPARSE_SCRATCH_BYTES + max(by_blocks, by_leaves if by_leaves <= LEAF_BYTES else 0)
+            sizes = shape.batch, shape.heads, shape.kv_heads, shape.query_length, shape.key_length
+            by_leaves = min(LEAF_BYTES, leaf_bytes(sizes, shape.head_dim, shape.value_dim))
+            return SPARSE_SCRATCH_BYTES + max(by_blocks, by_leaves)

@@ -195,9 +195,10 @@ def test_leaves_are_for_long_plain_inputs_within_memory(monkeypatch):
     assert not tiles_of(AttentionInputs(*tensors, replace(CAUSAL, attn_mask=torch.ones(700, dtype=torch.bool))))
     assert not tiles_of(AttentionInputs(*clustered(400, 400), CAUSAL))
     assert not tiles_of(AttentionInputs(*tensors, MaskSpec(is_causal=True, window=(60, -1))))
-    monkeypatch.setattr(by_leaf, "LEAF_BYTES", leaf_bytes(4 * 700, 2 * 700, 32, 32) - 1)
+    monkeypatch.setattr(by_leaf, "LEAF_BYTES", by_leaf.bytes_of(AttentionInputs(*tensors, CAUSAL)) - 1)
     assert not tiles_of(AttentionInputs(*tensors, CAUSAL))
-    assert leaf_bytes(9 * 2**16, 3 * 2**16, 64, 64) < LEAF_BYTES
+    assert leaf_bytes((1, 9, 3, 2**16, 2**16), 64, 64) < LEAF_BYTES
+    assert leaf_bytes((1, 32, 1, 2**13, 2**20), 128, 128) > LEAF_BYTES  # the pilot of one key head would be 16 GiB
 
 
 def test_shapes_fit_blocks_of_rows():
@@ -212,9 +213,9 @@ def test_diffuse_inputs_are_refused_by_their_first_heads(monkeypatch):
     looked: list[int] = []
     curves = by_leaf.curves
 
-    def counted(group, tiles):
+    def counted(group, tiles, pause):
         looked.append(1)
-        return curves(group, tiles)
+        return curves(group, tiles, pause)
 
     monkeypatch.setattr(by_leaf, "curves", counted)
     draw = torch.Generator().manual_seed(0)
@@ -273,6 +274,41 @@ def test_an_answer_too_far_off_is_tried_again_with_smaller_thresholds(monkeypatc
     checked = attend_with_error_bound(*tensors, CAUSAL, bound)
     assert checked.reason.startswith("measured error ") or "exact: measured error" in checked.reason
     assert relative(checked.out, exact.out) <= max(checked.error.relative_l2_upper, 1e-6) <= 0.08
+
+
+def test_queries_far_longer_than_the_others_keep_their_rows():
+    query, key, value = clustered(1200, 1200)
+    query[:, :, 300::300] *= 40
+    exact = attend(query, key, value, PlanKind.DENSE, CAUSAL)
+    output = prepared(AttentionInputs(query, key, value, CAUSAL)).attend([EVERYTHING] * 4, no_checkpoint)
+    torch.testing.assert_close(output.out, exact.out, atol=1e-3, rtol=1e-3)
+
+
+def test_any_strides_are_read():
+    tensors = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in clustered()]
+    exact = attend(*tensors, PlanKind.DENSE, CAUSAL)
+    output = prepared(AttentionInputs(*tensors, CAUSAL)).attend([EVERYTHING] * 4, no_checkpoint)
+    torch.testing.assert_close(output.out, exact.out, atol=1e-4, rtol=1e-4)
+
+
+def test_the_sequences_of_a_call_share_the_memory_of_leaves(monkeypatch):
+    tensors = clustered(1200, 1200, batch=2)
+    mask = MaskSpec(kv_lengths=torch.tensor([1200, 1199]))
+    one = by_leaf.bytes_of(AttentionInputs(*(x[:1] for x in tensors), MaskSpec()))
+    monkeypatch.setattr(segment_plan, "LEAF_BYTES", int(1.5 * one))
+    planner = segment_plan.SegmentPlanner(None)
+    plans = [
+        planner.plan(part, AttentionInputs(*part.tensors, part.mask), SelectionSettings(32, 0.4), 0.05, 1.0)
+        for part in split(*tensors, mask)
+    ]
+    assert [plan.selection is None for plan in plans] == [True, False]
+
+
+def test_one_key_head_is_enough_to_refuse():
+    draw = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 700, 32), (1, 1, 700, 32), (1, 1, 700, 32)
+    inputs = AttentionInputs(*(torch.randn(shape, generator=draw) for shape in shapes), CAUSAL)
+    assert LeafAttention.of(inputs, tiles_of(inputs), 0.01, 0.5, no_checkpoint) is None
 
 
 def test_work_can_be_cancelled_at_every_step():

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from service.attention import reference
 from service.attention.masks import MaskSpec
-from service.attention.sparse import audit, bounded_error
+from service.attention.sparse import audit, segment_plan
 from service.attention.synthetic import InputShape, diffuse, structured
 from service.config import Config
 from service.core.answer import Answer
@@ -373,7 +373,7 @@ def test_usage_of_a_sparse_answer_is_what_was_counted(
     """Kept blocks, outliers and centroids one by one, and the rows of the audit."""
     request = attention(1500, 5, mode="sparse", is_causal=causal, max_error=1.0)
     counted: list[int] = []
-    found_blocks, found_rows = bounded_error.select, audit.attend_rows
+    found_blocks, found_rows = segment_plan.select, audit.attend_rows
 
     def select(*arguments: Any, **more: Any) -> Any:
         found = found_blocks(*arguments, **more)
@@ -397,7 +397,7 @@ def test_usage_of_a_sparse_answer_is_what_was_counted(
         counted.append(int((rows + 1).sum()) if causal else 1500 * rows.numel())
         return found_rows(*arguments, **more)
 
-    monkeypatch.setattr(bounded_error, "select", select)
+    monkeypatch.setattr(segment_plan, "select", select)
     monkeypatch.setattr(audit, "attend_rows", attend_rows)
     answer: Answer = run(engine.submit(request))
     assert answer.plan.kind is PlanKind.SPARSE

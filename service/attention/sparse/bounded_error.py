@@ -79,7 +79,7 @@ def attend_with_error_bound(
 
     Sparse attention is selected, run and audited. Over `bound.max_error`, the heads that are too far off are replaced
     by exact attention and all is audited again; or if these are most heads, all are tried once more with a smaller
-    epsilon. What is over the bound then is replaced altogether.
+    epsilon (by leaves: for a smaller error). What is over the bound then is replaced altogether.
 
     Raises:
         ValueError: cu_seqlens of the mask do not cover the rows and keys.
@@ -149,6 +149,7 @@ class _BoundedRun:
 
     def exact(self, kind: PlanKind, error: ErrorReport, pairs: int, reason: str) -> BoundedErrorOutput:
         """Exact attention, after sparse attempts that scored `pairs`."""
+        self.planner.prepared.clear()  # its memory is needed
         output = self._exact(self.inputs, kind)
         pairs += sum(segment.visible_pairs for segment in self.segments)
         return BoundedErrorOutput(output.out, output.lse, error, kind, None, None, pairs, reason)
@@ -159,7 +160,8 @@ class _BoundedRun:
         visible = sum(plan.visible for plan in planned.values())
         density = sum(plan.pairs for plan in planned.values()) / max(1, visible)
         pays = any(plan.pays for plan in planned.values())
-        if bound.max_density is not None and density > bound.max_density and not pays:
+        is_too_dense = bound.max_density is not None and density > bound.max_density and not pays
+        if is_too_dense or (planned and not any(plan.run for plan in planned.values())):
             return f"predicted density {density:.2f} > {bound.max_density:g} with epsilon {epsilon:.2g}"
         parts: list[tuple[Segment, Selection, AttentionOutput]] = []
 

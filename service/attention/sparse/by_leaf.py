@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import isqrt
 from typing import Self
@@ -26,20 +26,26 @@ from service.attention.sparse.tiles import Tile, tiles
 
 PADDED = 1e4  # log2 of the mass of rows that fill the last block: nothing is left for leaves
 SETTLED = 4  # the square root of the rows, over this: so many are computed exactly, those that read the least
+MOST_RAISED = 4.0  # times the mean square of a head's queries: longer ones raise an estimate no further
 LOOKED_AT = 2  # key heads: if all heads of theirs are diffuse, all are
 FEWEST_TILES = 7  # with keys that are far from all their rows; fewer: too little can be saved
 
 
+def bytes_of(inputs: AttentionInputs) -> int:
+    """What `LeafAttention` keeps."""
+    query, key, value = inputs.tensors
+    return leaf_bytes((*query.shape[:2], *key.shape[1:2], query.shape[2], key.shape[2]), query.shape[3], value.shape[3])
+
+
 def tiles_of(inputs: AttentionInputs) -> list[Tile]:
     """Empty if leaves are of no use: they know neither an attn_mask nor a softcap, and need keys that are far."""
-    query, key, value = inputs.tensors
+    query, key, _ = inputs.tensors
     shape = leaf_shape(key.shape[2])
     if inputs.mask.attn_mask is not None or inputs.scoring.softcap is not None:
         return []
     if min(query.shape[2], key.shape[2]) <= FEWEST_TILES * shape.segment:
         return []
-    rows, keys = query.shape[:3].numel(), key.shape[:3].numel()
-    if leaf_bytes(rows, keys, query.shape[3], value.shape[3]) > LEAF_BYTES:
+    if bytes_of(inputs) > LEAF_BYTES:
         return []
     found = list(tiles(inputs.mask, query.shape[2], key.shape[2], shape, query.device))
     return found if sum(bool(tile.segments) for tile in found) >= FEWEST_TILES else []
@@ -67,7 +73,8 @@ class LeafAttention:
         pause: Checkpoint,
     ) -> Self | None:
         """`parts`: from `tiles_of`. None: the first heads would all be exact, and none of the others is looked at."""
-        query, key, value = inputs.tensors
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs.tensors)
+        inputs = replace(inputs, query=query, key=key, value=value)
         shape = leaf_shape(key.shape[2])
         near = _Near.of(inputs, -(-query.shape[2] // shape.rows) * shape.rows)
         first = pilots(parts)
@@ -82,10 +89,11 @@ class LeafAttention:
             leaves = leaves_of(rows, key[b, h].float(), value[b, h].float(), shape, pause)
             mapped = pad(rows, (0, 0, 0, near.mass.shape[2] - rows.shape[1])) @ leaves.to_queries
             square = mapped.square().sum(2, keepdim=True)
+            square.clamp_(max=MOST_RAISED * square.mean(1, keepdim=True))
             groups.append(KeyGroup(leaves, mapped, square, near.out[b, own], near.mass[b, own], scratch))
-            pause()
-            found += curves(groups[-1], first)
-            if len(groups) == LOOKED_AT and not any(choose(found, max_error, max_density)):
+            found += curves(groups[-1], first, pause)
+            is_enough = len(groups) == min(LOOKED_AT, query.shape[0] * key.shape[1])
+            if is_enough and not any(choose(found, max_error, max_density)):
                 return None
         near.fill(inputs, [tile for tile in parts if tile not in first], pause)
         seen = sum(int((tile.bounds[1] - tile.bounds[0]).sum()) for tile in parts)
@@ -113,9 +121,9 @@ class LeafAttention:
         missing = [head for head, choice in enumerate(choices) if choice is None]
         out.flatten(0, 1)[missing] = 0
         lse, read = lse / LOG2_E, read / LOG2_E
-        pairs += self._settle(out, lse, read, pause)
+        pairs += self._settle(out, lse, read, pause) * (len(choices) - len(missing)) // len(choices)
         visible = self.inputs.mask.visible_pairs(length, self.inputs.key.shape[2])
-        density = (pairs + len(missing) * visible) / max(1, batch * heads * visible)
+        density = min(1.0, (pairs + len(missing) * visible) / max(1, batch * heads * visible))
         return AttentionOutput(out.to(self.inputs.query.dtype), lse, density, pairs, risky_rows(lse, read), read)
 
     def _far(
@@ -140,9 +148,13 @@ class LeafAttention:
         return pairs
 
     def _settle(self, out: torch.Tensor, lse: torch.Tensor, read: torch.Tensor, pause: Checkpoint) -> int:
-        """Computes the rows of each head that read the least of their mass exactly. Returns the pairs scored."""
+        """Computes the rows of each head that read the least of their mass exactly. Returns the pairs scored.
+
+        Rows that are no numbers come first: a query far longer than the others can lose all its mass to an estimate.
+        """
+        lost = out.isnan().any(3)
         count, pairs = min(out.shape[2], isqrt(out.shape[2]) // SETTLED + 1), 0
-        index = (read - lse).nan_to_num(0.0).topk(count, dim=2, largest=False).indices
+        index = (read - lse).nan_to_num(0.0).masked_fill_(lost, -torch.inf).topk(count, dim=2, largest=False).indices
         for b in range(len(out)):
             rows = RowSet(b, index[b])
             exact, exact_lse = attend_rows(self.inputs, rows, checkpoint=pause)
@@ -174,12 +186,14 @@ class _Near:
         query, key, value = inputs.tensors
         scale = inputs.scoring.scale_for(query.shape[3])
         for tile in parts:
-            pause()
             lo, hi = tile.bounds
-            rows, own = query[:, :, tile.rows], (slice(None), slice(None), tile.rows)
-            for index, keys in enumerate(tile.near):
-                size = keys.stop - keys.start
-                bounds = (lo - keys.start).clamp(0, size), (hi - keys.start).clamp(0, size)
-                part = dense.attend_between(rows, key[:, :, keys], value[:, :, keys], bounds, scale)
-                self.out[own], self.mass[own] = merge(self.out[own], self.mass[own], *part) if index else part
-            self.mass[own] *= LOG2_E
+            for b in range(len(query)):
+                pause()
+                one = slice(b, b + 1)
+                own = one, slice(None), tile.rows
+                for index, keys in enumerate(tile.near):
+                    size = keys.stop - keys.start
+                    bounds = (lo - keys.start).clamp(0, size), (hi - keys.start).clamp(0, size)
+                    part = dense.attend_between(query[own], key[one, :, keys], value[one, :, keys], bounds, scale)
+                    self.out[own], self.mass[own] = merge(self.out[own], self.mass[own], *part) if index else part
+                self.mass[own] *= LOG2_E

@@ -56,7 +56,7 @@ class KeyGroup:
 
     leaves: Leaves
     query: torch.Tensor  # [g, Lp, D], mapped, in bits
-    square: torch.Tensor  # [g, Lp, 1]: |q|^2
+    square: torch.Tensor  # [g, Lp, 1]: |q|^2; of outsized queries less
     near: torch.Tensor  # [g, Lp, Dv]: output of the keys that only some rows of a tile see
     near_mass: torch.Tensor  # [g, Lp], log2
     scratch: Scratch
@@ -126,7 +126,8 @@ class KeyGroup:
         """Whole blocks of rows that see the same segments; faith and threshold [g]."""
         masses = self.masses(rows, segments, faith)
         count = rows.stop - rows.start
-        keep = self.risks(rows, masses) > threshold.repeat_interleave(count // self.block)[:, None]
+        # written so that NaN is read
+        keep = ~(self.risks(rows, masses) <= threshold.repeat_interleave(count // self.block)[:, None])
         blocks, width = keep.shape
         keep[:: count // self.block, -1] = True  # the keys just before the first rows
         masses.estimate.view(blocks, self.block, width).mul_((~keep).to(masses.estimate.dtype)[:, None])

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from service.attention.geometry import LeafShape
 from service.attention.output import Checkpoint
 
-HIDDEN = -1e4  # log2 of the weight of what is not there; finite, so that no difference is NaN
+HIDDEN = -1e30  # log2 of the weight of what is not there; finite, so that no difference is NaN
 ORDER_AXES = 16  # main axes of the keys that the order looks at
 POWER_STEPS = 2
 QUERY_STRIDE = 4  # queries that the map is made from
@@ -99,7 +99,7 @@ def leaves_of(
 def _maps(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """query [n, D] -> [D, D] for queries and [D, D] for keys; their product is the identity."""
     query = query / query.abs().amax().clamp(min=TINY)  # however large or small
-    squares, axes = torch.linalg.eigh(query.T @ query / len(query))
+    squares, axes = torch.linalg.eigh((query.T @ query / len(query)).nan_to_num())
     squares = squares.clamp(min=max(float(squares[-1]) * SMALLEST_AXIS, TINY))
     factor = (squares / squares.mean()) ** (MAPPED / 2)
     return (axes / factor) @ axes.T, (axes * factor) @ axes.T
@@ -118,7 +118,7 @@ def ordered(key: torch.Tensor, shape: LeafShape, pause: Checkpoint) -> torch.Ten
     """
     middle = key - key.mean(0)
     middle /= middle.abs().amax().clamp(min=TINY)
-    axes = torch.linalg.eigh(middle.T @ middle)[1][:, -ORDER_AXES:]
+    axes = torch.linalg.eigh((middle.T @ middle).nan_to_num())[1][:, -ORDER_AXES:]
     rows = middle @ axes
     nodes = torch.arange(len(key), device=key.device).view(-1, shape.segment)
     last = shape.segment - shape.size

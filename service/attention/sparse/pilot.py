@@ -13,13 +13,14 @@ from math import inf
 
 import torch
 
+from service.attention.geometry import PILOT_ROWS, PILOT_TILES
+from service.attention.output import Checkpoint
 from service.attention.sparse.key_group import KeyGroup
 from service.attention.sparse.tiles import Tile
 
 SHARES = (0.0, 0.001, 0.002, 0.004, 0.007, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4)
 FAITHS = (1.0, 0.5)  # in a leaf's variance: how much of it raises the leaf's estimated mass
-PILOT_ROWS = 16  # of a tile's block
-FEWEST, MOST = 4, 8  # tiles
+FEWEST = 4  # tiles
 BISECTIONS = 60
 TAIL = 1.0  # of the largest error of a head's rows, added to their sum: what few rows show of many is too little
 # of a head, relative to exact attention: scoring all leaves, and reading a key
@@ -44,9 +45,12 @@ class Curve:
     norm: float  # the same of the exact output
 
 
-def curves(group: KeyGroup, tiles: Sequence[Tile]) -> list[Curve]:
+def curves(group: KeyGroup, tiles: Sequence[Tile], pause: Checkpoint) -> list[Curve]:
     """Of each head of a group. `tiles`: some of those with segments, evenly spread."""
-    blocks = [_Block.of(group, tile) for tile in tiles]
+    blocks = []
+    for tile in tiles:
+        pause()
+        blocks.append(_Block.of(group, tile))
     norms = torch.stack([block.norm for block in blocks]).sum(0).tolist()
     choices: list[list[Choice]] = [[] for _ in range(group.heads)]
     errors: list[list[float]] = [[] for _ in range(group.heads)]
@@ -54,6 +58,7 @@ def curves(group: KeyGroup, tiles: Sequence[Tile]) -> list[Curve]:
         pooled = torch.cat([block.risks[index] for block in blocks], 1).sort(1, descending=True).values
         at = torch.tensor([min(int(share * pooled.shape[1]), pooled.shape[1] - 1) for share in SHARES])
         thresholds = pooled[:, at.to(pooled.device)]  # [g, shares]
+        pause()
         error = torch.cat([block.errors(index, thresholds) for block in blocks], 2)
         error = error.sum(2) + TAIL * error.amax(2)
         for head in range(group.heads):
@@ -124,7 +129,7 @@ class _Block:
 def pilots(tiles: Sequence[Tile]) -> list[Tile]:
     """Some of the tiles with segments, evenly spread."""
     far = [tile for tile in tiles if tile.segments]
-    count = min(len(far), max(FEWEST, min(MOST, len(far) // 4)))
+    count = min(len(far), max(FEWEST, min(PILOT_TILES, len(far) // 4)))
     return [far[int((at + 0.5) * len(far) / count)] for at in range(count)]
 
 

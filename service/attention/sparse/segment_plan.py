@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from service.attention.geometry import LEAF_BYTES
 from service.attention.inputs import AttentionInputs
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
 from service.attention.segments import Segment
 from service.attention.sparse import attend as sparse
-from service.attention.sparse.by_leaf import LeafAttention, tiles_of
+from service.attention.sparse.by_leaf import LeafAttention, bytes_of, tiles_of
 from service.attention.sparse.selection import Selection, SelectionSettings, predicted_density, select
 
 BLOCKS_UP_TO = 0.2  # density: below, keys that are alike are neighbours already, and need no order
@@ -48,10 +49,11 @@ class SegmentPlanner:
         """By leaves for max_error, times tightness, or by blocks with the settings. `inputs` are the segment's."""
         visible, aim = segment.visible_pairs, max_error * (AIM if segment.key.shape[2] < LONG else LONG_AIM)
         if id(segment) not in self.prepared:
-            parts = tiles_of(inputs)
-            if not parts or predicted_density(inputs, settings) <= BLOCKS_UP_TO:
-                return self.by_blocks(inputs, settings)
             pause = self.checkpoint or no_checkpoint
+            held = sum(bytes_of(leaves.inputs) for leaves in self.prepared.values())
+            parts = tiles_of(inputs) if held + bytes_of(inputs) <= LEAF_BYTES else []
+            if not parts or predicted_density(inputs, settings, pause) <= BLOCKS_UP_TO:
+                return self.by_blocks(inputs, settings)
             prepared = LeafAttention.of(inputs, parts, aim, settings.max_density, pause)
             if prepared is None:
                 return SegmentPlan(visible, visible)

@@ -117,13 +117,13 @@ def select(
     return Selection(layout, keep, moments, summarized, by_row, pairs, visible, frozenset(exact))
 
 
-def predicted_density(inputs: AttentionInputs, settings: SelectionSettings) -> float:
+def predicted_density(inputs: AttentionInputs, settings: SelectionSettings, pause: Checkpoint) -> float:
     """Share of the visible blocks that one head would read; of the first sequence, without an attn_mask."""
     query, key, value = inputs.tensors
     layout = layout_of(inputs.mask, query.shape[2], key.shape[2], settings.block_size, query.device)
     scratch, h = Scratch(query.device), key.shape[1] // 2
     keys, values = scratch.float32("keys", key[0, h]), scratch.float32("values", value[0, h])
-    own = moments_of(keys, values, None, settings.block_size, no_checkpoint)
+    own = moments_of(keys, values, None, settings.block_size, pause)
     selector = BlockSelector(layout, own, None, (0, h), settings.epsilon, inputs.scoring.softcap, scratch)
     bits = inputs.scoring.scale_for(query.shape[3]) * LOG2_E
     q = scratch.float32("query", query[0, h * query.shape[1] // key.shape[1]]).mul_(bits)
