@@ -295,7 +295,7 @@ def test_the_sequences_of_a_call_share_the_memory_of_leaves(monkeypatch):
     tensors = clustered(1200, 1200, batch=2)
     mask = MaskSpec(kv_lengths=torch.tensor([1200, 1199]))
     one = by_leaf.bytes_of(AttentionInputs(*(x[:1] for x in tensors), MaskSpec()))
-    monkeypatch.setattr(segment_plan, "LEAF_BYTES", int(1.5 * one))
+    monkeypatch.setattr(by_leaf, "LEAF_BYTES", int(1.5 * one))
     planner = segment_plan.SegmentPlanner(None)
     plans = [
         planner.plan(part, AttentionInputs(*part.tensors, part.mask), SelectionSettings(32, 0.4), 0.05, 1.0)

@@ -26,7 +26,7 @@ from service.attention.sparse.tiles import Tile, tiles
 
 PADDED = 1e4  # log2 of the mass of rows that fill the last block: nothing is left for leaves
 SETTLED = 4  # the square root of the rows, over this: so many are computed exactly, those that read the least
-MOST_RAISED = 4.0  # times the mean square of a head's queries: longer ones raise an estimate no further
+LARGEST_SQUARE = 4.0  # times the mean of a head's queries: longer ones raise an estimate no further
 LOOKED_AT = 2  # key heads: if all heads of theirs are diffuse, all are
 FEWEST_TILES = 7  # with keys that are far from all their rows; fewer: too little can be saved
 
@@ -37,15 +37,16 @@ def bytes_of(inputs: AttentionInputs) -> int:
     return leaf_bytes((*query.shape[:2], *key.shape[1:2], query.shape[2], key.shape[2]), query.shape[3], value.shape[3])
 
 
-def tiles_of(inputs: AttentionInputs) -> list[Tile]:
-    """Empty if leaves are of no use: they know neither an attn_mask nor a softcap, and need keys that are far."""
+def tiles_of(inputs: AttentionInputs, held: int = 0) -> list[Tile]:
+    """Empty if leaves are of no use: they know neither an attn_mask nor a softcap, and need keys that are far; or if
+    they would need more memory than there is beside the bytes that are held."""
     query, key, _ = inputs.tensors
     shape = leaf_shape(key.shape[2])
     if inputs.mask.attn_mask is not None or inputs.scoring.softcap is not None:
         return []
     if min(query.shape[2], key.shape[2]) <= FEWEST_TILES * shape.segment:
         return []
-    if bytes_of(inputs) > LEAF_BYTES:
+    if held + bytes_of(inputs) > LEAF_BYTES:
         return []
     found = list(tiles(inputs.mask, query.shape[2], key.shape[2], shape, query.device))
     return found if sum(bool(tile.segments) for tile in found) >= FEWEST_TILES else []
@@ -89,7 +90,7 @@ class LeafAttention:
             leaves = leaves_of(rows, key[b, h].float(), value[b, h].float(), shape, pause)
             mapped = pad(rows, (0, 0, 0, near.mass.shape[2] - rows.shape[1])) @ leaves.to_queries
             square = mapped.square().sum(2, keepdim=True)
-            square.clamp_(max=MOST_RAISED * square.mean(1, keepdim=True))
+            square.clamp_(max=LARGEST_SQUARE * square.mean(1, keepdim=True))
             groups.append(KeyGroup(leaves, mapped, square, near.out[b, own], near.mass[b, own], scratch))
             found += curves(groups[-1], first, pause)
             is_enough = len(groups) == min(LOOKED_AT, query.shape[0] * key.shape[1])

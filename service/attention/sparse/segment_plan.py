@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.attention.geometry import LEAF_BYTES
 from service.attention.inputs import AttentionInputs
 from service.attention.output import AttentionOutput, Checkpoint, no_checkpoint
 from service.attention.segments import Segment
@@ -51,7 +50,7 @@ class SegmentPlanner:
         if id(segment) not in self.prepared:
             pause = self.checkpoint or no_checkpoint
             held = sum(bytes_of(leaves.inputs) for leaves in self.prepared.values())
-            parts = tiles_of(inputs) if held + bytes_of(inputs) <= LEAF_BYTES else []
+            parts = tiles_of(inputs, held)
             if not parts or predicted_density(inputs, settings, pause) <= BLOCKS_UP_TO:
                 return self.by_blocks(inputs, settings)
             prepared = LeafAttention.of(inputs, parts, aim, settings.max_density, pause)
