@@ -174,7 +174,13 @@ class Config(BaseSettings):
 
     # attention
     block_size: int = Field(128, ge=16, le=1024)
-    max_error: float = Field(0.02, ge=0, le=1, description="Default for requests that do not set it.")
+    max_error: float = Field(0.02, ge=0, le=1, description="Default for attention requests that do not set it.")
+    model_max_error: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Default for forward passes that do not set `max_error`: of their last hidden state.",
+    )
     epsilon: float = Field(
         0.4, gt=0, le=1, description="Largest risk of a block that a sparse row does not read, at max_error 0.02."
     )

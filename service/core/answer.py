@@ -22,10 +22,14 @@ class ErrorReport:
     mean share of softmax mass that was read; moments approximate the rest. `lse_error` is the root mean square error
     of the log-sum-exp, in nats, over the same rows. `fallback`: a sparse answer exceeded the bound and this exact one
     replaced it.
+
+    `scope` says of which output. What is said of a model's last hidden state follows from the errors of its layers and
+    from how far those reach, as measured at load; the fields about rows do not apply to it.
     """
 
     kind: Literal["exact", "measured"] = "exact"
     fallback: bool = False
+    scope: Literal["attention", "worst_layer", "last_hidden_state"] = "attention"
     relative_l2: float = 0.0
     relative_l2_upper: float = 0.0
     row_bound: float = 0.0
@@ -41,11 +45,15 @@ class ErrorReport:
 
 _ERROR_FIELDS = tuple(field.name for field in fields(ErrorReport))
 _EXACT_FIELDS = ("kind", "fallback", "certified_unread", "rejected_relative_l2_upper")
+_STATE_FIELDS = ("kind", "fallback", "scope", "relative_l2", "relative_l2_upper")
 
 
 def error_fields(error: ErrorReport) -> dict[str, Any]:
-    """The fields of `error` by name, as callers see them: unknown ones, and an exact answer's zeros, are left out."""
+    """The fields of `error` by name, as callers see them: unknown ones, an exact answer's zeros, and what does not
+    apply to it are left out."""
     names = _EXACT_FIELDS if error.kind == "exact" else _ERROR_FIELDS
+    if error.kind != "exact" and error.scope == "last_hidden_state":
+        names = _STATE_FIELDS
     return {name: value for name in names if (value := getattr(error, name)) is not None}
 
 

@@ -62,4 +62,5 @@ class ModelInfo:
     default_prompt: str | None = None
     task_attention: tuple[LayerKind, ...] | None = None  # for the model's own task; None: `attention`
     position_bias: bool = False  # adds a bias for every pair of positions, with quadratic memory (T5)
+    error_gains: tuple[float, ...] = ()  # of each attention call of a pass; empty: not measured
     smallest_pass_s: float = 0.0  # fixed seconds of a pass: a few tokens through all layers, measured at load

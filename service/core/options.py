@@ -111,8 +111,10 @@ class ForwardOptions(BaseModel):
         ge=0,
         le=1,
         allow_inf_nan=False,
-        description="Largest allowed relative L2 error of any layer's attention output (upper confidence limit of its "
-        "audit); 0 = exact only; default from the service's configuration.",
+        description="Largest allowed relative L2 error of the model's last hidden state: the upper limit that follows "
+        "from the audits of its attention layers and from how far their errors reach, as measured at load (for models "
+        "without that measurement: of any layer's attention output). 0 = exact only; default from the service's "
+        "configuration.",
     )
     layer_errors: bool = Field(False, description="Report plan, density and error of every layer.")
     priority: Priority = Priority.INTERACTIVE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,6 @@ from service.errors import FarsightError, Kind
 from service.telemetry.request_record import RequestRecord
 
 if TYPE_CHECKING:
-    import torch
-
     from service.billing.metering import Accepted
 
 
@@ -68,7 +66,7 @@ class Job:
     sink: AnswerSink
     accepted: Accepted | None = None  # None: there is no ledger
     record: RequestRecord | None = None
-    answered: Mapping[str, torch.Tensor] | None = None  # only of an audit: what the request was answered
+    answered: Outcome | None = None  # only of an audit: what the request was answered
     cancelled: bool = False
     has_begun: bool = False  # the device will report its end, even if no caller is left
     failed_as: Kind | None = None  # why its caller has been answered already

@@ -36,8 +36,16 @@ class OutputAudits:
             return None
         work = job.work
         plan = replace(work.plan, kind=work.exact_kind, selection=None, epsilon=None, reason="audit of the output")
-        planned = replace(job.planned, work=replace(work, plan=plan), deadline_s=float("inf"))
-        return Job(planned, job.sink, answered=outcome.tensors)
+        planned = replace(job.planned, work=replace(work, plan=plan, is_audit=True), deadline_s=float("inf"))
+        return Job(planned, job.sink, answered=outcome)
+
+
+def state_error(answered: Outcome, exact: Outcome) -> float | None:
+    """Relative L2 error of the last hidden state, by the rows that both sampled; None if there are none."""
+    if not answered.sampled or not exact.sampled:
+        return None
+    got, right = torch.cat(tuple(answered.sampled)), torch.cat(tuple(exact.sampled))
+    return float((got - right).norm() / right.norm().clamp(min=1e-20))
 
 
 def output_error(answered: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> tuple[str, float]:

@@ -13,7 +13,7 @@ from service.config import Config
 from service.core.answer import Answer, Timing, Usage, cost_usd
 from service.core.plan import PlanKind
 from service.engine.job import Job, Result
-from service.engine.output_audit import output_error
+from service.engine.output_audit import output_error, state_error
 from service.engine.workloads.base import Outcome
 from service.errors import FarsightError, Kind, internal_error
 from service.scheduling.preemption import Abandoned
@@ -104,8 +104,11 @@ class Settlement:
         label, request_id = job.planned.label, job.request.id
         self.metrics.device_seconds.labels(label, job.work.plan.kind.value, "audit").inc(result.stats.device_s)
         if isinstance(result.outcome, Outcome):
-            measure, error = output_error(job.answered, result.outcome.tensors)
+            measure, error = output_error(job.answered.tensors, result.outcome.tensors)
             self.metrics.audit_output_error.labels(label, measure).observe(error)
+            true, reported = state_error(job.answered, result.outcome), job.answered.error
+            if true is not None and reported.scope == "last_hidden_state":
+                self.metrics.audited_states(label, true, reported.relative_l2_upper)
         elif not isinstance(result.outcome, Abandoned):
             logger.error("audit of request %s failed", request_id, exc_info=result.outcome, extra=about(request_id))
 

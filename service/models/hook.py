@@ -24,6 +24,8 @@ from service.attention.segments import split
 from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
 from service.core.answer import ErrorReport, LayerReport
 from service.core.plan import PlanKind
+from service.models.output_budget import OutputBudget
+from service.models.state_sample import StateSample
 
 NAME = "farsight"
 OWN_ATTENTION = "does not compute attention through the AttentionInterface"  # why a model is refused
@@ -79,11 +81,14 @@ class ForwardContext:
     """What every attention call of one forward pass must know."""
 
     kind: PlanKind
-    bound: ErrorBound | None = None  # of every call; given if the kind is sparse
+    bound: ErrorBound | None = None  # of every call, unless there is a budget; given if the kind is sparse
+    budget: OutputBudget | None = None  # of a sparse pass: what each call may be off by
     cu_seqlens: tuple[int, ...] | None = None  # None: each row of the batch is one sequence, without padding
     checkpoint: Checkpoint | None = None  # called at every layer and block; raises to stop the pass
     history: SparseHistory | None = None  # None: every call of a sparse pass is tried sparse
     observe: Callable[[AttentionCall], None] | None = None
+    disturb: Callable[[int, torch.Tensor], torch.Tensor] | None = None  # replaces each call's output [B, Hq, L, Dv]
+    sample: StateSample | None = None  # filled with rows of the last hidden states
     layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
     patterns: list[tuple[Pattern, int, int]] = field(default_factory=list)  # with the numbers of queries and of keys
     positions: list[int] = field(default_factory=list)  # computed by each pass of the model, padding included
@@ -144,6 +149,8 @@ def attention(
         context.observe(AttentionCall(query, key, mask, scoring))
     context.patterns.append((attention_mask, query.shape[2], key.shape[2]))
     out = _attend(context, id(module), attention_mask, AttentionInputs(query, key, value, mask, scoring))
+    if context.disturb is not None:
+        out = context.disturb(len(context.patterns) - 1, out)
     return out.transpose(1, 2), None
 
 
@@ -152,12 +159,15 @@ def _attend(context: ForwardContext, module: int, pattern: Pattern, inputs: Atte
     tensors, mask, scoring, checkpoint = inputs.tensors, inputs.mask, inputs.scoring, context.checkpoint
     if context.bound is None or context.kind is not PlanKind.SPARSE:
         return attend(*tensors, context.kind, mask, scoring=scoring, checkpoint=checkpoint).out
-    kind = _exact_anyway(context.bound, context.history, module, pattern)
+    bound = context.bound
+    if context.budget is not None:
+        bound = bound.for_error(context.budget.layer_error(context.layers))
+    kind = _exact_anyway(bound, context.history, module, pattern)
     if kind is not None:
         pairs = sum(segment.visible_pairs for segment in split(*tensors, mask))
         context.layers.append(LayerReport(kind, ErrorReport(), None, pairs))
         return attend(*tensors, kind, mask, scoring=scoring, checkpoint=checkpoint).out
-    found = attend_with_error_bound(*tensors, mask, context.bound, scoring=scoring, checkpoint=checkpoint)
+    found = attend_with_error_bound(*tensors, mask, bound, scoring=scoring, checkpoint=checkpoint)
     if context.history is not None:
         context.history.learn(module, was_sparse=found.kind is PlanKind.SPARSE)
     context.layers.append(LayerReport(found.kind, found.error, found.density, found.pairs_scored))

@@ -259,9 +259,10 @@ class Model:
         layer: int,
         cu_seqlens: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
-        states: torch.Tensor
         if layer == -1:
-            states = self._run(self.base, arguments, context, cu_seqlens).last_hidden_state
+            states: torch.Tensor = self._run(self.base, arguments, context, cu_seqlens).last_hidden_state
+            if context.sample is not None:
+                context.sample.take(states.flatten(0, 1))
         else:
             arguments = {**arguments, "output_hidden_states": True}
             states = self._run(self.base, arguments, context, cu_seqlens).hidden_states[layer]

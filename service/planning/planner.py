@@ -108,8 +108,10 @@ def make_plan(chosen: Candidate, dense: Candidate, reason: str, sparse: SparseSe
 
 
 def max_error(options: AttentionOptions | ForwardOptions, config: Config) -> float:
-    """The relative L2 error that a request allows; the configured one if it sets none."""
-    return config.max_error if options.max_error is None else options.max_error
+    """The relative L2 error that a request allows; the configured one of its kind if it sets none."""
+    if options.max_error is not None:
+        return options.max_error
+    return config.model_max_error if isinstance(options, ForwardOptions) else config.max_error
 
 
 def epsilon_for(max_error: float, config: Config) -> float:

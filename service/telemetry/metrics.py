@@ -119,6 +119,15 @@ class Metrics:
             "model",
             "measure",
         )
+        self.audit_reported_error = define.histogram(
+            "audit_reported_error",
+            "Upper limit that answers reported for their last hidden state, of those that were audited.",
+            OUTPUT_ERRORS,
+            "model",
+        )
+        self.audit_exceeded = define.counter(
+            "audit_exceeded", "Audited answers whose last hidden state was further off than reported.", "model"
+        )
         self.fallbacks = define.counter("fallbacks", "Sparse answers replaced by exact ones.", "reason")
         self.plans = define.counter("plans", "Plans that produced answers.", "plan", "reason")
         self.rejections = define.counter("rejections", "Requests refused.", "reason")
@@ -198,6 +207,12 @@ class Metrics:
             self.error.observe(error.relative_l2_upper)
             if answer.density is not None:
                 self.density.observe(answer.density)
+
+    def audited_states(self, model: str, error: float, reported: float) -> None:
+        """The last hidden state of one sparse answer: how far off it was, and what the answer reported."""
+        self.audit_output_error.labels(model, "last_hidden_state").observe(error)
+        self.audit_reported_error.labels(model).observe(reported)
+        self.audit_exceeded.labels(model).inc(error > reported)
 
     @lru_cache(4096)  # noqa: B019 (lives as long as the process, like the series themselves)
     def _series(self, endpoint: str, model: str, plan: str, tenant: str, length: str) -> Series:

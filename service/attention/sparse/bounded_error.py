@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt
+from typing import Self
 
 import torch
 
@@ -49,6 +50,11 @@ class ErrorBound:
     def __post_init__(self) -> None:
         if self.exact_kind is PlanKind.SPARSE:
             raise ValueError("exact_kind: expected dense or chunked, got sparse")
+
+    def for_error(self, max_error: float) -> Self:
+        """The same for another error; epsilon changes as the error does with it."""
+        factor = (max_error / self.max_error) ** (1 / ERROR_EXPONENT)
+        return replace(self, max_error=max_error, epsilon=min(1.0, max(1e-6, self.epsilon * factor)))
 
 
 @dataclass(frozen=True, slots=True)

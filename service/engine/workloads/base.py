@@ -58,6 +58,7 @@ class PlannedWork(Generic[PreparedT_co]):
     plan: Plan
     exact_kind: PlanKind  # what replaces a sparse result that errs too much
     key: Hashable = None  # works with equal keys may share a run
+    is_audit: bool = False  # an exact run of what was answered sparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Outcome:
     layers: tuple[LayerReport, ...] = ()  # every attention call of a sparse pass
     shows_layers: bool = False  # the caller asked for each of them
     details: Any = None  # what the task reports besides tensors, as JSON
+    sampled: Sequence[torch.Tensor] = ()  # rows of the last hidden states, of a sparse pass and of its audit
     padding: float | None = None  # positions computed for nothing, as a share of the pass's tokens
 
 

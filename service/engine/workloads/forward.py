@@ -24,7 +24,9 @@ from service.errors import FarsightError, Kind
 from service.models.hook import ForwardContext
 from service.models.inputs.rows import Tokenized
 from service.models.model import Model
+from service.models.output_budget import OutputBudget
 from service.models.registry import Registry
+from service.models.state_sample import StateSample
 from service.planning import forward_plan
 from service.planning.attention_cost import pair_flops
 from service.planning.correction import PredictionCorrector
@@ -119,10 +121,14 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
         first = works[0]
         model, is_sparse = first.prepared.model, first.plan.kind is PlanKind.SPARSE
         bound = self._bound(first) if is_sparse else None
+        budget = None if bound is None else output_budget(first, bound.max_error)
+        sample = StateSample(seed_of(first)) if is_sparse or first.is_audit else None
         context = ForwardContext(
             first.plan.kind,
             checkpoint=checkpoint,
             bound=bound,
+            budget=budget,
+            sample=sample,
             history=model.history if bound is not None and bound.max_density is not None else None,
         )
         computed = model.run([(work.prepared.request, work.prepared.tokenized) for work in works], context)
@@ -140,8 +146,9 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
                 details=result.details,
                 padding=padding,
                 shows_layers=work.prepared.request.options.layer_errors,
+                sampled=() if sample is None else sample.rows,
             )
-            outcomes.append(_with_layers(outcome, layers) if layers else outcome)
+            outcomes.append(_with_layers(outcome, layers, budget) if layers else outcome)
         return outcomes
 
     def with_less_memory(self, work: Work) -> Work | None:
@@ -163,8 +170,7 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
 
     def _bound(self, work: Work) -> ErrorBound:
         """What every attention call of a sparse pass keeps to."""
-        seed = zlib.crc32(repr(work.prepared.tokenized.rows[0].ids[:4096]).encode())
-        return error_bound(work, work.prepared.request.options, self._config, seed)
+        return error_bound(work, work.prepared.request.options, self._config, seed_of(work))
 
 
 def batch_key(prepared: PreparedForward, plan: Plan) -> Hashable:
@@ -178,12 +184,28 @@ def batch_key(prepared: PreparedForward, plan: Plan) -> Hashable:
     return id(prepared.model), request.task, plan.kind, tuple(sorted(differing.items()))
 
 
-def _with_layers(outcome: Outcome, layers: tuple[LayerReport, ...]) -> Outcome:
-    """A sparse pass reported as one: the error of its worst layer, and the pairs of all."""
+def seed_of(work: Work) -> int:
+    """Of the rows that are audited: from the request's own tokens, so that a repetition has the same ones."""
+    return zlib.crc32(repr(work.prepared.tokenized.rows[0].ids[:4096]).encode())
+
+
+def output_budget(work: Work, max_error: float) -> OutputBudget | None:
+    """None if the gains of this task's attention calls are unknown; then each call keeps to max_error."""
+    info = work.prepared.info
+    is_known = work.prepared.request.task in ("hidden", "embed") or info.task_attention in (None, info.attention)
+    return OutputBudget(info.error_gains, max_error) if info.error_gains and is_known else None
+
+
+def _with_layers(outcome: Outcome, layers: tuple[LayerReport, ...], budget: OutputBudget | None) -> Outcome:
+    """A sparse pass reported as one: the error of its last hidden state, or of its worst layer, and all pairs."""
     measured = [layer.error for layer in layers if layer.error.kind != "exact"]
     sparse = [layer.density for layer in layers if layer.density is not None]
     fallbacks = sum(layer.error.fallback for layer in layers)
     error = max(measured, key=lambda report: report.relative_l2_upper, default=ErrorReport())
+    error = replace(error, scope="worst_layer")
+    if measured and budget is not None:
+        estimate, upper = budget.output_error(layers)
+        error = ErrorReport("measured", scope="last_hidden_state", relative_l2=estimate, relative_l2_upper=upper)
     plan = outcome.plan
     if not sparse:
         plan = replace(plan, kind=layers[-1].kind, reason=f"{plan.reason}; every layer was computed exactly")

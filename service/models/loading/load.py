@@ -2,13 +2,14 @@
 
 A loaded model is verified (`verify.py`): a few tokens run through Transformers' eager attention and through ours. A
 model whose results differ is refused; one whose packed results differ runs in batches of equal length. Then it is
-measured (`measure.py`).
+measured (`measure.py`, `gains.py`).
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from service.models.heads import packed_classifier
 from service.models.inputs.processor import InputProcessor
 from service.models.inputs.spec import InputSpec
 from service.models.inputs.tokenizer import load_tokenizer
+from service.models.loading.gains import with_gains
 from service.models.loading.input_spec import audio_spec, image_spec, kind_of, text_spec
 from service.models.loading.labels import read_labels
 from service.models.loading.measure import counted, warmed
@@ -59,6 +61,8 @@ class LoadSettings:
     max_text_bytes: int
     max_batch_tokens: int
     max_audio_windows: int = 1  # of one request
+    sparse_min_tokens: int = 0  # models of shorter inputs have no use for error gains
+    cache_dir: Path | None = None  # where measured gains are kept
 
 
 def load(config: ModelConfig, settings: LoadSettings) -> Model:
@@ -96,7 +100,10 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
         max_batch_tokens=settings.max_batch_tokens,
         resets=tuple(rope_resets(module)),
     )
-    return warmed(counted(verified(model, tokenizer)))
+    model = counted(verified(model, tokenizer))
+    if model.info.max_length >= settings.sparse_min_tokens:
+        model = with_gains(model, settings.cache_dir)
+    return warmed(model)
 
 
 # -- from files to a module -------------------------------------------------------------------------------------
