@@ -21,6 +21,7 @@ from benchmarks.report import (
     peaks_table,
     real_attention_table,
     shapes_table,
+    sparse_model_table,
     write,
 )
 from service.commands.terminal import console, settings
@@ -272,6 +273,35 @@ def real_attention(
             console.print(f"layer {layer.layer}: {layer.reason}", markup=False)
     given = {**asdict(settings), "directory": model.name, "text": text and text.name}
     write(output, {"settings": given, "layers": [asdict(layer) for layer in found]})
+
+
+@app.command(name="sparse-model")
+def sparse_model(
+    model: Annotated[Path, typer.Option(help="Directory of a decoder, as `farsight models get smollm2` makes one.")],
+    tokens: Annotated[
+        int, typer.Option(min=1024, help="Over the model's own length positions are scaled (YaRN).")
+    ] = 8192,
+    documents: Annotated[int, typer.Option(min=1, help="With ten facts each.")] = 10,
+    max_error: Annotated[float, typer.Option(min=0, max=1, help="Of the last hidden state.")] = 0.05,
+    text: Annotated[Path | None, typer.Option(help="A long text; default: CPython's interactive help.")] = None,
+    output: Output = None,
+) -> None:
+    """Sparse passes of a real decoder over real texts: seconds, output, loss and facts, compared with SDPA."""
+    from benchmarks import sparse_model as bench
+
+    given = bench.Settings(model, tokens, documents, max_error, text)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=2 * documents)
+        try:
+            found = list(bench.run(given, lambda what: progress.update(bar, description=what, advance=1)))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    summary = bench.summary(found)
+    console.print(
+        sparse_model_table(found, summary, f"{model.name}, {tokens:,} tokens, max_error {max_error:g}, {hardware()}")
+    )
+    shown = {**asdict(given), "directory": model.name, "text": text and text.name}
+    write(output, {"settings": shown, "summary": asdict(summary), "documents": [asdict(one) for one in found]})
 
 
 @app.command()

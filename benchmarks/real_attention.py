@@ -125,12 +125,17 @@ def capture(settings: Settings) -> dict[int, LayerInputs]:
 
 def ids_of(settings: Settings) -> torch.Tensor:
     """[1, tokens] of the text. Raises ValueError if it has fewer."""
-    text = settings.text.read_text() if settings.text else "\n".join(pydoc_data.topics.topics.values())
+    text = read(settings.text)
     tokenizer = AutoTokenizer.from_pretrained(settings.directory)
     ids: torch.Tensor = tokenizer(text[: 8 * settings.tokens], return_tensors="pt").input_ids[:, : settings.tokens]
     if ids.shape[1] < settings.tokens:
         raise ValueError(f"the text has {ids.shape[1]:,} tokens, expected {settings.tokens:,}")
     return ids
+
+
+def read(path: Path | None) -> str:
+    """The text of a file; None: what CPython's interactive help says."""
+    return path.read_text() if path else "\n".join(pydoc_data.topics.topics.values())
 
 
 def measure(settings: Settings, layer: int, inputs: LayerInputs) -> Layer:

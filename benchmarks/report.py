@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from benchmarks import learning, peaks, real_attention
+    from benchmarks import learning, peaks, real_attention, sparse_model
     from benchmarks.attention import Length, Row
     from benchmarks.predictions import Figures
 
@@ -64,6 +64,21 @@ def real_attention_table(layers: Sequence[real_attention.Layer], title: str) -> 
         theirs = "" if row.antidiagonal_error is None else f"{row.antidiagonal_error:.3f}"
         table.add_row(str(row.layer), *answer, theirs)
     table.add_row("mean", "", "", "", "", f"{fmean(row.ratio for row in layers):.2f}x", "")
+    return table
+
+
+def sparse_model_table(reads: Sequence[sparse_model.Read], summary: sparse_model.Summary, title: str) -> Table:
+    columns = "document", "reported <=", "error", "vs SDPA", "loss", "facts ranked the same", "found, exactly"
+    table = Table(*columns, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for number, row in enumerate(reads, 1):
+        same = sum(ours == exact for ours, exact in zip(row.ranks, row.exact_ranks, strict=True))
+        facts = f"{same} of {len(row.ranks)}", f"{row.ranks.count(1)}, {row.exact_ranks.count(1)}"
+        loss = f"{row.exact_loss:.3f} {row.loss - row.exact_loss:+.4f}"
+        error = f"{row.reported_upper:.3f}", f"{row.error:.3f}"
+        table.add_row(str(number), *error, f"{row.sdpa_s / row.seconds:.2f}x", loss, *facts)
+    error = f"{summary.covered:.0%} within", f"{summary.error:.3f}"
+    shares = f"{summary.same_ranks:.0%}", f"{summary.found:.0%}, {summary.exact_found:.0%}"
+    table.add_row("all", *error, f"{summary.speedup:.2f}x", f"{summary.loss_difference:+.4f}", *shares)
     return table
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+TILE, MOST_TILES = 128, 256  # of a map of blocks: the shortest tile, and the most tiles of an axis
+
 
 def visible_pairs(
     query_length: int,
@@ -30,6 +32,14 @@ def visible_pairs(
     upper = query_length * valid_length if right < 0 else _ramp(offset + right + 1, query_length, valid_length)
     lower = 0 if left < 0 else _ramp(offset - left, query_length, valid_length)
     return upper - lower
+
+
+def tile_length(length: int, most: int = MOST_TILES) -> int:
+    """Of the tiles that an axis of a map of blocks is cut into: a power of two, so that what is read in blocks fits."""
+    size = TILE
+    while size * most < length:
+        size *= 2
+    return size
 
 
 def _ramp(first: int, count: int, cap: int) -> int:

@@ -19,7 +19,7 @@ class Priority(StrEnum):
 ModelTask = Literal["embed", "classify", "rerank", "score"]
 Task = Literal["embed", "classify", "rerank", "score", "hidden", "explain"]
 Truncate = Literal["error", "end", "chunk"]
-Returned = Literal["output", "lse", "weights", "top_weights", "certificate"]
+Returned = Literal["output", "lse", "weights", "top_weights", "certificate", "block_map"]
 Alignment = Literal["bottom_right", "top_left"]
 ScoreStage = Literal["raw", "capped", "masked", "softmax"]
 
@@ -66,7 +66,9 @@ class AttentionOptions(BaseModel):
         ("output",),
         min_length=1,
         description="What the answer contains. `certificate` adds `error.certified_unread` to a sparse answer: the "
-        "largest share of softmax mass that any row left unread, if it is proven to be less than half.",
+        "largest share of softmax mass that any row left unread, if it is proven to be less than half. `block_map` is "
+        "[B, Hq, r, c] uint8, at most 256 tiles a side, each of 128 tokens or a power of two more: 0 where no key is "
+        "seen, else 1 + 254 * the share of the tile's pairs that were scored; the others were estimated.",
     )
     rows: tuple[int, ...] | None = Field(None, description="Query rows of `weights` and `top_weights`; default all.")
     top_k: int = Field(10, ge=1, le=1024, description="Keys per row of `top_weights`.")
@@ -181,4 +183,9 @@ class ExplainOptions(ForwardOptions):
     rollout: bool = Field(
         False,
         description="Attention rollout through all layers, residual connections included (n^2 work per layer).",
+    )
+    block_map: bool = Field(
+        False,
+        description="For each returned layer and head, where its attention reads: at most 64 x 64 tiles, one byte "
+        "each, in base64, coded like `block_map` of `/v1/attention`. Of interest with `mode` sparse.",
     )

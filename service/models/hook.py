@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from service.attention.block_map import exact_map
 from service.attention.dispatch import attend
 from service.attention.inputs import AttentionInputs
 from service.attention.masks import MaskSpec
@@ -89,6 +90,8 @@ class ForwardContext:
     observe: Callable[[AttentionCall], None] | None = None
     disturb: Callable[[int, torch.Tensor], torch.Tensor] | None = None  # replaces each call's output [B, Hq, L, Dv]
     sample: StateSample | None = None  # filled with rows of the last hidden states
+    map_tiles: int = 0  # a side at most, of a map of where each call reads; 0: none. Of one sequence
+    maps: list[torch.Tensor] = field(default_factory=list)  # [Hq, r, c] uint8 of each call, filled by the pass
     layers: list[LayerReport] = field(default_factory=list)  # filled by the pass
     patterns: list[tuple[Pattern, int, int]] = field(default_factory=list)  # with the numbers of queries and of keys
     positions: list[int] = field(default_factory=list)  # computed by each pass of the model, padding included
@@ -158,20 +161,31 @@ def _attend(context: ForwardContext, module: int, pattern: Pattern, inputs: Atte
     """[B, Hq, L, D]; a call of a sparse pass is reported to the context."""
     tensors, mask, scoring, checkpoint = inputs.tensors, inputs.mask, inputs.scoring, context.checkpoint
     if context.bound is None or context.kind is not PlanKind.SPARSE:
+        _draw_exact(context, inputs)
         return attend(*tensors, context.kind, mask, scoring=scoring, checkpoint=checkpoint).out
     bound = context.bound
     if context.budget is not None:
-        bound = bound.for_error(context.budget.layer_error(context.layers))
+        bound = bound.for_error(*context.budget.layer_error(context.layers))
+    bound = replace(bound, map_tiles=context.map_tiles)
     kind = _exact_anyway(bound, context.history, module, pattern)
     if kind is not None:
         pairs = sum(segment.visible_pairs for segment in split(*tensors, mask))
         context.layers.append(LayerReport(kind, ErrorReport(), None, pairs))
+        _draw_exact(context, inputs)
         return attend(*tensors, kind, mask, scoring=scoring, checkpoint=checkpoint).out
     found = attend_with_error_bound(*tensors, mask, bound, scoring=scoring, checkpoint=checkpoint)
     if context.history is not None:
         context.history.learn(module, was_sparse=found.kind is PlanKind.SPARSE)
     context.layers.append(LayerReport(found.kind, found.error, found.density, found.pairs_scored))
+    if found.block_map is not None:
+        context.maps.append(found.block_map.octets()[0].cpu())
     return found.out
+
+
+def _draw_exact(context: ForwardContext, inputs: AttentionInputs) -> None:
+    if context.map_tiles:
+        found = exact_map(inputs.query, inputs.key, inputs.mask, context.map_tiles)
+        context.maps.append(found.octets()[0].cpu())
 
 
 def mask(

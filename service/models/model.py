@@ -190,9 +190,9 @@ class Model:
         assert tokenized.query is not None, "bug: tokenized for another task"
         tokens = explain.tokens_of(row, request.texts[0] if request.texts else None, tokenizer)
         probe = explain.AttentionProbe(tokenized.query, keeps_calls=options.rollout)
-        for _ in self.hidden_states([row], replace(context, observe=probe.observe)):
-            pass  # only the probe needs this pass
-        return TaskOutput({}, explain.document(probe, tokens, options, context.checkpoint or no_checkpoint))
+        context = replace(context, observe=probe.observe, map_tiles=explain.MAP_TILES if options.block_map else 0)
+        list(self.hidden_states([row], context))  # only the probe and the maps need this pass
+        return TaskOutput({}, explain.document(probe, tokens, options, context))
 
     def _by_request(
         self, requests: TokenizedRequests, name: str, values: torch.Tensor, *, is_cut: bool = False

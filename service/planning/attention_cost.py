@@ -26,7 +26,7 @@ from service.attention.geometry import (
     TILE_ROWS,
     leaf_bytes,
 )
-from service.attention.pairs import visible_pairs
+from service.attention.pairs import tile_length, visible_pairs
 from service.core.options import AttentionOptions
 from service.core.plan import Cost, PlanKind
 from service.core.request import AttentionShape
@@ -39,12 +39,26 @@ TILE_FLOPS = SLICE_FLOPS  # of one tile of the dense kernel
 DENSE_TILES, CHUNKED_TILES = 5, {"float32": 4, "bfloat16": 2, "float16": 6}
 # gathered keys and values, scores and sums; or the scores of an audit's rows
 SPARSE_SCRATCH_BYTES = max(4 * SPARSE_TILE_BYTES, ROWS_BYTES)
-# a row of sparse attention reads so many keys at that epsilon, and so large a share of what it sees stands beside
-READ_KEYS, READ_SHARE, READ_EPSILON = 450, 0.008, 0.4
+READ_EPSILON = 0.4
 HEAD_LAUNCHES = 16  # of a head of sparse attention, however short
+MAP_COPIES = 13  # a block map's counts, their shares and what is added, float32, and its bytes
 LOOK_PASSES = 8  # a score of a row that selection looks at costs as much as 8 others
 # what the process needs however small the request (allocator slack, code, thread stacks)
 BASE_SCRATCH_BYTES = 3 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a row of sparse attention is assumed to cost, in keys that it reads."""
+
+    keys: int  # at READ_EPSILON
+    share: float  # of the keys that it sees
+
+
+# structured inputs of 2K to 128K keys, causal and not, epsilon 0.3 to 0.5: 300 to 900 keys and centroids per row
+STRUCTURED = Reading(450, 0.008)
+# all layers of SmolLM2-135M that reads a real text of 8,192 or 32,768 tokens, max_error 0.05
+REAL_MODEL = Reading(450, 0.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +68,7 @@ class SparseSettings:
     block_size: int = DEFAULT_BLOCK_SIZE
     audit_rows: int = AUDIT_ROWS  # per head, computed exactly
     epsilon: float = READ_EPSILON  # risk per row that selection may leave unread
+    reading: Reading = STRUCTURED
 
 
 DEFAULT_SPARSE = SparseSettings()
@@ -117,11 +132,11 @@ def attention_cost(
     flops = pair_flops(pairs, shape.head_dim, shape.value_dim)
     if kind is PlanKind.SPARSE:
         selection = selection_flops(shape, pairs, sparse.block_size)
-        pairs = sparse_pairs(pairs, _query_rows(shape), sparse.epsilon) + audit_pairs(shape, pairs, sparse.audit_rows)
+        pairs = sparse_pairs(pairs, _query_rows(shape), sparse) + audit_pairs(shape, pairs, sparse.audit_rows)
         flops = pair_flops(pairs, shape.head_dim, shape.value_dim) + selection
     inputs, outputs = tensor_bytes(shape)
     weights_flops, weights_size = returned_weights(shape, options)
-    tensors = inputs + outputs + weights_size
+    tensors = inputs + outputs + weights_size + MAP_COPIES * map_bytes(shape, options)
     return Cost(
         pairs=pairs,
         flops=flops + weights_flops,
@@ -162,7 +177,7 @@ def attention_features(
             launches = ceil(shape.query_length / CHUNK_ROWS) * ceil(seen / CHUNK_KEYS)
             return CostFeatures(calls, launches, elements, tiled + weight_pairs, 2 * tiled * width + weight_flops)
         case PlanKind.SPARSE:
-            scored = sparse_pairs(pairs, rows, sparse.epsilon) + audit_pairs(shape, pairs, sparse.audit_rows)
+            scored = sparse_pairs(pairs, rows, sparse) + audit_pairs(shape, pairs, sparse.audit_rows)
             flops = pair_flops(scored, shape.head_dim, shape.value_dim)
             flops += selection_flops(shape, pairs, sparse.block_size) + weight_flops
             launches = shape.batch * shape.heads * (HEAD_LAUNCHES + ceil(shape.query_length / sparse.block_size))
@@ -177,15 +192,12 @@ def selection_flops(shape: AttentionShape, pairs: int, block_size: int) -> int:
     return covariances + 2 * (3 * shape.head_dim + shape.value_dim) * (pairs // (SAMPLE_STRIDE * block_size))
 
 
-def sparse_pairs(pairs: int, rows: int, epsilon: float = READ_EPSILON) -> int:
-    """Pairs that sparse attention is assumed to score, before selection has run.
-
-    Measured on structured inputs of 2K to 128K keys, causal and not, epsilon 0.3 to 0.5: 300 to 900 keys and centroids
-    per row. Diffuse inputs read more, and are then computed exactly.
-    """
+def sparse_pairs(pairs: int, rows: int, sparse: SparseSettings = DEFAULT_SPARSE) -> int:
+    """Pairs that sparse attention is assumed to score, before selection has run. Diffuse inputs read more, and are then
+    computed exactly."""
     seen = pairs / max(1, rows)
-    read = READ_KEYS * float((READ_EPSILON / epsilon) ** 0.25)
-    return ceil(rows * min(seen, read + READ_SHARE * seen))
+    read = sparse.reading.keys * float((READ_EPSILON / sparse.epsilon) ** 0.25)
+    return ceil(rows * min(seen, read + sparse.reading.share * seen))
 
 
 def audit_pairs(shape: AttentionShape, pairs: int, audit_rows: int) -> int:
@@ -219,6 +231,14 @@ def weights_bytes(shape: AttentionShape, options: AttentionOptions) -> dict[str,
     each = shape.batch * shape.heads * rows
     sizes = {"weights": 4 * each * shape.key_length, "top_weights": (4 + 8) * each * options.top_k}
     return {name: size for name, size in sizes.items() if name in options.returns}
+
+
+def map_bytes(shape: AttentionShape, options: AttentionOptions) -> int:
+    """Of a returned `block_map` [B, Hq, r, c] uint8."""
+    if "block_map" not in options.returns:
+        return 0
+    rows, keys = (ceil(length / tile_length(length)) for length in (shape.query_length, shape.key_length))
+    return shape.batch * shape.heads * rows * keys
 
 
 def _query_rows(shape: AttentionShape) -> int:

@@ -61,8 +61,9 @@ def forward_candidates(
         if (kind is PlanKind.SPARSE and model.inputs != "text") or (rule and not everything):
             continue
         cost = forward_cost(model, sizes, request, max_batch_tokens=config.max_batch_tokens, kind=kind, sparse=sparse)
-        features = forward_features(kind, model, sizes, request, sparse)
-        predicted_s = linear_s + profile.attention_s(kind, features, model.dtype)
+        features = forward_features(kind, model, sizes, request)
+        timed_as = PlanKind.DENSE if kind is PlanKind.SPARSE else kind
+        predicted_s = linear_s + profile.attention_s(timed_as, features, model.dtype)
         reason = memory_reason(cost, limit) or rule or "fits"
         path = (kind.value, model.name), octave(predicted_s), form
         found[kind] = Candidate(kind, cost, predicted_s, reason == "fits", reason, model.smallest_pass_s, path)

@@ -12,7 +12,7 @@ from service.attention import ERROR_EXPONENT
 from service.config import Config
 from service.core.options import AttentionOptions, ForwardOptions
 from service.core.plan import Cost, Plan, PlanKind
-from service.planning.attention_cost import SparseSettings
+from service.planning.attention_cost import REAL_MODEL, STRUCTURED, SparseSettings
 from service.planning.correction import PredictionCorrector, WorkPath
 from service.planning.device_profile import DeviceProfile
 
@@ -123,7 +123,8 @@ def sparse_settings(options: AttentionOptions | ForwardOptions, config: Config) 
     """How a sparse plan of this request would be computed."""
     audit_rows = options.audit_rows if isinstance(options, AttentionOptions) else None
     epsilon = epsilon_for(max_error(options, config), config)
-    return SparseSettings(config.block_size, audit_rows or config.audit_rows, epsilon)
+    reading = REAL_MODEL if isinstance(options, ForwardOptions) else STRUCTURED
+    return SparseSettings(config.block_size, audit_rows or config.audit_rows, epsilon, reading)
 
 
 def max_peak_bytes(profile: DeviceProfile, config: Config) -> int:

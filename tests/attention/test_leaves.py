@@ -229,7 +229,7 @@ def test_inputs_with_topics_are_read_by_blocks_and_others_by_leaves():
         inputs = AttentionInputs(*tensors, CAUSAL)
         planner = segment_plan.SegmentPlanner(None)
         (segment,) = split(*tensors, CAUSAL)
-        return planner.plan(segment, inputs, SelectionSettings(32, 0.4, 0.5), 0.05, 1.0).selection is not None
+        return planner.plan(segment, inputs, SelectionSettings(32, 0.4, 0.5), 0.035).selection is not None
 
     assert by_blocks(structured(InputShape(1, 4, 2, 2048, 64), topic_tokens=64))
     assert not by_blocks(clustered(1200, 1200))
@@ -298,7 +298,7 @@ def test_the_sequences_of_a_call_share_the_memory_of_leaves(monkeypatch):
     monkeypatch.setattr(by_leaf, "LEAF_BYTES", int(1.5 * one))
     planner = segment_plan.SegmentPlanner(None)
     plans = [
-        planner.plan(part, AttentionInputs(*part.tensors, part.mask), SelectionSettings(32, 0.4), 0.05, 1.0)
+        planner.plan(part, AttentionInputs(*part.tensors, part.mask), SelectionSettings(32, 0.4), 0.035)
         for part in split(*tensors, mask)
     ]
     assert [plan.selection is None for plan in plans] == [True, False]

@@ -22,6 +22,7 @@ _ATTENTION_OUTPUTS = (
     ("weights", _FLOATS, 4),
     ("top_weights", _FLOATS, 4),
     ("top_indices", "INT64", 4),
+    ("block_map", "UINT8", 4),
 )
 _IDS = (("input_ids", "INT64", 2), ("attention_mask", "INT64", 2), ("token_type_ids", "INT64", 2))
 _RERANK_INPUTS = (("query", "BYTES", 1), ("text", "BYTES", 1), *_IDS)

@@ -45,6 +45,7 @@ _RETURNED: dict[str, Returned] = {  # output of attention: what has to be in `re
     "weights": "weights",
     "top_weights": "top_weights",
     "top_indices": "top_weights",
+    "block_map": "block_map",
 }
 
 

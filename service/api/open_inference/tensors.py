@@ -25,7 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
     "FP32": torch.float32,
     "FP64": torch.float64,
 }
-DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()}
+DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()} | {torch.uint8: "UINT8"}  # of outputs
 RAW_ONLY = frozenset({"FP16", "BF16"})  # no JSON form, no typed field in gRPC
 _KINDS = {"BOOL": "b", "INT32": "iu", "INT64": "iu", "FP32": "fiu", "FP64": "fiu"}  # NumPy kinds a list may have
 

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from service.attention import DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON, ERROR_EXPONENT
+from service.attention.block_map import BlockMap
 from service.attention.dispatch import attend
 from service.attention.geometry import AUDIT_ROWS
 from service.attention.inputs import AttentionInputs
@@ -23,7 +24,7 @@ from service.attention.output import DEFAULT_SCORING, AttentionOutput, Checkpoin
 from service.attention.segments import Segment, join, split
 from service.attention.sparse.audit import measure
 from service.attention.sparse.certificate import unread_mass
-from service.attention.sparse.segment_plan import SegmentPlan, SegmentPlanner
+from service.attention.sparse.segment_plan import SegmentPlan, SegmentPlanner, part_of
 from service.attention.sparse.selection import Selection, SelectionSettings
 from service.core.answer import ErrorReport
 from service.core.plan import PlanKind
@@ -40,21 +41,23 @@ class ErrorBound:
     max_error: float  # relative L2 error, upper confidence limit
     exact_kind: PlanKind  # what replaces a sparse output over the bound: DENSE or CHUNKED
     epsilon: float = DEFAULT_EPSILON  # the first one tried
+    aim: float | None = None  # what leaves are chosen for; None: a part of max_error, so that its audit passes
     block_size: int = DEFAULT_BLOCK_SIZE
     audit_rows: int = AUDIT_ROWS  # of each head
     seed: int = 0  # of the audit's draw
     max_density: float | None = 0.5  # denser heads, or all, go exact before any sparse work; None: never
     needs_lse: bool = False  # lse is returned too: its root mean square error, in nats, is held to max_error
     needs_certificate: bool = False  # prove how little was left unread
+    map_tiles: int = 0  # a side at most, of a map of where it read; 0: none. Not of packed sequences
 
     def __post_init__(self) -> None:
         if self.exact_kind is PlanKind.SPARSE:
             raise ValueError("exact_kind: expected dense or chunked, got sparse")
 
-    def for_error(self, max_error: float) -> Self:
-        """The same for another error; epsilon changes as the error does with it."""
-        factor = (max_error / self.max_error) ** (1 / ERROR_EXPONENT)
-        return replace(self, max_error=max_error, epsilon=min(1.0, max(1e-6, self.epsilon * factor)))
+    def for_error(self, aim: float, max_error: float) -> Self:
+        """The same for another error that is aimed at, and another that is allowed; epsilon changes with the first."""
+        factor = (aim / self.max_error) ** (1 / ERROR_EXPONENT)
+        return replace(self, aim=aim, max_error=max_error, epsilon=min(1.0, max(1e-6, self.epsilon * factor)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class BoundedErrorOutput:
     epsilon: float | None  # that `out` was selected with; sparse only
     pairs_scored: int  # everything: sparse, audit and recomputation
     reason: str  # why `kind` or `epsilon`; empty if the first sparse attempt was within the bound
+    block_map: BlockMap | None = None
 
 
 def attend_with_error_bound(
@@ -91,7 +95,8 @@ def attend_with_error_bound(
         ValueError: cu_seqlens of the mask do not cover the rows and keys.
     """
     inputs, segments = AttentionInputs(query, key, value, mask, scoring), split(query, key, value, mask)
-    run = _BoundedRun(inputs, segments, checkpoint, SegmentPlanner(checkpoint))
+    drawn = BlockMap.of(query, key, mask, bound.map_tiles) if bound.map_tiles else None
+    run = _BoundedRun(inputs, segments, checkpoint, SegmentPlanner(checkpoint), drawn)
     epsilon, pairs, history, rejected = bound.epsilon, 0, "", ErrorReport()
     for is_retry in (False, True):
         attempt = run.attempt(epsilon, bound)
@@ -106,7 +111,7 @@ def attend_with_error_bound(
         if attempt.upper <= bound.max_error:
             return BoundedErrorOutput(
                 attempt.output.out, attempt.output.lse, attempt.error, PlanKind.SPARSE,
-                attempt.output.density, epsilon, pairs, (history + attempt.reason).removesuffix(", "),
+                attempt.output.density, epsilon, pairs, (history + attempt.reason).removesuffix(", "), drawn,
             )  # fmt: skip
         upper = attempt.upper
         rejected = ErrorReport(fallback=True, rejected_relative_l2_upper=upper)
@@ -148,6 +153,7 @@ class _BoundedRun:
     segments: Sequence[Segment]
     checkpoint: Checkpoint | None
     planner: SegmentPlanner
+    drawn: BlockMap | None
 
     def tighter(self, excess: float) -> float:
         """The factor on epsilon after an error so many times too large."""
@@ -158,7 +164,13 @@ class _BoundedRun:
         self.planner.prepared.clear()  # its memory is needed
         output = self._exact(self.inputs, kind)
         pairs += sum(segment.visible_pairs for segment in self.segments)
-        return BoundedErrorOutput(output.out, output.lse, error, kind, None, None, pairs, reason)
+        self._draw(range(self.inputs.query.shape[1]))
+        return BoundedErrorOutput(output.out, output.lse, error, kind, None, None, pairs, reason, self.drawn)
+
+    def _draw(self, heads: Iterable[int], batch: slice = slice(None)) -> None:
+        """These heads are computed exactly."""
+        if self.drawn is not None:
+            self.drawn.of_batch(batch).fill(heads)
 
     def attempt(self, epsilon: float, bound: ErrorBound) -> _SparseAttempt | str:
         """A sparse output and its audit, or why it would not pay."""
@@ -171,15 +183,20 @@ class _BoundedRun:
             return f"predicted density {density:.2f} > {bound.max_density:g} with epsilon {epsilon:.2g}"
         parts: list[tuple[Segment, Selection, AttentionOutput]] = []
 
+        if self.drawn is not None:
+            self.drawn.clear()
+
         def run(segment: Segment) -> AttentionOutput:
             plan = planned[id(segment)]
             inputs = self._inputs(segment)
             if plan.run is None:
+                self._draw(range(segment.query.shape[1]), segment.batch)
                 return replace(self._exact(inputs, bound.exact_kind), pairs_scored=plan.visible)
-            output = plan.run()
+            output = plan.run(self.drawn and self.drawn.of_batch(segment.batch))
             for b in sorted({sequence for sequence, _ in plan.exact}):
                 heads = sorted(head for sequence, head in plan.exact if sequence == b)
                 pairs = _fill(output, inputs, slice(b, b + 1), heads, bound.exact_kind, self.checkpoint)
+                self._draw(heads, slice(segment.batch.start + b, segment.batch.start + b + 1))
                 if plan.selection is None:  # else counted as what it reads
                     output = replace(output, pairs_scored=(output.pairs_scored or 0) + pairs)
             if bound.needs_certificate and plan.selection is not None:  # else its memory is needed
@@ -199,7 +216,8 @@ class _BoundedRun:
         inputs, settings = self._inputs(segment), SelectionSettings(bound.block_size, epsilon, bound.max_density)
         if bound.needs_certificate:  # that is about blocks
             return self.planner.by_blocks(inputs, settings)
-        return self.planner.plan(segment, inputs, settings, bound.max_error, epsilon / bound.epsilon)
+        aim = part_of(bound.max_error, segment) if bound.aim is None else bound.aim
+        return self.planner.plan(segment, inputs, settings, aim * epsilon / bound.epsilon)
 
     def _exact(self, inputs: AttentionInputs, kind: PlanKind) -> AttentionOutput:
         scoring, checkpoint = inputs.scoring, self.checkpoint
@@ -223,6 +241,7 @@ class _BoundedRun:
             return None
         batch = slice(0, self.inputs.query.shape[0])
         pairs = _fill(attempt.output, self.inputs, batch, worst, bound.exact_kind, self.checkpoint)
+        self._draw(worst)
         density = min(1.0, (attempt.output.density or 0.0) + len(worst) / heads)
         again = self._audited(replace(attempt.output, density=density, pairs_scored=pairs), bound, bound.seed + 1)
         reason = f"{_heads(worst)} exact: measured error {attempt.upper:.3g} > max_error {bound.max_error:g}"

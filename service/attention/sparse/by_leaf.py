@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from service.attention import dense
+from service.attention.block_map import BlockMap, seen
 from service.attention.geometry import LEAF_BYTES, leaf_bytes, leaf_shape
 from service.attention.inputs import AttentionInputs
 from service.attention.merge import merge
@@ -105,12 +106,16 @@ class LeafAttention:
         """Of each head of each sequence; None: exact attention is cheaper."""
         return choose(self.curves, max_error, max_density)
 
-    def attend(self, choices: Sequence[Choice | None], pause: Checkpoint) -> AttentionOutput:
-        """Heads without a choice are zeros, for the caller to fill."""
+    def attend(
+        self, choices: Sequence[Choice | None], pause: Checkpoint, into: BlockMap | None = None
+    ) -> AttentionOutput:
+        """Heads without a choice are zeros, for the caller to fill. What is read is drawn `into` a map."""
         batch, heads, length, _ = self.inputs.query.shape
         out, lse = self.out[:, :, :length].clone(), self.mass[:, :, :length].clone()
         read, pairs = lse.clone(), 0
         per_group = batch * heads // len(self.groups)
+        if into is not None:
+            self._draw_near(into)
         for index, group in enumerate(self.groups):
             first = index * per_group
             chosen = {head: choice for head in range(per_group) if (choice := choices[first + head]) is not None}
@@ -118,7 +123,9 @@ class LeafAttention:
                 own = group if len(chosen) == per_group else group.of_heads(list(chosen))
                 places = torch.tensor(list(chosen), device=out.device) + first
                 whole = Rows(out.flatten(0, 1), lse.flatten(0, 1), read.flatten(0, 1), 0)
-                pairs += self._far(own, list(chosen.values()), places, whole, pause) + len(chosen) * self.near_pairs
+                drawn = None if into is None else _Drawing.of(into, own, places % heads, first // heads)
+                pairs += self._far(own, list(chosen.values()), places, whole, drawn, pause)
+                pairs += len(chosen) * self.near_pairs
         missing = [head for head, choice in enumerate(choices) if choice is None]
         out.flatten(0, 1)[missing] = 0
         lse, read = lse / LOG2_E, read / LOG2_E
@@ -128,7 +135,13 @@ class LeafAttention:
         return AttentionOutput(out.to(self.inputs.query.dtype), lse, density, pairs, risky_rows(lse, read), read)
 
     def _far(
-        self, group: KeyGroup, chosen: Sequence[Choice], places: torch.Tensor, whole: Rows, pause: Checkpoint
+        self,
+        group: KeyGroup,
+        chosen: Sequence[Choice],
+        places: torch.Tensor,
+        whole: Rows,
+        drawn: _Drawing | None,
+        pause: Checkpoint,
     ) -> int:
         """Adds the keys of whole segments to the heads `places` [g] of [B * Hq, L, ...]. Returns the pairs scored."""
         faith = group.query.new_tensor([choice.faith for choice in chosen])
@@ -146,7 +159,15 @@ class LeafAttention:
                 for tensor, part in zip(whole[:3], rows[:3], strict=True):
                     tensor[places, start:stop] = part[:, : stop - start]
                 pairs += rows.scored
+                if drawn is not None and rows.kept is not None:
+                    drawn.add(rows.kept, group.leaves.near(tile.segments), padded.start, group.block)
         return pairs
+
+    def _draw_near(self, into: BlockMap) -> None:
+        for tile in self.tiles:
+            rows = torch.arange(tile.rows.start, tile.rows.stop + 1, device=into.rows.device)
+            for keys in tile.near:
+                into.add(seen(*tile.bounds, into.keys.clamp(keys.start, keys.stop))[:, None], rows)
 
     def _settle(self, out: torch.Tensor, lse: torch.Tensor, read: torch.Tensor, pause: Checkpoint) -> int:
         """Computes the rows of each head that read the least of their mass exactly. Returns the pairs scored.
@@ -165,6 +186,26 @@ class LeafAttention:
             lo, hi = rows.limits(self.inputs.mask, out.shape[2], self.inputs.key.shape[2])
             pairs += int((hi - lo).sum())
         return pairs
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """Draws what some heads of one sequence read."""
+
+    into: BlockMap  # of the sequence
+    heads: torch.Tensor  # [g]
+    of_leaf: torch.Tensor  # [n, c]: keys of each leaf by tile
+
+    @classmethod
+    def of(cls, into: BlockMap, group: KeyGroup, heads: torch.Tensor, sequence: int) -> Self:
+        return cls(into.of_batch(slice(sequence, sequence + 1)), heads, group.leaves.tiles(into.keys))
+
+    def add(self, kept: torch.Tensor, leaves: slice, start: int, block: int) -> None:
+        """kept [g, blocks, c] of leaves; the rows begin at `start`."""
+        rows = start + block * torch.arange(kept.shape[1] + 1, device=kept.device)
+        length = self.into.rows[-1]
+        real = (rows.clamp(max=length)[1:] - rows.clamp(max=length)[:-1])[:, None]
+        self.into.add(((kept.float() @ self.of_leaf[leaves]) * real)[None], rows.clamp(max=length), self.heads)
 
 
 @dataclass(frozen=True, slots=True)

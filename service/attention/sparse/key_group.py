@@ -48,6 +48,7 @@ class Rows(NamedTuple):
     mass: torch.Tensor  # [g, R]: log2 of all of it
     read: torch.Tensor  # [g, R]: log2 of what was read, the rest is estimated
     scored: int  # pairs; a leaf that is not read counts as one key
+    kept: torch.Tensor | None = None  # [g, blocks, c] bool: the leaves that each block of rows has read
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,8 @@ class KeyGroup:
         out /= total
         scored = sum(counts) * self.block * self.leaves.shape.size + len(query) * (width + masses.outliers)
         shape = self.heads, count
-        return Rows(out.view(*shape, -1), (total.log2_() + top).view(shape), read.view(shape), scored)
+        kept = keep.view(self.heads, -1, width)
+        return Rows(out.view(*shape, -1), (total.log2_() + top).view(shape), read.view(shape), scored, kept)
 
     def step(self, segments: range) -> int:
         """Rows to compute at a time."""

@@ -39,6 +39,7 @@ class Leaves:
     shape: LeafShape
     to_queries: torch.Tensor  # [D, D]: maps queries, so that q.k is what it was
     scorer: torch.Tensor  # [n, D + 2]: centre, ln(2) / 2 * variance of one number of a key, log2 of the keys
+    positions: torch.Tensor  # [n, size] int64 of their keys
     both: torch.Tensor  # [n, size * (D + 2 + Dv)]: each key, 0 or HIDDEN for one that stands apart, 1, and its value
     mean: torch.Tensor  # [n, Dv] values
     mean_square: torch.Tensor  # [n]: of the mean
@@ -51,6 +52,12 @@ class Leaves:
         """Leaves of some segments."""
         per = self.shape.segment // self.shape.size
         return slice(segments.start * per, segments.stop * per)
+
+    def tiles(self, edges: torch.Tensor) -> torch.Tensor:
+        """edges [c + 1] of stretches of keys -> [n, c]: how many keys of each leaf are in them."""
+        at = torch.searchsorted(edges, self.positions, right=True) - 1
+        ones = torch.ones(at.shape, device=at.device)
+        return torch.zeros(len(at), len(edges) - 1, device=at.device).scatter_add_(1, at, ones)
 
     def apart(self, segments: range) -> slice:
         """Outliers of some segments."""
@@ -91,7 +98,7 @@ def leaves_of(
     raised = (log(2) / 2 / width * variance).clamp_(max=most)
     scorer = torch.cat((centre, raised[:, None], logs), 1)
     return Leaves(
-        shape, to_queries, scorer, both.flatten(1), mean, mean.square().sum(1), spread,
+        shape, to_queries, scorer, order.view(-1, size), both.flatten(1), mean, mean.square().sum(1), spread,
         outliers, key[outliers], value[outliers],
     )  # fmt: skip
 

@@ -11,10 +11,12 @@ from functools import lru_cache, partial
 import torch
 
 from service.attention import masks, weights
+from service.attention.block_map import exact_map
 from service.attention.dispatch import attend
 from service.attention.inputs import AttentionInputs
 from service.attention.masks import MaskSpec
 from service.attention.output import Scoring
+from service.attention.pairs import MOST_TILES
 from service.attention.sparse.bounded_error import ErrorBound, attend_with_error_bound
 from service.config import Config
 from service.core.answer import ErrorReport
@@ -26,7 +28,7 @@ from service.engine.workloads.error_bound import error_bound
 from service.engine.workloads.finite_check import check_finite, is_finite
 from service.errors import FarsightError, Kind
 from service.planning import attention_plan, planner
-from service.planning.attention_cost import pair_flops, returned_rows, weights_bytes
+from service.planning.attention_cost import map_bytes, pair_flops, returned_rows, weights_bytes
 from service.planning.correction import PredictionCorrector
 from service.planning.device_profile import DeviceProfile
 from service.planning.planner import Candidates
@@ -160,6 +162,8 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
             returned["output"] = out
         if "lse" in options.returns:
             returned["lse"] = lse
+        if "block_map" in options.returns and "block_map" not in outcome.tensors:
+            returned["block_map"] = exact_map(*tensors[:2], mask).octets()
         view = weights.WeightsView(options.rows, options.stage)
         if "weights" in options.returns:
             returned["weights"] = weights.attention_weights(
@@ -169,6 +173,7 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
             returned["top_weights"], returned["top_indices"] = weights.top_weights(
                 *tensors[:2], mask, view, options.top_k, scoring=scoring, checkpoint=checkpoint
             )
+        returned |= outcome.tensors
         return replace(outcome, tensors={name: tensor.to("cpu") for name, tensor in returned.items()})
 
     def _output(self, work: Work, inputs: AttentionInputs, checkpoint: Checkpoint) -> Attended:
@@ -193,7 +198,8 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
         if found.reason:  # a smaller epsilon, or exact after all
             selection = plan.selection if found.kind is plan.kind else None
             plan = replace(plan, kind=found.kind, reason=found.reason, selection=selection, epsilon=found.epsilon)
-        return found.out, found.lse, Outcome({}, plan, found.error, found.pairs_scored, found.density)
+        drawn = {} if found.block_map is None else {"block_map": found.block_map.octets()}
+        return found.out, found.lse, Outcome(drawn, plan, found.error, found.pairs_scored, found.density)
 
     def _bound(self, work: Work) -> ErrorBound:
         options, config = work.prepared.request.options, self._config
@@ -202,17 +208,21 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
             audit_rows=options.audit_rows or config.audit_rows,
             needs_lse="lse" in options.returns,
             needs_certificate="certificate" in options.returns,
+            map_tiles=MOST_TILES if "block_map" in options.returns else 0,
         )
 
     def _check_weights(self, shape: AttentionShape, options: AttentionOptions) -> None:
         """A weight tensor is n x n unless rows are named: refuse it before it is made."""
-        rows = returned_rows(shape, options)
-        for name, size in weights_bytes(shape, options).items():
-            if size > self._config.max_weights_bytes:
+        rows = f"of {returned_rows(shape, options)} rows and {shape.key_length} keys"
+        fewer = "name fewer rows, or ask for top_weights of fewer keys"
+        found = [(name, size, rows, fewer) for name, size in weights_bytes(shape, options).items()]
+        heads, limit = shape.batch * shape.heads, self._config.max_weights_bytes
+        found.append(("block_map", map_bytes(shape, options), f"of {heads} heads", "ask for it with fewer heads"))
+        for name, size, of, advice in found:
+            if size > limit:
                 raise FarsightError(
                     Kind.TOO_LARGE,
-                    f"{name} of {rows} rows and {shape.key_length} keys take {size} bytes, over the limit of "
-                    f"{self._config.max_weights_bytes} bytes; name fewer rows, or ask for top_weights of fewer keys",
+                    f"{name} {of} takes {size} bytes, over the limit of {limit} bytes; {advice}",
                     code="weights_too_large",
                     param="returns",
                 )
@@ -224,8 +234,7 @@ def batch_key(request: AttentionRequest, plan: Plan) -> Hashable:
     is_alone = (
         plan.kind is PlanKind.SPARSE
         or request.attn_mask is not None
-        or "weights" in options.returns
-        or "top_weights" in options.returns
+        or bool({"weights", "top_weights", "block_map"} & set(options.returns))
     )
     if is_alone:
         return request.id, id(request)

@@ -7,6 +7,7 @@ from the last layer to the first, a block of rows at a time. Ref: Abnar and Zuid
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,15 +16,16 @@ import torch
 
 from service.attention.geometry import ROWS_BYTES
 from service.attention.masks import MaskSpec
-from service.attention.output import Checkpoint
+from service.attention.output import Checkpoint, no_checkpoint
 from service.attention.weights import WeightsView, attention_weights
 from service.core.options import ExplainOptions
-from service.models.hook import AttentionCall
+from service.models.hook import AttentionCall, ForwardContext
 from service.models.inputs.rows import EncodedInput
 from service.models.inputs.tokenizer import TextTokenizer
 
 HeadType = Literal["previous token", "sink", "separator", "local", "broad"]
 MIN_SHARE = 0.5  # of a head's weight: what a head type is named after has at least this much
+MAP_TILES = 64  # a side, of a layer's block map
 LOCAL_TOKENS = 4  # to either side of the query token
 
 
@@ -72,7 +74,7 @@ def tokens_of(row: EncodedInput, text: str | None, tokenizer: TextTokenizer) -> 
 
 
 def document(
-    probe: AttentionProbe, tokens: Sequence[Token], options: ExplainOptions, checkpoint: Checkpoint
+    probe: AttentionProbe, tokens: Sequence[Token], options: ExplainOptions, context: ForwardContext
 ) -> dict[str, Any]:
     """The explanation as JSON. Entropies in bits; weights of one head sum to 1.
 
@@ -80,18 +82,20 @@ def document(
         probe: has observed the pass over these tokens.
         tokens: all tokens of the input.
         options: the layers to report, and how many tokens of each head.
-        checkpoint: called before each layer and block of rows; may raise to stop.
+        context: of the pass, with its maps; its checkpoint is called before each layer and block of rows.
 
     Returns:
         The query token, the average over all layers and heads, each layer's heads and, on request, the rollout.
     """
-    count = len(probe.weights)
+    count, checkpoint = len(probe.weights), context.checkpoint or no_checkpoint
     chosen = range(count) if options.layers is None else dict.fromkeys(layer % count for layer in options.layers)
     separators = torch.tensor([token.is_special or not any(map(str.isalnum, token.text)) for token in tokens])
     layers = []
     for layer in chosen:
         checkpoint()
         layers.append(_layer(layer, probe, tokens, separators, options.top_k))
+        if options.block_map:
+            layers[-1]["block_map"] = _map_document(context.maps[layer])
     average = torch.stack([weights.mean(0) for weights in probe.weights]).mean(0)
     explanation: dict[str, Any] = {
         "query": _named(tokens[probe.row]),
@@ -164,6 +168,12 @@ def _layer(
             for head in range(len(weights))
         ],
     }
+
+
+def _map_document(block_map: torch.Tensor) -> dict[str, Any]:
+    """[heads, r, c] uint8."""
+    data = base64.b64encode(block_map.contiguous().numpy().tobytes()).decode()
+    return {"dtype": "uint8", "shape": list(block_map.shape), "data": data}
 
 
 def _top(weights: torch.Tensor, tokens: Sequence[Token], top_k: int) -> list[dict[str, Any]]:
