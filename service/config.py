@@ -175,15 +175,8 @@ class Config(BaseSettings):
     # attention
     block_size: int = Field(128, ge=16, le=1024)
     max_error: float = Field(0.02, ge=0, le=1, description="Default for attention requests that do not set it.")
-    model_max_error: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="Default for forward passes that do not set `max_error`: of their last hidden state.",
-    )
-    epsilon: float = Field(
-        0.4, gt=0, le=1, description="Largest risk of a block that a sparse row does not read, at max_error 0.02."
-    )
+    model_max_error: float = Field(0.05, ge=0, le=1, description="The same of forward passes: of their last state.")
+    epsilon: float = Field(0.4, gt=0, le=1, description="Largest risk of a block that is not read, at max_error 0.02.")
     audit_rows: int = Field(59, ge=8, le=4096, description="Rows per head; 59 = 95 % of rows at 95 % confidence.")
     output_audit_share: float = Field(
         0.01,

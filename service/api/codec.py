@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import torch
 
+from service.api.number_lists import BOOLS, NUMBERS, array_of
 from service.errors import FarsightError, invalid, malformed
 
 DTYPES = {
@@ -70,12 +71,8 @@ def tensor_from_json(name: str, value: Any) -> torch.Tensor:
         return _from_base64(name, value)
     if not isinstance(value, list):
         raise invalid(f"{name}: expected nested lists or an object with dtype, shape and data", param=name)
-    try:
-        array = np.array(value)
-    except ValueError:
-        raise invalid(f"{name}: expected nested lists of one shape, got ragged ones", param=name) from None
-    if array.dtype.kind not in "biuf":
-        raise invalid(f"{name}: expected numbers in the nested lists", param=name)
+    accepted = {NUMBERS: np.float64, BOOLS: np.bool_}
+    array = array_of(name, value, accepted, "expected numbers, or booleans, in the nested lists")
     if array.dtype != bool:
         largest = max(array.max(initial=0), -array.min(initial=0))
         if largest > FLOAT32_MAX:

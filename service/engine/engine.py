@@ -109,16 +109,7 @@ class Engine:
         device = pick_device(config.device)
         threads = config.cpu_threads or os.cpu_count() or 1
         torch.set_num_threads(threads)  # per thread: this one calibrates, the device thread computes
-        models = Registry(
-            LoadSettings(
-                device,
-                config.max_text_bytes,
-                config.max_batch_tokens,
-                config.max_audio_windows,
-                config.sparse_min_tokens,
-                config.cache_dir,
-            )
-        )
+        models = Registry(LoadSettings.of(config, device))
         models.set(config.models)
         replica = ReplicaDevice(device, load_or_measure(device, config.cache_dir), threads, meter_for(device))
         return cls(config, metrics, models, replica, ledger=ledger, order=order)

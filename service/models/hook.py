@@ -31,6 +31,7 @@ from service.models.state_sample import StateSample
 NAME = "farsight"
 OWN_ATTENTION = "does not compute attention through the AttentionInterface"  # why a model is refused
 MAX_WAIT = 64  # passes
+PAYS = 0.4  # share of the visible pairs: sparse attention of a real model that scores more takes longer than exact
 NARROW = 4096  # tokens that a row of a sliding window sees: below, an exact layer is faster than any selection
 
 
@@ -61,8 +62,8 @@ class AttentionCall:
 
 @dataclass(slots=True)
 class SparseHistory:
-    """Attention modules of one model, by id, whose sparse answers were over the bound: they are computed exactly for a
-    while, twice as long each time, instead of three times over at every request."""
+    """Attention modules of one model, by id, whose sparse answers did not pay or were over the bound: they are computed
+    exactly for a while, twice as long each time."""
 
     waits: dict[int, int] = field(default_factory=dict)  # passes until sparse is tried again
     lengths: dict[int, int] = field(default_factory=dict)  # of the last wait
@@ -72,8 +73,8 @@ class SparseHistory:
         self.waits[module] = max(0, left - 1)
         return left > 0
 
-    def learn(self, module: int, *, was_sparse: bool) -> None:
-        length = 0 if was_sparse else min(MAX_WAIT, 2 * self.lengths.get(module, 2))
+    def learn(self, module: int, *, pays: bool) -> None:
+        length = 0 if pays else min(MAX_WAIT, 2 * self.lengths.get(module, 2))
         self.lengths[module] = self.waits[module] = length
 
 
@@ -175,7 +176,9 @@ def _attend(context: ForwardContext, module: int, pattern: Pattern, inputs: Atte
         return attend(*tensors, kind, mask, scoring=scoring, checkpoint=checkpoint).out
     found = attend_with_error_bound(*tensors, mask, bound, scoring=scoring, checkpoint=checkpoint)
     if context.history is not None:
-        context.history.learn(module, was_sparse=found.kind is PlanKind.SPARSE)
+        visible = sum(segment.visible_pairs for segment in split(*tensors, mask))
+        pays = found.kind is PlanKind.SPARSE and found.pairs_scored <= PAYS * visible
+        context.history.learn(module, pays=pays)
     context.layers.append(LayerReport(found.kind, found.error, found.density, found.pairs_scored))
     if found.block_map is not None:
         context.maps.append(found.block_map.octets()[0].cpu())

@@ -198,6 +198,16 @@ def test_infer() -> None:
     assert sent.options.scale == 0.5
 
 
+def test_a_block_map_is_bytes(engine: Engine) -> None:
+    request = attention(is_causal=True)
+    request.outputs.add(name="block_map")
+    response = run(Methods(engine).ModelInfer(request, Context()))
+    assert [(one.name, one.datatype, list(one.shape)) for one in response.outputs] == [
+        ("block_map", "UINT8", [1, 1, 1, 1])
+    ]
+    assert list(response.raw_output_contents) == [b"\xff"]
+
+
 def test_scores_of_a_stage_arrive_with_their_infinities(engine: Engine) -> None:
     request = attention(stage="masked", is_causal=True, scale=1.0, audit_rows=459)
     for name in ("weights", "top_weights"):

@@ -150,6 +150,27 @@ STAGES: list[tuple[str, list[float | None], list[int], list[float | None]]] = [
 ]
 
 
+def test_a_block_map_in_every_form(call: Any) -> None:
+    tensor = torch.randn(1, 2, 300, 4, generator=torch.Generator().manual_seed(0))
+    tensors = {name: tensor.clone() for name in ("query", "key", "value")}
+    causal = [[255, 0, 0], [255, 255, 0], [255, 255, 255]]
+    given = {name: tensor.tolist() for name in tensors}
+    body = call("POST", "/v1/attention", json={**given, "is_causal": True, "returns": ["block_map"]}).json()
+    assert body["block_map"] == [[causal, causal]]
+    assert "output" not in body
+    content = save(tensors, metadata={"options": json.dumps({"mode": "sparse", "returns": ["output", "block_map"]})})
+    headers = {"content-type": "application/x-safetensors", "accept": "application/x-safetensors"}
+    binary = load(call("POST", "/v1/attention", content=content, headers=headers).content)
+    assert binary["block_map"].dtype == torch.uint8
+    assert binary["block_map"].shape == (1, 2, 3, 3)
+    assert binary["block_map"].min() >= 1, "all is visible"
+    inputs = [{"name": name, "datatype": "FP32", "shape": [1, 2, 300, 4], "data": given[name]} for name in given]
+    asked = {"inputs": inputs, "parameters": {"is_causal": True}, "outputs": [{"name": "block_map"}]}
+    (output,) = call("POST", "/v2/models/attention/infer", json=asked).json()["outputs"]
+    assert (output["datatype"], output["shape"]) == ("UINT8", [1, 2, 3, 3])
+    assert output["data"] == [cell for _ in range(2) for row in causal for cell in row]
+
+
 def with_infinities(numbers: list[float | None]) -> list[float]:
     return [-math.inf if number is None else number for number in numbers]
 

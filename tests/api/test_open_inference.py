@@ -116,6 +116,7 @@ def test_metadata() -> None:
         "weights",
         "top_weights",
         "top_indices",
+        "block_map",
     ]
     document = metadata.model_metadata("mini", "", [INFO])
     assert document["versions"] == ["1"]
@@ -219,6 +220,7 @@ def test_returns_follow_the_requested_outputs() -> None:
     assert returns({}, "lse") == ("lse",)
     assert returns({}, "top_indices", "top_weights") == ("top_weights",)
     assert returns({"returns": ["lse"]}, "output") == ("lse", "output")
+    assert returns({}, "block_map") == ("block_map",)
     assert returns({"returns": '["lse", "weights"]'}) == ("lse", "weights")
 
 

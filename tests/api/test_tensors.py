@@ -153,7 +153,7 @@ def test_raw_refusals_name_the_numbers(datatype: str, shape: list[int], data: by
         ("FP32", [1], {"a": 1}, "expected all FP32"),
         ("INT64", [1], [1.5], "expected all INT64"),
         ("INT64", [1], [2**63], "outside the range of INT64"),
-        ("INT64", [1], [2**70], "expected all INT64"),
+        ("INT64", [1], [2**70], "outside the range of INT64"),
         ("INT32", [1], [2**31], "outside the range of INT32"),
         ("BOOL", [1], [1], "expected all BOOL"),
         ("BYTES", [1], [1], "expected all BYTES"),
@@ -161,7 +161,9 @@ def test_raw_refusals_name_the_numbers(datatype: str, shape: list[int], data: by
         ("BYTES", [1], ["\ud800"], "UTF-8"),
         ("UINT8", [1], [1], "datatype: expected one of .*, got 'UINT8'"),
         ("BYTES", [1], nested("a", 900), "nested deeper"),
-        ("FP32", [1], nested(1.0, 900), "one shape"),
+        ("FP32", [1], nested(1.0, 900), "nested deeper than 8"),
+        ("FP32", [2], [1.0, True], "expected all FP32"),
+        ("FP32", [2], [[1.0], 2.0], "one shape"),
     ],
 )
 def test_list_refusals(datatype: str, shape: list[int], data: Any, says: str) -> None:

@@ -139,6 +139,20 @@ def test_explain(call: Any) -> None:
     assert body["plan"]["kind"] in ("dense", "chunked")
 
 
+def test_explain_draws_where_each_layer_reads(call: Any) -> None:
+    for mode in ("auto", "sparse"):
+        asked = {"model": "decoder", "text": "it was tired . " * 110, "query": 3, "mode": mode, "layers": [0, 2]}
+        layers = call("/v1/explain", **asked, max_error=1.0, block_map=True).json()["explanation"]["layers"]
+        for layer in layers:
+            drawn = layer["block_map"]
+            assert (drawn["dtype"], drawn["shape"]) == ("uint8", [4, 4, 4])
+            octets = torch.frombuffer(bytearray(base64.b64decode(drawn["data"])), dtype=torch.uint8).view(4, 4, 4)
+            assert (octets[:, *torch.triu_indices(4, 4, 1)] == 0).all(), "causal"
+            assert (octets.diagonal(dim1=1, dim2=2) == 255).all()
+            assert mode == "sparse" or set(octets.unique().tolist()) == {0, 255}
+    assert "block_map" not in call("/v1/explain", **asked).json()["explanation"]["layers"][0]
+
+
 def test_images_to_labels_and_embeddings(call: Any) -> None:
     images = [picture(0), f"data:image/jpeg;base64,{picture(1, 'JPEG')}"]
     body = call("/v1/classify", model="vision", images=images).json()

@@ -249,9 +249,9 @@ def test_answers_by_leaves_are_within_the_bound(monkeypatch, mask, dtype):
     ran: list[int] = []
     run = LeafAttention.attend
 
-    def counted(self, choices, pause):
+    def counted(self, choices, pause, into):
         ran.append(len(choices))
-        return run(self, choices, pause)
+        return run(self, choices, pause, into)
 
     monkeypatch.setattr(LeafAttention, "attend", counted)
     tensors = [x.to(dtype) for x in clustered(1200, 1200, batch=2)]

@@ -24,13 +24,13 @@ from service.core.options import (
     ScoreOptions,
 )
 from service.core.plan import PlanKind
-from service.core.request import AttentionRequest, ForwardRequest
+from service.core.request import AttentionRequest, AttentionShape, ForwardRequest
 from service.engine.engine import Engine
 from service.engine.workloads.attention import AttentionWorkload
 from service.engine.workloads.base import Outcome
 from service.errors import FarsightError, Kind
 from service.planning import attention_plan
-from service.planning.attention_cost import selection_flops
+from service.planning.attention_cost import map_bytes, selection_flops
 from tests.engines import another
 
 
@@ -277,6 +277,19 @@ def test_weights_are_returned_by_row_and_refused_whole(engine: Engine) -> None:
     error = refusal(engine, attention(4096, heads=2, returns=("weights",)))
     assert (error.kind, error.code) == (Kind.TOO_LARGE, "weights_too_large")
     assert str(4 * 2 * 4096 * 4096) in error.message
+
+
+def test_a_block_map_is_limited_like_weights(engine: Engine) -> None:
+    answer: Answer = run(engine.submit(attention(64, returns=("block_map", "lse"))))
+    assert answer.tensors["block_map"].tolist() == [[[[255]], [[255]]]]
+    assert set(answer.tensors) == {"block_map", "lse"}
+    tensor = torch.zeros(1, 1, 1, 1).expand(2, 600, 32768, 1)
+    shape = AttentionShape(2, 600, 600, 32768, 32768, 1, 1, "float32")
+    assert map_bytes(shape, AttentionOptions(returns=("block_map",))) == 2 * 600 * 256 * 256
+    big = replace(attention(64, returns=("block_map",)), query=tensor, key=tensor, value=tensor)
+    error = refusal(engine, big)
+    assert (error.kind, error.code) == (Kind.TOO_LARGE, "weights_too_large")
+    assert "block_map of 1200 heads takes 78643200 bytes" in error.message
 
 
 def test_metrics_hold_what_the_answers_said(engine: Engine, registry: CollectorRegistry) -> None:

@@ -84,10 +84,10 @@ def test_calls_that_were_no_use_sparse_are_exact_for_longer_and_longer() -> None
     for number in range(200):
         if not history.skips(3):
             tried.append(number)
-            history.learn(3, was_sparse=False)
+            history.learn(3, pays=False)
     assert tried == [0, 5, 14, 31, 64, 129, 194]  # after 4, 8, 16, 32, 64, 64 exact passes
     assert not history.skips(0)
-    history.learn(3, was_sparse=True)
+    history.learn(3, pays=True)
     assert not history.skips(3)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from service.api.number_lists import BOOLS, INTEGERS, NUMBERS, array_of
 from service.errors import invalid
 
 assert sys.byteorder == "little", "bug: raw tensors are little endian, and bytes are not swapped here"
@@ -27,7 +28,13 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DATATYPES = {dtype: datatype for datatype, dtype in DTYPES.items()} | {torch.uint8: "UINT8"}  # of outputs
 RAW_ONLY = frozenset({"FP16", "BF16"})  # no JSON form, no typed field in gRPC
-_KINDS = {"BOOL": "b", "INT32": "iu", "INT64": "iu", "FP32": "fiu", "FP64": "fiu"}  # NumPy kinds a list may have
+_ACCEPTED: dict[str, dict[frozenset[type], type]] = {  # elements of a list, and what they become
+    "BOOL": {BOOLS: np.bool_},
+    "INT32": {INTEGERS: np.int32},
+    "INT64": {INTEGERS: np.int64},
+    "FP32": {NUMBERS: np.float64},
+    "FP64": {NUMBERS: np.float64},
+}
 
 MAX_RANK = 8
 MAX_ELEMENTS = 2**62  # torch computes strides in int64
@@ -128,17 +135,10 @@ def from_list(name: str, datatype: str, shape: Sequence[int], data: Any) -> Valu
         _check_count(name, datatype, shape, count, len(strings))
         return strings
     dtype = dtype_of(name, datatype)
-    try:
-        array = np.asarray(data)
-    except ValueError as error:  # ragged
-        raise invalid(f"{name}: data: expected lists of numbers of one shape", param=name) from error
+    array = array_of(
+        name, data if isinstance(data, list) else [data], _ACCEPTED[datatype], f"data: expected all {datatype}"
+    )
     _check_count(name, datatype, shape, count, array.size)
-    if array.size and array.dtype.kind not in _KINDS[datatype]:
-        raise invalid(f"{name}: data: expected all {datatype}", param=name)
-    if datatype == "INT32" and array.size and not (-(2**31) <= array.min() <= array.max() < 2**31):
-        raise invalid(f"{name}: a value is outside the range of INT32", param=name)
-    if datatype == "INT64" and array.dtype == np.uint64:
-        raise invalid(f"{name}: a value is outside the range of INT64", param=name)
     with np.errstate(over="ignore"):  # 1e39 becomes infinity, which `check_attention` refuses
         array = array.astype(str(dtype).removeprefix("torch."))
     return torch.from_numpy(array).reshape(tuple(shape))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as TEXT_ENCODERS
 from transformers.utils.logging import disable_progress_bar
 
-from service.config import ModelConfig
+from service.config import Config, ModelConfig
 from service.core.model_info import MatrixSizes, ModelInfo
 from service.models import hook
 from service.models.heads import packed_classifier
@@ -63,6 +63,11 @@ class LoadSettings:
     max_audio_windows: int = 1  # of one request
     sparse_min_tokens: int = 0  # models of shorter inputs have no use for error gains
     cache_dir: Path | None = None  # where measured gains are kept
+
+    @classmethod
+    def of(cls, config: Config, device: torch.device) -> Self:
+        sizes = config.max_text_bytes, config.max_batch_tokens, config.max_audio_windows
+        return cls(device, *sizes, config.sparse_min_tokens, config.cache_dir)
 
 
 def load(config: ModelConfig, settings: LoadSettings) -> Model:
