@@ -29,7 +29,8 @@ SOCKET, CONNECTIONS = " mode 666 level admin", re.compile(r"\n    maxconn .*")
 FRONTENDS = ("\nfrontend http_frontend\n", "\nfrontend grpc_frontend\n")
 MOST_CONNECTIONS = 20_000
 FRONTEND_SHARE, SOURCE_SHARE = 0.45, 0.5  # of all connections; of a frontend's. The rest is for metrics and statistics
-OWN_FILES = 400  # descriptors that HAProxy needs for itself, and for checks
+PIPES = 64  # that data is spliced through, two descriptors each; by default a quarter of the connections
+OWN_FILES = 400  # descriptors that HAProxy needs for pipes, listeners and checks
 LOOPBACK = "127.0.0.1"
 
 
@@ -44,7 +45,8 @@ def completed(text: str, metrics_host: str = "", files: int = 2 * MOST_CONNECTIO
     Raises ValueError if the text does not look like Ray's.
     """
     most = min(MOST_CONNECTIONS, max(100, (files - OWN_FILES) // 2))
-    text, count = CONNECTIONS.subn(f"\n    maxconn {most}", _without_timeouts(text), count=1)
+    limits = f"\n    maxconn {most}\n    maxpipes {PIPES}"
+    text, count = CONNECTIONS.subn(limits, _without_timeouts(text), count=1)
     if not count:
         raise ValueError("HAProxy configuration of Ray: expected maxconn in its global section")
     timeouts = "".join(f"    timeout {name} {value}\n" for name, value in TIMEOUTS.items())

@@ -31,7 +31,7 @@ class OutputAudits:
         most a few wait at a time."""
         if outcome.plan.kind is not PlanKind.SPARSE or not outcome.layers or self._draw.random() >= self._share:
             return None
-        size = sum(tensor.nbytes for tensor in outcome.tensors.values())
+        size = sum(tensor.nbytes for tensor in (*outcome.tensors.values(), *outcome.sampled))
         if not outcome.tensors or size > MAX_BYTES or waiting >= MAX_WAITING:
             return None
         work = job.work
@@ -41,8 +41,11 @@ class OutputAudits:
 
 
 def state_error(answered: Outcome, exact: Outcome) -> float | None:
-    """Relative L2 error of the last hidden state, by the rows that both sampled; None if there are none."""
-    if not answered.sampled or not exact.sampled:
+    """Relative L2 error of the last hidden state, by the rows that both sampled.
+
+    None if there are none, or memory ran out and one of them ran in other passes.
+    """
+    if not answered.sampled or [one.shape for one in answered.sampled] != [one.shape for one in exact.sampled]:
         return None
     got, right = torch.cat(tuple(answered.sampled)), torch.cat(tuple(exact.sampled))
     return float((got - right).norm() / right.norm().clamp(min=1e-20))

@@ -2,7 +2,9 @@
 
 A small error of one layer's attention output reaches the last hidden state multiplied by the layer's gain, which is
 measured at load (`loading/gains.py`). Errors of different layers add up like independent ones, nearly: what sparse
-attention does was measured to add up to 1.2 to 1.6 times as much (SmolLM2-135M, real text, 4,096 to 8,192 tokens).
+attention does was measured to add up to 1.2 to 1.7 times as much (SmolLM2-135M, real text, 4,096 to 32,768 tokens), so
+both the estimate and the upper limit are COHERENCE times what independent errors would give. Of all rows together:
+single rows may be several times further off.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ from math import hypot, sqrt
 
 from service.core.answer import LayerReport
 
-COHERENCE = 1.4  # how much more the layers' errors add up to than independent ones
-RESERVE = 1.15  # of the upper limit, over that
+COHERENCE = 1.65  # how much more the layers' errors add up to than independent ones
 MAX_LAYER_ERROR = 0.2  # up to here errors of layers were seen to grow linearly into the output
 AIM = 0.75  # of a call's part: the audit's upper limit is about so much above what leaves are chosen for
 # a call may err more than its part, if the audit finds so, up to this many times and this share of all that is left:
@@ -36,7 +37,7 @@ class OutputBudget:
         """(aim, bound) of the next attention call. `done`: the earlier ones, of earlier passes too."""
         call = len(done) % len(self.gains)
         spent = hypot(*self._uppers(done[len(done) - call :]))
-        left = max(0.0, (self.max_error / (COHERENCE * RESERVE)) ** 2 - spent**2)
+        left = max(0.0, (self.max_error / COHERENCE) ** 2 - spent**2)
         shares = [gain**SHARE_EXPONENT for gain in self.gains[call:]]
         part = shares[0] / sum(shares)
         most = max(part, min(TOLERANCE**2 * part, MOST_OF_LEFT))
@@ -48,7 +49,7 @@ class OutputBudget:
         count = len(self.gains)
         passes = [done[start : start + count] for start in range(0, len(done), count)]
         estimate = max(COHERENCE * hypot(*self._estimates(one)) for one in passes)
-        return estimate, max(COHERENCE * RESERVE * hypot(*self._uppers(one)) for one in passes)
+        return estimate, max(COHERENCE * hypot(*self._uppers(one)) for one in passes)
 
     def _estimates(self, one_pass: Sequence[LayerReport]) -> list[float]:
         return [gain * call.error.relative_l2 for gain, call in zip(self.gains, one_pass, strict=False)]

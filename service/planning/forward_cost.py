@@ -26,7 +26,7 @@ from service.planning.attention_cost import (
 )
 
 # the time of a sparse layer of a real model, attempts that failed included: this share of dense attention's, and that
-# of so many keys for each row. All layers of SmolLM2-135M with 8,192 and 32,768 tokens of a real text, max_error 0.05
+# of so many keys for each row. SmolLM2-135M with a real text of 8,192 and 32,768 tokens, max_error 0.05, in the engine
 SPARSE_SHARE, SPARSE_KEYS = 0.5, 1600
 STATES_ONLY = ("hidden", "explain")  # tasks without the model's head, and of encoder-decoder models the encoder alone
 KEPT_BYTES = 44 << 20  # the most freed activations that the C library's allocator keeps

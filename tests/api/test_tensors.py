@@ -49,7 +49,7 @@ def test_raw_round_trip(datatype: str) -> None:
 @pytest.mark.parametrize("datatype", sorted(set(SAMPLES) - tensors.RAW_ONLY))
 def test_list_round_trip(datatype: str) -> None:
     sample = SAMPLES[datatype]
-    for data in (sample.tolist(), tensors.to_numbers(sample)):  # nested and flat
+    for data in (sample.tolist(), tensors.to_numbers(sample).tolist()):  # nested and flat
         back = tensors.from_list("x", datatype, [2, 2], data)
         assert isinstance(back, torch.Tensor)
         assert back.dtype == sample.dtype

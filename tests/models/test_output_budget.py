@@ -20,7 +20,7 @@ from service.models.inputs.rows import EncodedInput
 from service.models.loading import gains
 from service.models.loading.load import load
 from service.models.loading.probe import probe_context
-from service.models.output_budget import AIM, COHERENCE, MAX_LAYER_ERROR, RESERVE, TOLERANCE, OutputBudget
+from service.models.output_budget import AIM, COHERENCE, MAX_LAYER_ERROR, TOLERANCE, OutputBudget
 from tests.models import zoo
 from tests.models.common import SETTINGS
 
@@ -48,9 +48,9 @@ def test_a_budget_that_is_spent_keeps_to_the_bound() -> None:
     done = spent(budget)
     estimate, upper = budget.output_error(done)
     assert upper == pytest.approx(0.05)
-    assert estimate == pytest.approx(0.05 / RESERVE)
+    assert estimate == pytest.approx(0.05)
     assert upper == pytest.approx(
-        COHERENCE * RESERVE * hypot(*(g * d.error.relative_l2_upper for g, d in zip(GAINS, done, strict=True)))
+        COHERENCE * hypot(*(g * d.error.relative_l2_upper for g, d in zip(GAINS, done, strict=True)))
     )
     # a call that reaches further may err less, by less than it reaches further
     first, second = (layer.error.relative_l2_upper for layer in done[:2])

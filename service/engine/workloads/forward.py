@@ -13,6 +13,7 @@ from service.attention.sparse.bounded_error import ErrorBound
 from service.config import Config
 from service.core.answer import ErrorReport, LayerReport
 from service.core.model_info import ModelInfo
+from service.core.options import HiddenOptions
 from service.core.plan import Plan, PlanKind
 from service.core.request import ForwardRequest
 from service.engine.workers import Workers
@@ -31,7 +32,7 @@ from service.planning import forward_plan
 from service.planning.attention_cost import pair_flops
 from service.planning.correction import PredictionCorrector
 from service.planning.device_profile import DeviceProfile
-from service.planning.forward_cost import Size
+from service.planning.forward_cost import STATES_ONLY, Size
 from service.planning.planner import Candidates
 
 INLINE_ROWS = 64  # inputs of a request that is priced on the event loop
@@ -120,9 +121,9 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
         """All rows of all works together, packed if the model can. A work with a sparse plan is alone."""
         first = works[0]
         model, is_sparse = first.prepared.model, first.plan.kind is PlanKind.SPARSE
-        bound = self._bound(first) if is_sparse else None
-        budget = None if bound is None else output_budget(first, bound.max_error)
-        sample = StateSample(seed_of(first)) if is_sparse or first.is_audit else None
+        bound, budget = self._bound(first) if is_sparse else (None, None)
+        is_sampled = first.is_audit or (is_sparse and self._config.output_audit_share > 0)
+        sample = StateSample(seed_of(first)) if is_sampled else None
         context = ForwardContext(
             first.plan.kind,
             checkpoint=checkpoint,
@@ -168,9 +169,15 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
 
     # -- small rules --------------------------------------------------------------------------------------------
 
-    def _bound(self, work: Work) -> ErrorBound:
-        """What every attention call of a sparse pass keeps to."""
-        return error_bound(work, work.prepared.request.options, self._config, seed_of(work))
+    def _bound(self, work: Work) -> tuple[ErrorBound, OutputBudget | None]:
+        """What every attention call of a sparse pass keeps to, and if it can be known, its last hidden state."""
+        options, config = work.prepared.request.options, self._config
+        bound = error_bound(work, options, config, seed_of(work))
+        budget = output_budget(work, bound.max_error)
+        if budget is None and options.max_error is None:  # the default is that of one call
+            smaller = min(bound.max_error, config.max_error)
+            bound = replace(bound.for_error(smaller, smaller), aim=None)
+        return bound, budget
 
 
 def batch_key(prepared: PreparedForward, plan: Plan) -> Hashable:
@@ -190,9 +197,12 @@ def seed_of(work: Work) -> int:
 
 
 def output_budget(work: Work, max_error: float) -> OutputBudget | None:
-    """None if the gains of this task's attention calls are unknown; then each call keeps to max_error."""
-    info = work.prepared.info
-    is_known = work.prepared.request.task in ("hidden", "embed") or info.task_attention in (None, info.attention)
+    """None if the gains of this task's attention calls are unknown, or another layer's states are its answer; then each
+    call keeps to max_error."""
+    info, request = work.prepared.info, work.prepared.request
+    is_known = request.task in (*STATES_ONLY, "embed") or info.task_attention in (None, info.attention)
+    if isinstance(request.options, HiddenOptions) and request.options.layer != -1:
+        is_known = False
     return OutputBudget(info.error_gains, max_error) if info.error_gains and is_known else None
 
 

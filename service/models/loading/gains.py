@@ -13,6 +13,7 @@ import logging
 import os
 import pydoc_data.topics
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from service.models.loading.probe import probe_context
 from service.models.model import Model
 
 NOISE = 0.1  # relative L2 norm, of each head
-TOKENS = 64
+TOKENS, FEWEST = 64, 8
 LEAST = 1e-4  # a call without any influence
 HASHED = 64  # numbers of every parameter
 
@@ -39,7 +40,7 @@ def with_gains(model: Model, directory: Path | None) -> Model:
         return model
     path = None if directory is None else directory.expanduser() / f"gains-{_fingerprint(model)}.json"
     gains = _read(path)
-    if gains is None:
+    if gains is None or len(gains) != sum(layers.count for layers in model.info.attention):
         gains = measured(model)
         _try_to_write(path, gains)
     return replace(model, info=replace(model.info, error_gains=gains))
@@ -47,8 +48,10 @@ def with_gains(model: Model, directory: Path | None) -> Model:
 
 @torch.inference_mode()
 def measured(model: Model) -> tuple[float, ...]:
-    """The gain of each attention call of a pass over a text, in order."""
+    """The gain of each attention call of a pass over a text, in order; empty if they cannot be measured."""
     row = _row(model)
+    if len(row) < FEWEST:  # a tokenizer of something else than texts
+        return ()
     context = probe_context()
     exact = _states(model, row, context)
     gains = []
@@ -59,15 +62,16 @@ def measured(model: Model) -> tuple[float, ...]:
             return _with_noise(out, draw) if call == noisy else out
 
         off = _states(model, row, replace(probe_context(), disturb=disturbed)) - exact
-        gains.append(max(LEAST, float(off.norm() / exact.norm()) / NOISE))
-    return tuple(gains)
+        gains.append(float(off.norm() / exact.norm()) / NOISE)
+    return tuple(max(LEAST, gain) for gain in gains) if all(map(isfinite, gains)) else ()
 
 
 def _row(model: Model) -> EncodedInput:
-    """The first tokens of what CPython's interactive help says."""
+    """The first tokens of what CPython's interactive help says, with the special ones of a request."""
     text, spec = "\n".join(pydoc_data.topics.topics.values())[: 16 * TOKENS], model.inputs.spec
     assert spec.tokenizer is not None, "bug: a model of texts without a tokenizer"
-    ids = tuple(next(spec.tokenizer.encode([text])).ids)[: min(TOKENS, model.info.max_length)]
+    single, most = spec.tokenizer.single, min(TOKENS, model.info.max_length)
+    ids, _ = single.filled(tuple(next(spec.tokenizer.encode([text])).ids)[: max(0, most - single.special)])
     hf_config = model.module.config
     if hf_config.is_encoder_decoder and hf_config.eos_token_id is not None:  # classifiers need an end token
         ids = (*ids[:-1], hf_config.eos_token_id)
@@ -80,10 +84,10 @@ def _states(model: Model, row: EncodedInput, context: ForwardContext) -> torch.T
 
 def _with_noise(out: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """out [B, Hq, L, Dv] with noise on every head."""
-    noise = torch.randn(out.shape, generator=draw).to(out)
-    size = out.norm(dim=(2, 3), keepdim=True) / noise.norm(dim=(2, 3), keepdim=True)
-    disturbed: torch.Tensor = out + NOISE * size * noise
-    return disturbed
+    exact, noise = out.float(), torch.randn(out.shape, generator=draw).to(out.device)
+    size = exact.norm(dim=(2, 3), keepdim=True) / noise.norm(dim=(2, 3), keepdim=True)
+    disturbed: torch.Tensor = exact + NOISE * size * noise
+    return disturbed.to(out.dtype)
 
 
 # -- kept on disk -----------------------------------------------------------------------------------------------
@@ -92,6 +96,7 @@ def _with_noise(out: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 def _fingerprint(model: Model) -> str:
     """Of the model's configuration and some numbers of all its weights: reading them all would take as long."""
     digest = hashlib.sha256(model.module.config.to_json_string().encode())
+    digest.update(f"{NOISE} {_row(model).ids}".encode())
     for name, parameter in model.base.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // HASHED)]
@@ -117,7 +122,7 @@ def _read(path: Path | None) -> tuple[float, ...] | None:
 
 
 def _try_to_write(path: Path | None, gains: tuple[float, ...]) -> None:
-    if path is None:
+    if path is None or not gains:
         return
     part = path.with_suffix(f".{os.getpid()}")
     try:
