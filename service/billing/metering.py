@@ -90,8 +90,7 @@ class UsageMeter:
             raise
         except LedgerError as error:
             self._failed("the ledger is unavailable", error)
-            message = f"the budget of tenant {tenant.name!r} cannot be checked now"
-            raise FarsightError(Kind.UNAVAILABLE, message, retry_after_s=2.0) from error
+            raise _unchecked(tenant) from error
         row = LedgerRow(
             at_s=self._clock(),
             request_id=request_id,
@@ -110,7 +109,10 @@ class UsageMeter:
 
     def check(self, tenant: TenantConfig, plan: Plan) -> None:
         """Raise what `accept` would raise, as far as this replica knows without asking the ledger."""
-        self._leases.check(tenant, self._costs(plan))
+        try:
+            self._leases.check(tenant, self._costs(plan))
+        except LedgerError as error:  # counted where requests are refused for it
+            raise _unchecked(tenant) from error
 
     def _costs(self, plan: Plan) -> dict[str, float]:
         """Predicted cost by unit of a budget."""
@@ -213,3 +215,8 @@ class UsageMeter:
     def _failed(self, what: str, error: Exception) -> None:
         self._metrics.ledger_errors.inc()
         logger.error("%s: %r", what, error)
+
+
+def _unchecked(tenant: TenantConfig) -> FarsightError:
+    message = f"the budget of tenant {tenant.name!r} cannot be checked now"
+    return FarsightError(Kind.UNAVAILABLE, message, retry_after_s=2.0)

@@ -31,6 +31,8 @@ MOST_CONNECTIONS = 20_000
 FRONTEND_SHARE, SOURCE_SHARE = 0.45, 0.5  # of all connections; of a frontend's. The rest is for metrics and statistics
 PIPES = 64  # that data is spliced through, two descriptors each; by default a quarter of the connections
 OWN_FILES = 400  # descriptors that HAProxy needs for pipes, listeners and checks
+# Serve decodes these as UTF-8 before the service sees them, and answers 500 in plain text where they are not
+DECODED_HEADERS = ("x-request-id", "x-request-timeout-seconds", "serve_multiplexed_model_id")
 LOOPBACK = "127.0.0.1"
 
 
@@ -55,7 +57,7 @@ def completed(text: str, metrics_host: str = "", files: int = 2 * MOST_CONNECTIO
         (STATISTICS, STATISTICS.replace("*", LOOPBACK)),
         (METRICS, METRICS.replace(":", f"{metrics_host}:")),
         (SOCKET, SOCKET.replace("666", "600")),
-        (FRONTENDS[0], FRONTENDS[0] + _limits(int(FRONTEND_SHARE * most))),
+        (FRONTENDS[0], FRONTENDS[0] + _limits(int(FRONTEND_SHARE * most)) + "".join(map(_refusal, DECODED_HEADERS))),
     ):
         if text.count(before) != 1:
             raise ValueError(f"HAProxy configuration of Ray: expected {before!r} once, got {text.count(before)} times")
@@ -81,6 +83,14 @@ def _limits(connections: int) -> str:
         "    tcp-request connection track-sc0 src\n"
         f"    tcp-request connection reject if {{ sc0_conn_cur gt {int(SOURCE_SHARE * connections)} }}\n"
     )
+
+
+def _refusal(header: str) -> str:
+    """400 in the service's own form."""
+    body = rf"{{\"error\":{{\"message\":\"header {header}: expected printable ASCII\",\"type\":\"malformed\""
+    body += r",\"code\":null,\"param\":null}}"
+    condition = f"{{ req.hdr({header}) -m reg '[^\\x20-\\x7e]' }}"
+    return f'    http-request return status 400 content-type application/json string "{body}" if {condition}\n'
 
 
 def _server(line: str) -> str:

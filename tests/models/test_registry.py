@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,18 @@ def test_architectures_without_attention_of_ours_are_refused(tmp_path: Path) -> 
     zoo.tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(RuntimeError, match="mpnet does not compute attention through the AttentionInterface"):
         loaded(tmp_path)
+
+
+def test_a_replaced_or_unloaded_model_is_freed_at_once(bert: Path) -> None:
+    models = Registry(SETTINGS)
+    models.load(config(bert))
+    first = weakref.ref(models.model("m").module)
+    gc.disable()  # only what the registry collects itself
+    try:
+        models.load(config(bert))
+        assert first() is None
+        second = weakref.ref(models.model("m").module)
+        models.unload("m")
+        assert second() is None
+    finally:
+        gc.enable()
