@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from service.attention.output import Checkpoint
 from service.errors import FarsightError
 from service.models.inputs.processor import InputProcessor
 from service.models.inputs.spec import InputSpec
-from service.models.inputs.tokenizer import load_tokenizer, text_tokenizer
+from service.models.inputs.tokenizer import TextTokenizer, load_tokenizer, text_tokenizer
 from tests.models import zoo
 from tests.models.common import asked
 
@@ -107,3 +109,53 @@ def test_a_source_and_a_target_that_are_cut_are_one_input(tmp_path: Path) -> Non
     tokenized = ours.encode(asked("score", pairs=(("it " * 100, "was " * 90),), truncate="end"))
     assert (tokenized.truncated, tokenized.dropped_tokens) == (1, 100 + 90 - 2 * 62)
     assert len(tokenized.rows[0].ids) == len(tokenized.rows[0].target or ()) == 64
+
+
+def test_texts_that_occur_more_than_once_are_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = inputs(zoo.tokenizer(), tmp_path, has_types=True)
+    plain, encoded, encode = ours.spec.tokenizer, [], TextTokenizer.encode
+    assert plain is not None
+
+    def counted(self: TextTokenizer, texts: Sequence[str], checkpoint: Checkpoint) -> Iterator[Encoding]:
+        encoded.extend(texts)
+        return encode(self, texts, checkpoint)
+
+    long, short = "it " * 100, "was tired"
+    alone = [ours.encode(asked("embed", text, truncate="end")) for text in (long, short)]
+    chunked = ours.encode(asked("embed", long, truncate="chunk", chunk_overlap=4))
+    ranked = [ours.encode(asked("rerank", pairs=(pair,), truncate="end")) for pair in (("it", long), ("was", long))]
+    monkeypatch.setattr(TextTokenizer, "encode", counted)
+
+    many = ours.encode(asked("embed", long, short, long, short, long, truncate="end"))
+    assert encoded == [long, short]
+    assert many.rows == tuple(alone[index].rows[0] for index in (0, 1, 0, 1, 0))
+    assert (many.truncated, many.dropped_tokens) == (3, 3 * alone[0].dropped_tokens)
+    parts = ours.encode(asked("embed", long, short, long, truncate="chunk", chunk_overlap=4))
+    assert parts.rows == (*chunked.rows, *alone[1].rows, *chunked.rows)
+    assert parts.rows_per_input == (len(chunked.rows), 1, len(chunked.rows))
+    assert (parts.truncated, parts.dropped_tokens) == (0, 0)
+
+    encoded.clear()
+    both = ours.encode(asked("rerank", pairs=(("it", long), ("was", long), ("it", long)), truncate="end"))
+    assert encoded == ["it", "was", long]
+    assert both.rows == (*ranked[0].rows, *ranked[1].rows, *ranked[0].rows)
+    assert (both.truncated, both.dropped_tokens) == (3, 2 * ranked[0].dropped_tokens + ranked[1].dropped_tokens)
+
+
+def test_encoding_stops_between_blocks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.models.inputs.tokenizer.ENCODE_BYTES", 100)
+    ours = inputs(zoo.tokenizer(), tmp_path)
+    blocks = 0
+
+    def stop() -> None:
+        nonlocal blocks
+        blocks += 1
+        if blocks == 3:
+            raise InterruptedError
+
+    texts = [f"{number} " * 20 for number in range(10, 20)]  # 60 bytes each
+    with pytest.raises(InterruptedError):
+        ours.encode(asked("embed", *texts), stop)
+    assert blocks == 3
+    assert len(ours.encode(asked("embed", *texts), stop).rows) == 10
+    assert blocks == 3 + 10

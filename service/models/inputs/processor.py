@@ -37,20 +37,24 @@ class InputProcessor:
         """
         self._check_kind(request)
         if self.spec.image_processor is not None:
-            tokenized = self._encode_images(request, self.spec.image_processor)
+            tokenized = self._encode_images(request, self.spec.image_processor, checkpoint)
         elif self.spec.audio_processor is not None:
             tokenized = self._encode_audio(request, self.spec.audio_processor, checkpoint)
         else:
-            tokenized = encode_texts(self.spec, request)
+            tokenized = encode_texts(self.spec, request, checkpoint)
         _check_named_tokens(request, tokenized)
         return tokenized
 
-    def _encode_images(self, request: ForwardRequest, processor: ImageProcessor) -> Tokenized:
+    def _encode_images(self, request: ForwardRequest, processor: ImageProcessor, checkpoint: Checkpoint) -> Tokenized:
+        """An image that occurs more than once is decoded once."""
         if request.features is not None:
-            pixels = list(processor.check_pixels(request.features))
-        else:
-            pixels = [processor(index, data) for index, data in enumerate(request.images)]
-        return self._one_each(pixels)
+            return self._one_each(list(processor.check_pixels(request.features)))
+        decoded: dict[bytes, torch.Tensor] = {}
+        for index, data in enumerate(request.images):
+            if data not in decoded:
+                checkpoint()
+                decoded[data] = processor(index, data)
+        return self._one_each([decoded[data] for data in request.images])
 
     def _encode_audio(self, request: ForwardRequest, processor: AudioProcessor, checkpoint: Checkpoint) -> Tokenized:
         """Each file as its windows. What of a window is silence after the end of its file is not in the result."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import TypeVar
 
 from tokenizers import Encoding
 
+from service.attention.output import Checkpoint, no_checkpoint
 from service.core.options import EmbedOptions
 from service.core.request import ForwardRequest
 from service.errors import FarsightError, Kind, invalid, too_large
@@ -23,13 +24,13 @@ INPUT_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpu
 MAX_TOTAL_TEXTS = 16  # all texts of one request together: this many times the bytes that one text may have
 
 
-def encode_texts(spec: InputSpec, request: ForwardRequest) -> Tokenized:
-    """The rows of a request with texts, pairs of texts, or token ids.
+def encode_texts(spec: InputSpec, request: ForwardRequest, checkpoint: Checkpoint = no_checkpoint) -> Tokenized:
+    """The rows of a request with texts, pairs of texts, or token ids. A text that occurs twice is encoded once.
 
     Raises FarsightError: 422 for an empty input, an unknown token id, or a query that names no token; 413 for a text
     with too many bytes, or an input over the model's length unless `truncate` allows a cut.
     """
-    builder = _EncodedInputBuilder(spec, request)
+    builder = _EncodedInputBuilder(spec, request, checkpoint)
     if request.token_ids:
         for ids, types in zip_longest(request.token_ids, request.token_types):
             builder.add_ids(ids, types)
@@ -77,8 +78,9 @@ def _check_sizes(texts: Sequence[str], max_bytes: int) -> None:
 class _EncodedInputBuilder:
     """Collects the rows of one request, input by input."""
 
-    def __init__(self, spec: InputSpec, request: ForwardRequest) -> None:
+    def __init__(self, spec: InputSpec, request: ForwardRequest, checkpoint: Checkpoint) -> None:
         assert spec.tokenizer is not None, "bug: an image model has no tokenizer"
+        self._checkpoint = checkpoint
         self._spec, self._tokenizer = spec, spec.tokenizer
         self._request, self._options = request, request.options
         self._keeps_spans = request.task in ("explain", "score")
@@ -116,24 +118,36 @@ class _EncodedInputBuilder:
                 message = f"the prompt alone has {prompt.tokens} of the {self._spec.max_length} tokens"
                 raise invalid(message, param="prompt_name")
             texts = [prompt.text + text for text in texts]
-        for text, encoding in zip(texts, self._tokenizer.encode(texts), strict=True):
-            parts = self._fit(tuple(encoding.ids), room, added=template.special)
-            spans = self._spans(encoding, text, len(parts[0]))
-            rows = [self._row(template.filled(part)[0], spans=spans) for part in parts]
-            if prompt is not None:
-                rows[0] = replace(rows[0], prompt=prompt.tokens)
+        encodings = self._encoded(texts)
+        known: dict[str, tuple[list[EncodedInput], int]] = {}  # rows, and tokens that were cut
+        for text in texts:
+            if text in known:
+                rows, dropped = known[text]
+                self._cut(dropped)
+            else:
+                encoding, before = next(encodings), self._dropped_tokens
+                parts = self._fit(tuple(encoding.ids), room, added=template.special)
+                spans = self._spans(encoding, text, len(parts[0]))
+                rows = [self._row(template.filled(part)[0], spans=spans) for part in parts]
+                if prompt is not None:
+                    rows[0] = replace(rows[0], prompt=prompt.tokens)
+                known[text] = rows, self._dropped_tokens - before
             self._add(rows)
 
     def add_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Add (query, document) pairs, of which the document may be cut, or (source, target) pairs, where both may."""
-        firsts = list(dict.fromkeys(first for first, _ in pairs))  # a query that occurs many times is encoded once
-        ids = {text: tuple(encoding.ids) for text, encoding in zip(firsts, self._tokenizer.encode(firsts), strict=True)}
-        seconds = self._tokenizer.encode([second for _, second in pairs])
-        for (first, text), encoding in zip(pairs, seconds, strict=True):
+        firsts = list(dict.fromkeys(first for first, _ in pairs))
+        ids = {text: tuple(encoding.ids) for text, encoding in zip(firsts, self._encoded(firsts), strict=True)}
+        encodings = self._encoded([second for _, second in pairs])
+        known: dict[str, tuple[tuple[int, ...], tuple[TokenSpan, ...] | None]] = {}
+        for first, text in pairs:
+            if text not in known:
+                encoding = next(encodings)
+                known[text] = tuple(encoding.ids), self._spans(encoding, text, self._target_room)
             if self._spec.has_target:
-                self._add_source_and_target(ids[first], text, encoding)
+                self._add_source_and_target(ids[first], *known[text])
             else:
-                self._add_query_and_document(ids[first], encoding)
+                self._add_query_and_document(ids[first], known[text][0])
 
     def build(self) -> Tokenized:
         query: int | None = None
@@ -143,18 +157,27 @@ class _EncodedInputBuilder:
         counts = tuple(self._rows_per_input)
         return Tokenized(tuple(self._rows), counts, len(self._cut_inputs), self._dropped_tokens, query)
 
-    def _add_source_and_target(self, source_ids: tuple[int, ...], text: str, encoding: Encoding) -> None:
-        template = self._tokenizer.single
-        room = self._spec.max_length - template.special
+    def _encoded(self, texts: Sequence[str]) -> Iterator[Encoding]:
+        """Of each different text, in the order of the first ones."""
+        return self._tokenizer.encode(list(dict.fromkeys(texts)), self._checkpoint)
+
+    @property
+    def _target_room(self) -> int:
+        return self._spec.max_length - self._tokenizer.single.special
+
+    def _add_source_and_target(
+        self, source_ids: tuple[int, ...], target_ids: tuple[int, ...], spans: tuple[TokenSpan, ...] | None
+    ) -> None:
+        """`spans`: of as many of the target's tokens as there is room for."""
+        template, room = self._tokenizer.single, self._target_room
         (source,) = self._fit(source_ids, room, added=template.special)
-        (target,) = self._fit(tuple(encoding.ids), room, added=template.special)
+        (target,) = self._fit(target_ids, room, added=template.special)
         target_ids, _ = template.filled(target)
         if not target_ids:
             raise invalid(f"input {self._index}: the target has no tokens", param="target")
-        spans = self._spans(encoding, text, len(target))
         self._add([self._row(template.filled(source)[0], target=target_ids, spans=spans)])
 
-    def _add_query_and_document(self, query: tuple[int, ...], encoding: Encoding) -> None:
+    def _add_query_and_document(self, query: tuple[int, ...], document_ids: tuple[int, ...]) -> None:
         template = self._tokenizer.pair
         room = self._spec.max_length - template.special - len(query)
         if room < 1 and self._options.truncate != "error":
@@ -162,7 +185,7 @@ class _EncodedInputBuilder:
                 f"input {self._index}: the query alone has {len(query)} of the {self._spec.max_length} tokens",
                 param="query",
             )
-        (document,) = self._fit(tuple(encoding.ids), room, added=template.special + len(query))
+        (document,) = self._fit(document_ids, room, added=template.special + len(query))
         ids, types = template.filled(query, document)
         self._add([self._row(ids, types=types if self._spec.has_types and any(types) else None)])
 
@@ -181,10 +204,15 @@ class _EncodedInputBuilder:
             return [ids[at : at + room] for at in range(0, len(ids) - overlap, room - overlap)]
         if self._options.truncate == "error":
             raise self._too_long(len(ids) + added)
-        self._cut_inputs.add(self._index)
-        self._dropped_tokens += excess
+        self._cut(excess)
         # tokens that are reported one by one stay those of the beginning, as their positions are
         return [ids[excess:] if self._spec.cuts_left and not self._keeps_spans else ids[:room]]
+
+    def _cut(self, tokens: int) -> None:
+        """So many tokens of the input that is being added are left out."""
+        if tokens:
+            self._cut_inputs.add(self._index)
+            self._dropped_tokens += tokens
 
     def _too_long(self, length: int) -> FarsightError:
         or_chunk = ' or "chunk"' if isinstance(self._options, EmbedOptions) else ""

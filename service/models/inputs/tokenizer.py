@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer, normalizers
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer
 
+from service.attention.output import Checkpoint, no_checkpoint
 from service.models.inputs.rows import TokenSpan
 
 ENCODE_BYTES = 4 * 1024**2  # of texts that are encoded together: an encoding takes ~500 bytes a token
@@ -59,16 +60,18 @@ class TextTokenizer:
     single: Template
     pair: Template
 
-    def encode(self, texts: Sequence[str]) -> Iterator[Encoding]:
-        """Encode without special tokens, at most ENCODE_BYTES of text at a time."""
+    def encode(self, texts: Sequence[str], checkpoint: Checkpoint = no_checkpoint) -> Iterator[Encoding]:
+        """Encode without special tokens, at most ENCODE_BYTES of text between two checkpoints, or one text."""
         batch: list[str] = []
         size = 0
         for text in texts:
             if batch and size + len(text) > ENCODE_BYTES:
+                checkpoint()
                 yield from self.plain.encode_batch(batch, add_special_tokens=False)
                 batch, size = [], 0
             batch.append(text)
             size += len(text)
+        checkpoint()
         yield from self.plain.encode_batch(batch, add_special_tokens=False)
 
     def spans(self, encoding: Encoding, text: str, count: int) -> tuple[TokenSpan, ...]:
