@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -67,8 +68,19 @@ class ModelManager:
             raise FarsightError(
                 Kind.NOT_FOUND, f"model {name[:96]!r} is unknown; available: {there}", code="model_not_found"
             )
+        _check_inside(repository, name)
         try:
             # not required: an attempt that fails must not take the service out of rotation
             return ModelConfig(name=name, path=str(repository / name), required=False)
         except ValidationError as error:
             raise invalid(f"model {name[:96]!r}: {error.errors()[0]['msg']}", param="model") from error
+
+
+def _check_inside(repository: Path, name: str) -> None:
+    """Raises FarsightError (422) for a folder with links out of the repository: whoever may write there would choose
+    which of the service's files are read."""
+    root, folder = repository.resolve(), repository / name
+    for path in (folder, *folder.rglob("*")):
+        if not path.resolve().is_relative_to(root):
+            link = path.relative_to(repository)
+            raise invalid(f"model {name!r}: {link} is a link out of the model repository", param="model")
