@@ -25,7 +25,8 @@ async def main(directory: Path, port: int, ended: threading.Event) -> None:
     from tests.engine.test_engine import attention, embed
 
     metrics = Metrics()
-    config = Config(models=(MINILM,), output_audit_share=1.0, cpu_threads=1, tenants=(TenantConfig(name="acme"),))
+    own = {"output_audit_share": 1.0, "sparse_min_tokens": 256}  # the model is short, and its errors are followed
+    config = Config(models=(MINILM,), cpu_threads=1, tenants=(TenantConfig(name="acme"),), **own)
     engine = Engine.start(config, metrics)
     exporter = Exporter("127.0.0.1", port, directory)
     sparse = {"mode": "sparse", "is_causal": True}
