@@ -38,6 +38,9 @@ Host = Annotated[str, typer.Option(help="Host of the service.")]
 Port = Annotated[int, typer.Option(help="HTTP port of the service.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Number of rounds; medians are printed.")]
 Output = Annotated[Path | None, typer.Option(help="Also write the figures as JSON.")]
+Decoder = Annotated[Path, typer.Option(help="Directory of a decoder, as `farsight models get smollm2` makes one.")]
+Tokens = Annotated[int, typer.Option(min=1024, help="Over the model's own length positions are scaled (YaRN).")]
+LongText = Annotated[Path | None, typer.Option(help="A long text; default: CPython's interactive help.")]
 
 
 @app.command()
@@ -245,14 +248,12 @@ def forward(
 
 @app.command(name="real-attention")
 def real_attention(
-    model: Annotated[Path, typer.Option(help="Directory of a decoder, as `farsight models get smollm2` makes one.")],
-    tokens: Annotated[
-        int, typer.Option(min=1024, help="Over the model's own length positions are scaled (YaRN).")
-    ] = 8192,
+    model: Decoder,
+    tokens: Tokens = 8192,
     layers: Annotated[str, typer.Option(help="Layers, comma-separated.")] = "0,1,2,4,8,12,16,20,24,28,29",
     max_error: Annotated[float, typer.Option(min=0, max=1)] = 0.05,
     rounds: Rounds = 3,
-    text: Annotated[Path | None, typer.Option(help="A long text; default: CPython's interactive help.")] = None,
+    text: LongText = None,
     output: Output = None,
 ) -> None:
     """Attention of a real decoder that reads a real text: sparse as the service does it, compared with SDPA."""
@@ -277,13 +278,11 @@ def real_attention(
 
 @app.command(name="sparse-model")
 def sparse_model(
-    model: Annotated[Path, typer.Option(help="Directory of a decoder, as `farsight models get smollm2` makes one.")],
-    tokens: Annotated[
-        int, typer.Option(min=1024, help="Over the model's own length positions are scaled (YaRN).")
-    ] = 8192,
+    model: Decoder,
+    tokens: Tokens = 8192,
     documents: Annotated[int, typer.Option(min=1, help="With ten facts each.")] = 10,
     max_error: Annotated[float, typer.Option(min=0, max=1, help="Of the last hidden state.")] = 0.05,
-    text: Annotated[Path | None, typer.Option(help="A long text; default: CPython's interactive help.")] = None,
+    text: LongText = None,
     output: Output = None,
 ) -> None:
     """Sparse passes of a real decoder over real texts: seconds, output, loss and facts, compared with SDPA."""

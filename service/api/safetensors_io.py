@@ -19,8 +19,13 @@ from service.errors import FarsightError, invalid, malformed
 MAX_HEADER_BYTES = 1024 * 1024
 # accepted dtypes as datatypes of the Open Inference Protocol, and names of the dtypes that are written
 DATATYPES = {"F32": "FP32", "F16": "FP16", "BF16": "BF16", "BOOL": "BOOL"}
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"} | {
-    torch.uint8: "U8"
+NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
 }
 
 

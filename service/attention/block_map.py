@@ -53,7 +53,7 @@ class BlockMap:
 
     def add(self, pairs: torch.Tensor, rows: torch.Tensor, heads: slice | torch.Tensor = slice(None)) -> None:
         """pairs [B, g or 1, n, c] read by n stretches of rows with n + 1 edges; each spreads over its rows evenly."""
-        length = (rows[1:] - rows[:-1]).clamp(min=1)
+        length = rows.diff().clamp(min=1)
         first, last = torch.maximum(self.rows[:-1, None], rows[:-1]), torch.minimum(self.rows[1:, None], rows[1:])
         self.read[:, heads] += ((last - first).clamp(min=0) / length) @ pairs.float()
 

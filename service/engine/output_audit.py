@@ -47,8 +47,7 @@ def state_error(answered: Outcome, exact: Outcome) -> float | None:
     """
     if not answered.sampled or [one.shape for one in answered.sampled] != [one.shape for one in exact.sampled]:
         return None
-    got, right = torch.cat(tuple(answered.sampled)), torch.cat(tuple(exact.sampled))
-    return float((got - right).norm() / right.norm().clamp(min=1e-20))
+    return _relative_l2(torch.cat(tuple(answered.sampled)), torch.cat(tuple(exact.sampled)))
 
 
 def output_error(answered: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> tuple[str, float]:
@@ -62,5 +61,8 @@ def output_error(answered: Mapping[str, torch.Tensor], exact: Mapping[str, torch
     if "logprob_sum" in exact:
         difference = (answered["logprob_sum"] - exact["logprob_sum"]).abs() / exact["scored_tokens"].clamp(min=1)
         return "logprob_difference", float(difference.max())
-    got, right = answered["hidden_states"].float(), exact["hidden_states"].float()
-    return "relative_l2", float((got - right).norm() / right.norm().clamp(min=1e-20))
+    return "relative_l2", _relative_l2(answered["hidden_states"].float(), exact["hidden_states"].float())
+
+
+def _relative_l2(answered: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((answered - exact).norm() / exact.norm().clamp(min=1e-20))

@@ -168,15 +168,14 @@ def _attend(context: ForwardContext, module: int, pattern: Pattern, inputs: Atte
     if context.budget is not None:
         bound = bound.for_error(*context.budget.layer_error(context.layers))
     bound = replace(bound, map_tiles=context.map_tiles)
+    visible = sum(segment.visible_pairs for segment in split(*tensors, mask))
     kind = _exact_anyway(bound, context.history, module, pattern)
     if kind is not None:
-        pairs = sum(segment.visible_pairs for segment in split(*tensors, mask))
-        context.layers.append(LayerReport(kind, ErrorReport(), None, pairs))
+        context.layers.append(LayerReport(kind, ErrorReport(), None, visible))
         _draw_exact(context, inputs)
         return attend(*tensors, kind, mask, scoring=scoring, checkpoint=checkpoint).out
     found = attend_with_error_bound(*tensors, mask, bound, scoring=scoring, checkpoint=checkpoint)
     if context.history is not None:
-        visible = sum(segment.visible_pairs for segment in split(*tensors, mask))
         pays = found.kind is PlanKind.SPARSE and found.pairs_scored <= PAYS * visible
         context.history.learn(module, pays=pays)
     context.layers.append(LayerReport(found.kind, found.error, found.density, found.pairs_scored))

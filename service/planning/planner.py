@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.attention import ERROR_EXPONENT
+from service.attention import scaled_epsilon
 from service.config import Config
 from service.core.options import AttentionOptions, ForwardOptions
 from service.core.plan import Cost, Plan, PlanKind
@@ -116,7 +116,7 @@ def max_error(options: AttentionOptions | ForwardOptions, config: Config) -> flo
 
 def epsilon_for(max_error: float, config: Config) -> float:
     """The epsilon that sparse attention tries first for a `max_error`; `config.epsilon` suits 0.02."""
-    return float(min(1.0, max(1e-6, config.epsilon * (max_error / EPSILON_MAX_ERROR) ** (1 / ERROR_EXPONENT))))
+    return scaled_epsilon(config.epsilon, max_error / EPSILON_MAX_ERROR)
 
 
 def sparse_settings(options: AttentionOptions | ForwardOptions, config: Config) -> SparseSettings:

@@ -152,7 +152,7 @@ def proxied(tmp_path: Path) -> Iterator[int]:
         text = text.replace(before, after)
     path = tmp_path / "haproxy.cfg"
     path.write_text(text)
-    command = f"ulimit -n 600 && exec {get_haproxy_binary()} -db -f {path}"  # it needs no more than it was told
+    command = f"ulimit -n 600 && exec {get_haproxy_binary()} -db -f {path}"  # no more than its limits are made for
     process = subprocess.Popen(["bash", "-c", command])
     try:
         for _ in range(100):

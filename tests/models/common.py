@@ -24,7 +24,7 @@ from service.models.loading.load import LoadSettings, load
 from service.models.model import Model, TaskOutput
 
 CPU = torch.device("cpu")
-SETTINGS = LoadSettings(CPU, max_text_bytes=1 << 20, max_batch_tokens=16384)
+SETTINGS = LoadSettings(CPU, max_text_bytes=1 << 20, max_batch_tokens=16384, sparse_min_tokens=0)
 OPTIONS: dict[str, type[ForwardOptions]] = {
     "embed": EmbedOptions,
     "classify": ClassifyOptions,

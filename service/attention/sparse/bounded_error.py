@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from service.attention import DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON, ERROR_EXPONENT
+from service.attention import DEFAULT_BLOCK_SIZE, DEFAULT_EPSILON, ERROR_EXPONENT, scaled_epsilon
 from service.attention.block_map import BlockMap
 from service.attention.dispatch import attend
 from service.attention.geometry import AUDIT_ROWS
@@ -56,8 +56,7 @@ class ErrorBound:
 
     def for_error(self, aim: float, max_error: float) -> Self:
         """The same for another error that is aimed at, and another that is allowed; epsilon changes with the first."""
-        factor = (aim / self.max_error) ** (1 / ERROR_EXPONENT)
-        return replace(self, aim=aim, max_error=max_error, epsilon=min(1.0, max(1e-6, self.epsilon * factor)))
+        return replace(self, aim=aim, max_error=max_error, epsilon=scaled_epsilon(self.epsilon, aim / self.max_error))
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,9 +203,9 @@ class _Drawing:
     def add(self, kept: torch.Tensor, leaves: slice, start: int, block: int) -> None:
         """kept [g, blocks, c] of leaves; the rows begin at `start`."""
         rows = start + block * torch.arange(kept.shape[1] + 1, device=kept.device)
-        length = self.into.rows[-1]
-        real = (rows.clamp(max=length)[1:] - rows.clamp(max=length)[:-1])[:, None]
-        self.into.add(((kept.float() @ self.of_leaf[leaves]) * real)[None], rows.clamp(max=length), self.heads)
+        rows = rows.clamp(max=self.into.rows[-1])
+        pairs = kept.float() @ self.of_leaf[leaves] * rows.diff()[:, None]
+        self.into.add(pairs[None], rows, self.heads)
 
 
 @dataclass(frozen=True, slots=True)

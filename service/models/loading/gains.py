@@ -38,18 +38,18 @@ def with_gains(model: Model, directory: Path | None) -> Model:
     """
     if model.info.inputs != "text":
         return model
-    path = None if directory is None else directory.expanduser() / f"gains-{_fingerprint(model)}.json"
+    row = _row(model)
+    path = None if directory is None else directory.expanduser() / f"gains-{_fingerprint(model, row)}.json"
     gains = _read(path)
     if gains is None or len(gains) != sum(layers.count for layers in model.info.attention):
-        gains = measured(model)
+        gains = measured(model, row)
         _try_to_write(path, gains)
     return replace(model, info=replace(model.info, error_gains=gains))
 
 
 @torch.inference_mode()
-def measured(model: Model) -> tuple[float, ...]:
-    """The gain of each attention call of a pass over a text, in order; empty if they cannot be measured."""
-    row = _row(model)
+def measured(model: Model, row: EncodedInput) -> tuple[float, ...]:
+    """The gain of each attention call of a pass over `row`, in order; empty if they cannot be measured."""
     if len(row) < FEWEST:  # a tokenizer of something else than texts
         return ()
     context = probe_context()
@@ -71,11 +71,8 @@ def _row(model: Model) -> EncodedInput:
     text, spec = "\n".join(pydoc_data.topics.topics.values())[: 16 * TOKENS], model.inputs.spec
     assert spec.tokenizer is not None, "bug: a model of texts without a tokenizer"
     single, most = spec.tokenizer.single, min(TOKENS, model.info.max_length)
-    ids, _ = single.filled(tuple(next(spec.tokenizer.encode([text])).ids)[: max(0, most - single.special)])
-    hf_config = model.module.config
-    if hf_config.is_encoder_decoder and hf_config.eos_token_id is not None:  # classifiers need an end token
-        ids = (*ids[:-1], hf_config.eos_token_id)
-    return EncodedInput(ids, (0,) * len(ids) if spec.always_types else None)
+    ids, types = single.filled(tuple(next(spec.tokenizer.encode([text])).ids)[: max(0, most - single.special)])
+    return EncodedInput(ids, types if spec.always_types else None)
 
 
 def _states(model: Model, row: EncodedInput, context: ForwardContext) -> torch.Tensor:
@@ -93,10 +90,10 @@ def _with_noise(out: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 # -- kept on disk -----------------------------------------------------------------------------------------------
 
 
-def _fingerprint(model: Model) -> str:
+def _fingerprint(model: Model, row: EncodedInput) -> str:
     """Of the model's configuration and some numbers of all its weights: reading them all would take as long."""
     digest = hashlib.sha256(model.module.config.to_json_string().encode())
-    digest.update(f"{NOISE} {_row(model).ids}".encode())
+    digest.update(f"{NOISE} {row.ids}".encode())
     for name, parameter in model.base.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         some = parameter.detach().flatten()[:: max(1, parameter.numel() // HASHED)]

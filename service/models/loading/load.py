@@ -61,7 +61,7 @@ class LoadSettings:
     max_text_bytes: int
     max_batch_tokens: int
     max_audio_windows: int = 1  # of one request
-    sparse_min_tokens: int = 0  # models of shorter inputs have no use for error gains
+    sparse_min_tokens: int | None = None  # error gains are measured of models with longer inputs; None: of none
     cache_dir: Path | None = None  # where measured gains are kept
 
     @classmethod
@@ -106,7 +106,7 @@ def load(config: ModelConfig, settings: LoadSettings) -> Model:
         resets=tuple(rope_resets(module)),
     )
     model = counted(verified(model, tokenizer))
-    if model.info.max_length >= settings.sparse_min_tokens:
+    if settings.sparse_min_tokens is not None and model.info.max_length >= settings.sparse_min_tokens:
         model = with_gains(model, settings.cache_dir)
     return warmed(model)
 
