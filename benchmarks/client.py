@@ -67,11 +67,13 @@ class Connection(asyncio.Protocol):
             self._waiting.set_exception(error or ConnectionResetError("the service closed the connection"))
 
 
-def post(host: str, port: int, path: str, body: bytes, media_type: str = "application/json") -> bytes:
-    """An encoded POST request that accepts answers of the same media type."""
+def post(
+    host: str, port: int, path: str, body: bytes, media_type: str = "application/json", headers: str = ""
+) -> bytes:
+    """An encoded POST request that accepts answers of the same media type. `headers`: more lines, each with its end."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: {host}:{port}\r\ncontent-type: {media_type}\r\naccept: {media_type}\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
+        f"{headers}content-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 

@@ -123,6 +123,30 @@ def serving(
 
 
 @app.command()
+def host_work(
+    rate: Annotated[float, typer.Option(min=1, help="Short requests a second, of each kind.")] = 10.0,
+    duration: Annotated[float, typer.Option(min=5, help="Seconds, without and with the loud tenant.")] = 40.0,
+    first_port: Annotated[int, typer.Option(min=1024, max=32467, help="First of 300 ports that are used.")] = 21700,
+    output: Output = None,
+) -> None:
+    """One tenant's short requests while another one sends inputs that take long to read."""
+    from benchmarks import host_work as bench
+    from service.models.demo import DEMO_MODEL
+    from service.models.files import directory_of
+
+    settings = bench.Settings(rate, duration, first_port)
+    found = bench.run(settings, directory_of(DEMO_MODEL), console.print)
+    title = f"{rate:g} short requests/s of each kind, next to three of long reading in flight, {hardware()}"
+    table = Table("", "p50 alone", "p99 alone", "p50 with", "p99 with", "limit of p99", title=title)
+    for kind, row in found.kinds.items():
+        seconds = row.alone_p50_s, row.alone_p99_s, row.beside_p50_s, row.beside_p99_s, row.bound_s
+        table.add_row(kind, *(f"{1e3 * value:.0f} ms" for value in seconds))
+    console.print(table)
+    console.print(found.loud, found.usage)
+    write(output, {"settings": asdict(settings), **asdict(found)})
+
+
+@app.command()
 def scheduling(
     tokens: Annotated[
         int, typer.Option(min=1024, help="Length of the long attention requests, 8 heads of 64.")

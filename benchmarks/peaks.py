@@ -17,9 +17,11 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from prometheus_client import CollectorRegistry
 
 from service.attention.output import no_checkpoint
 from service.attention.synthetic import InputShape, structured
+from service.billing.tenants import Tenants
 from service.config import Config
 from service.core.options import (
     AttentionOptions,
@@ -33,7 +35,7 @@ from service.core.request import (
     AttentionShape,
     ForwardRequest,
 )
-from service.engine.workers import Workers
+from service.engine.host_work import HostWork
 from service.engine.workloads.attention import AttentionWorkload, PreparedAttention
 from service.engine.workloads.base import PlannedWork, Workload
 from service.engine.workloads.forward import ForwardWorkload, PreparedForward
@@ -45,6 +47,7 @@ from service.planning import attention_plan, forward_plan
 from service.planning.attention_cost import CostFeatures
 from service.planning.calibration import DTYPES
 from service.planning.device_profile import DeviceProfile
+from service.telemetry.metrics import Metrics
 
 LEAST_BYTES = 32 * 2**20  # predicted; peaks of smaller requests are lost in the noise of the process
 CPU = torch.device("cpu")
@@ -211,7 +214,8 @@ def _planned(case: Case, model: Model | None) -> _Planned:
     sizes = tuple((len(row), 0) for row in tokenized.rows)
     plan = forward_plan.plan_forward(model.info, sizes, texts, PROFILE, config)
     registry = Registry(LoadSettings(CPU, 1, 1))
-    workload = ForwardWorkload(config, PROFILE, registry, Workers(), time.perf_counter)
+    host = HostWork(config, Tenants(config), Metrics(CollectorRegistry()), None, time.perf_counter)
+    workload = ForwardWorkload(config, PROFILE, registry, host, time.perf_counter)
     return _Planned(
         workload, PlannedWork(PreparedForward(texts, model, model.info, tokenized, sizes, 0.0), plan, PlanKind.DENSE)
     )

@@ -196,6 +196,7 @@ class Config(BaseSettings):
         description='One price, or prices by device: {"cpu": 0.1, "NVIDIA H100": 3.0}. The longest prefix of the '
         "device's name counts, else the one for cpu or cuda.",
     )
+    price_per_host_hour_usd: Price = Field(0.04, description="Price of an hour of a core that reads requests.")
     carbon_g_per_kwh: float | None = Field(
         None,
         ge=0,

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from service.config import Config
+from service.core.request import Request
 from service.engine.engine import Engine
 from service.engine.job import Job
 from service.engine.replica import ReplicaDevice
 from service.planning.device_profile import DeviceProfile
 from service.scheduling.batch import Batch
 from service.telemetry.metrics import Metrics
+from service.telemetry.request_record import Received, RequestRecord
 
 
 def another(
@@ -58,3 +60,8 @@ def with_plan(job: Job, **changes: Any) -> Job:
     """The same job with another plan."""
     work = replace(job.work, plan=replace(job.work.plan, **changes))
     return replace(job, planned=replace(job.planned, work=work))
+
+
+def record_of(request: Request) -> RequestRecord:
+    """Of a request that came by no transport."""
+    return RequestRecord(Received(request.id, "http", request.endpoint, request.endpoint, 0.0))

@@ -19,6 +19,7 @@ def headers(answer: Answer) -> dict[str, str]:
         "x-attention-error": "exact" if error.kind == "exact" else f"{error.relative_l2_upper:.3e}",
         "x-queue-seconds": f"{answer.timing.queue_s:.6f}",
         "x-device-seconds": f"{usage.device_s:.6f}",
+        "x-host-seconds": f"{usage.host_s:.6f}",
         "x-compute-tokens": str(usage.tokens),
         "x-compute-flops": str(usage.flops),
         "x-cost-usd": f"{usage.cost_usd:.3e}",
@@ -91,13 +92,14 @@ def _usage_document(answer: Answer) -> dict[str, int | float]:
 
 def estimate_document(estimate: Estimate, hour_usd: float) -> dict[str, Any]:
     """Every plan with its price, the chosen one, and whether it would be admitted now."""
+    host_usd = 0.0 if estimate.host is None else estimate.host.usd
     plans = {
         kind.value: {
             "flops": _within_json(candidate.cost.flops),
             "bytes": _within_json(candidate.cost.bytes),
             "peak_bytes": _within_json(candidate.cost.peak_bytes),
             "predicted_s": candidate.predicted_s,
-            "cost_usd": cost_usd(candidate.predicted_s, hour_usd),
+            "cost_usd": cost_usd(candidate.predicted_s, hour_usd) + host_usd,
             "fits": candidate.fits,
             "reason": candidate.reason,
         }
@@ -107,7 +109,8 @@ def estimate_document(estimate: Estimate, hour_usd: float) -> dict[str, Any]:
     admits: dict[str, bool | float] = {"would_admit": estimate.would_admit}
     if estimate.retry_after_s is not None:
         admits["retry_after_s"] = estimate.retry_after_s
-    return {**plans, "chosen": chosen, "queue_s": estimate.queue_s, **admits}
+    host_s = 0.0 if estimate.host is None else estimate.host.seconds
+    return {**plans, "chosen": chosen, "host_s": host_s, "queue_s": estimate.queue_s, **admits}
 
 
 def _within_json(count: int) -> int | float:

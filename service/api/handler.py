@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -14,19 +15,22 @@ from typing import Generic, TypeVar
 from service.api.service import InferenceService
 from service.config import TenantConfig
 from service.core.answer import Answer
+from service.core.host_work import HostAsk, HostKind
 from service.core.request import Request
 from service.engine.pricing import Estimate
-from service.errors import FarsightError, internal_error, malformed
+from service.errors import FarsightError, Kind, internal_error, malformed
 from service.telemetry.logging import about
 from service.telemetry.request_record import Received, RequestRecord
 
 logger = logging.getLogger("farsight")
 
+JSON = "application/json"
 INLINE_BYTES = 64 * 1024  # parsing or writing more than this leaves the event loop
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 Form = TypeVar("Form")
 Body = TypeVar("Body")
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +114,43 @@ class Handler:
         `is_followed`: the request gets a log line and a trace if those are wanted.
         """
         record, recorder = RequestRecord(received), self.service.recorder
-        with nullcontext() if recorder is None or not is_followed else recorder.follow(record):
-            try:
-                return await work(record)
-            except FarsightError as error:
-                failure = error
-            except Exception as error:  # a bug: the caller gets the id, the log gets the rest
-                logger.error("request %s failed", received.id, exc_info=error, extra=about(received.id))
-                failure = internal_error(received.id)
-            if record.fail(failure.kind, failure.code):  # else the engine has counted it
-                self.service.refused(received.endpoint, failure.kind)
-            return on_error(failure)
+        try:
+            with nullcontext() if recorder is None or not is_followed else recorder.follow(record):
+                try:
+                    return await work(record)
+                except FarsightError as error:
+                    failure = error
+                except Exception as error:  # a bug: the caller gets the id, the log gets the rest
+                    logger.error("request %s failed", received.id, exc_info=error, extra=about(received.id))
+                    failure = internal_error(received.id)
+                if record.fail(failure.kind, failure.code):  # else the engine has counted it
+                    self.service.refused(received.endpoint, failure.kind)
+                return on_error(failure)
+        except asyncio.CancelledError:
+            record.fail(Kind.CANCELLED)
+            raise
+        finally:
+            self.service.charge_unanswered(record)
 
     async def answer(self, call: Call, exchange: Exchange[Form, Body]) -> Body:
         """Parse, run, render: large bodies and answers off the event loop. Raises FarsightError."""
         service = self.service
-        is_large = exchange.body_bytes > INLINE_BYTES
-        parsed = await service.off_loop(exchange.parse) if is_large else exchange.parse()
+        parsed = await self.parsed(call, exchange.body_bytes, exchange.parse)
         if call.is_dry_run:
-            return exchange.render_price(await service.priced(parsed.request), parsed)
+            return exchange.render_price(await service.priced(parsed.request, call.record), parsed)
         answer = await service.submit(parsed.request, call.record)
-        if exchange.is_long or sum(tensor.nbytes for tensor in answer.tensors.values()) > INLINE_BYTES:
-            return await service.off_loop(exchange.render, answer, parsed)
+        size = sum(tensor.nbytes for tensor in answer.tensors.values())
+        if exchange.is_long or size > INLINE_BYTES:
+            ask = HostAsk(HostKind.RENDER, size, call.tenant.name)
+            return await service.off_loop(call.record, ask, lambda _: exchange.render(answer, parsed))
         return exchange.render(answer, parsed)
+
+    async def parsed(self, call: Call, size: int, parse: Callable[[], Read]) -> Read:
+        """What `parse` makes of a body of `size` bytes. Raises FarsightError."""
+        if size <= INLINE_BYTES:
+            return parse()
+        timeout_s = self.service.config.default_timeout_s if call.timeout_s is None else call.timeout_s
+        deadline_s = call.record.received.received_s + timeout_s
+        is_json = call.metadata.get("content-type", JSON).startswith(JSON)
+        ask = HostAsk(HostKind.PARSE_JSON if is_json else HostKind.PARSE, size, call.tenant.name, deadline_s=deadline_s)
+        return await self.service.off_loop(call.record, ask, lambda _: parse())

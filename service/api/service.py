@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, TypeVarTuple, Unpack
+from typing import Any, Protocol, TypeVar
 
+from service.attention.output import Checkpoint
 from service.billing.tenants import Tenants
 from service.config import Config
 from service.core.answer import Answer
+from service.core.host_work import HostAsk
 from service.core.model_info import ModelInfo
 from service.core.options import AttentionOptions
 from service.core.request import AttentionShape, Request
@@ -19,7 +21,6 @@ from service.telemetry.recorder import RequestRecorder
 from service.telemetry.request_record import RequestRecord
 
 Returned = TypeVar("Returned")
-Arguments = TypeVarTuple("Arguments")
 
 
 class InferenceService(Protocol):
@@ -63,7 +64,7 @@ class InferenceService(Protocol):
         """The one answer of this request; raises FarsightError instead, and counts both."""
         ...
 
-    async def priced(self, request: Request) -> Estimate:
+    async def priced(self, request: Request, record: RequestRecord | None = None) -> Estimate:
         """What it would cost; it does not run. Raises FarsightError."""
         ...
 
@@ -71,8 +72,17 @@ class InferenceService(Protocol):
         """The same for an attention request of these sizes."""
         ...
 
-    async def off_loop(self, function: Callable[[Unpack[Arguments]], Returned], *arguments: *Arguments) -> Returned:
-        """Run parsing or encoding on a worker thread."""
+    async def off_loop(
+        self, record: RequestRecord, ask: HostAsk, function: Callable[[Checkpoint], Returned]
+    ) -> Returned:
+        """Run parsing or encoding on a thread when its tenant's turn comes. Raises FarsightError.
+
+        `function` may call its argument between parts of its work, which ends it if its caller has left.
+        """
+        ...
+
+    def charge_unanswered(self, record: RequestRecord) -> None:
+        """A transport is done with a request: if the device never got it, log what reading it used."""
         ...
 
     def check_open(self, tenant: str) -> None:

@@ -86,6 +86,13 @@ class BudgetLeases:
             for lease, amount in reservation:
                 lease.balance += amount - used[lease.budget.unit]
 
+    def refund(self, tenant: str, usd: float) -> None:
+        """Return what was charged to budgets in USD."""
+        with self._guard:
+            for lease in self._leases.values():
+                if lease.tenant == tenant and lease.budget.unit == "usd":
+                    lease.balance += usd
+
     def rebalance(self) -> None:
         """Top up the leases of busy tenants, give back those of idle ones. Call about once a second, not on the loop.
 

@@ -12,7 +12,8 @@ def rows(groups: list[dict[str, Any]], period: str, hour_usd: float | None) -> I
     """One charge for each group of `Ledger.usage` by tenant, model, plan and `period` ("hour" or "day").
 
     `BilledCost` is what was charged to the tenant's budget: failures of the service cost nothing. `EffectiveCost` is
-    the cost of all device time used. `hour_usd`: price of a device hour, None if devices have different prices.
+    the cost of all device time and host work used. `hour_usd`: price of a device hour, None if devices have different
+    prices.
     """
     for group in groups:
         begin_s = float(group[period])
@@ -37,6 +38,8 @@ def rows(groups: list[dict[str, Any]], period: str, hour_usd: float | None) -> I
             "SubAccountId": group["tenant"],
             "x_Flops": group["flops"],
             "x_FlopsDense": group["flops_dense"],
+            "x_HostCost": group["host_usd"],
+            "x_HostSeconds": group["host_s"],
             "x_Joules": group["joules"],
             "x_Plan": group["plan"],
             "x_Requests": group["requests"],

@@ -13,14 +13,16 @@ from typing import Any
 
 from service.billing.budget_leases import BudgetLease, BudgetLeases, Reservation
 from service.billing.ledger import Ledger, LedgerError
-from service.billing.row import OUTCOME_OK, CapacityRow, LedgerRow
+from service.billing.row import OUTCOME_OK, OUTCOME_PRICED, CapacityRow, LedgerRow
 from service.billing.tenants import Tenants
 from service.billing.write_ahead_log import WriteAheadLog, recover
 from service.config import Config, TenantConfig
 from service.core.answer import Capacity, cost_usd
+from service.core.host_work import HostUse
 from service.core.plan import Plan
 from service.errors import FarsightError, Kind
 from service.telemetry.metrics import Metrics
+from service.telemetry.request_record import RequestRecord
 
 logger = logging.getLogger("farsight")
 
@@ -62,6 +64,7 @@ class UsageMeter:
         self._log = WriteAheadLog(config.write_ahead_dir)
         self._leases = BudgetLeases(ledger, config.lease_share, lease_clock)
         self._recorded = self._exported = Capacity(0.0, 0.0)  # so far: in the log, and in the metrics
+        self._host_usd = 0.0  # of host work that is not in the metrics yet
         self._capacity: Callable[[], Capacity] = lambda: Capacity(0.0, 0.0)
         self._ticks = 0
         self._shipping = threading.Lock()
@@ -82,15 +85,7 @@ class UsageMeter:
 
         Raises FarsightError: OVER_BUDGET, TOO_LARGE (more than a budget's capacity), UNAVAILABLE (ledger, disk).
         """
-        try:
-            reservation = await self._leases.reserve(tenant, self._costs(plan))
-        except FarsightError as error:
-            if error.kind is Kind.OVER_BUDGET:
-                self._metrics.budget_refused(self._tenants.label(tenant.name))
-            raise
-        except LedgerError as error:
-            self._failed("the ledger is unavailable", error)
-            raise _unchecked(tenant) from error
+        reservation = await self._reserve(tenant, self._costs(plan))
         row = LedgerRow(
             at_s=self._clock(),
             request_id=request_id,
@@ -107,6 +102,53 @@ class UsageMeter:
             self._failed("an accepted request cannot be logged", error)
             raise FarsightError(Kind.UNAVAILABLE, "the ledger cannot be written", retry_after_s=5.0) from error
 
+    async def reserve_host(self, tenant: TenantConfig, usd: float) -> Reservation:
+        """Reserve the predicted cost of host work. Raises FarsightError like `accept`."""
+        return await self._reserve(tenant, {"usd": usd, "device_s": 0.0})
+
+    def settle_host(self, reservation: Reservation, usd: float) -> None:
+        """Charge what host work cost, however its request ends."""
+        self._leases.settle(reservation, {"usd": usd, "device_s": 0.0})
+        self._host_usd += usd
+
+    def settle_unaccepted(
+        self, record: RequestRecord, use: HostUse, model: str, failure: Kind | None, total_s: float
+    ) -> None:
+        """Log the host work of a request that the device never got: refused, or (no `failure`) only priced."""
+        is_charged = failure not in NOT_CHARGED
+        row = LedgerRow(
+            at_s=self._clock(),
+            request_id=record.received.id,
+            tenant=use.tenant,
+            endpoint=record.received.endpoint,
+            model=model,
+            plan="none",
+            outcome=failure.value if failure else OUTCOME_PRICED,
+            host_s=use.seconds,
+            host_usd=use.usd,
+            cost_usd=use.usd,
+            charged_usd=use.usd if is_charged else 0.0,
+            predicted_s=0.0,
+            total_s=total_s,
+        )
+        if not is_charged:
+            self._leases.refund(use.tenant, use.usd)
+        try:
+            self._log.unaccepted(row)
+        except OSError as error:
+            self._failed(f"host work cannot be logged: {row}", error)
+
+    async def _reserve(self, tenant: TenantConfig, costs: Mapping[str, float]) -> Reservation:
+        try:
+            return await self._leases.reserve(tenant, costs)
+        except FarsightError as error:
+            if error.kind is Kind.OVER_BUDGET:
+                self._metrics.budget_refused(self._tenants.label(tenant.name))
+            raise
+        except LedgerError as error:
+            self._failed("the ledger is unavailable", error)
+            raise _unchecked(tenant) from error
+
     def check(self, tenant: TenantConfig, plan: Plan) -> None:
         """Raise what `accept` would raise, as far as this replica knows without asking the ledger."""
         try:
@@ -121,15 +163,16 @@ class UsageMeter:
     def settle(self, accepted: Accepted, failure: Kind | None, used: Mapping[str, Any]) -> None:
         """Charge the budget and log the settled request.
 
-        `used`: fields of its row that are known now, "cost_usd" and "device_s" among them. Its outcome and charge are
-        set here: failures of the service are not charged.
+        `used`: fields of its row that are known now, "cost_usd", "host_usd" and "device_s" among them. Its outcome and
+        charge are set here: failures of the service are not charged.
         """
         charged = {"usd": used["cost_usd"], "device_s": used["device_s"]}
         if failure in NOT_CHARGED:
             charged = dict.fromkeys(charged, 0.0)
         outcome = failure.value if failure else OUTCOME_OK
         row = replace(accepted.row, **used, outcome=outcome, charged_usd=charged["usd"])
-        self._leases.settle(accepted.reservation, charged)
+        # host work was charged when it was done
+        self._leases.settle(accepted.reservation, charged | {"usd": charged["usd"] - row.host_usd})
         try:
             self._log.settled(accepted.number, row)
         except OSError as error:  # it ran and will be answered; this log line is its only trace
@@ -194,7 +237,8 @@ class UsageMeter:
         joules = None if now.idle_j is None else max(0.0, now.idle_j - (self._exported.idle_j or 0.0))
         self._exported = now
         self._metrics.idle(max(0.0, idle_s), joules)  # rounding may make it negative
-        self._metrics.allocated(cost_usd(used_s + idle_s, self._hour_usd))
+        host_usd, self._host_usd = self._host_usd, 0.0
+        self._metrics.allocated(cost_usd(used_s + idle_s, self._hour_usd) + host_usd)
         for lease in self.leases():
             self._metrics.budget_used(self._tenants.label(lease.tenant), lease.budget.name, 1 - lease.level)
         self._metrics.ledger_pending.set(self._log.pending)

@@ -86,7 +86,7 @@ def _summary(ledger: LedgerExtract) -> str:
 
 
 def _tenants(ledger: LedgerExtract) -> str:
-    names = ("requests", "tokens", "device_s", "cost_usd", "charged_usd", "saved_usd")
+    names = ("requests", "tokens", "device_s", "host_s", "cost_usd", "charged_usd", "saved_usd")
     sums: dict[str, dict[str, float]] = {}
     for row in ledger.slots:
         tenant_sums = sums.setdefault(row["tenant"], dict.fromkeys(names, 0.0))

@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OUTCOME_OK = "ok"
+OUTCOME_PRICED = "priced"  # read for its price, and not run
 OUTCOME_LOST = "lost"  # accepted, and its replica died before it was settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerRow:
-    """A request from acceptance to settlement. The defaults hold until it is settled."""
+    """A request from acceptance to settlement. The defaults hold until it is settled.
+
+    A request that was refused or only priced has a row if reading it took host work.
+    """
 
     at_s: float  # seconds since 1970, when it was accepted
     request_id: str
@@ -27,8 +31,10 @@ class LedgerRow:
     flops: float = 0.0
     flops_dense: float = 0.0
     device_s: float = 0.0
+    host_s: float = 0.0  # of one core: reading the request
     joules: float | None = None  # None: not measured
-    cost_usd: float = 0.0  # of the device time used
+    host_usd: float = 0.0
+    cost_usd: float = 0.0  # of the device time used, and of host_usd
     charged_usd: float = 0.0  # to the budget: zero if the service failed
     saved_usd: float = 0.0
     predicted_s: float

@@ -23,6 +23,7 @@ TEXT_LENGTHS = {
     "plan": 16,
     "outcome": 24,
 }
+ADDED = ("host_s", "host_usd")  # later than the first tables: replicas of an older version write rows without them
 
 
 def _columns(row: type[LedgerRow] | type[CapacityRow]) -> Iterator[sa.Column[Any]]:
@@ -32,13 +33,17 @@ def _columns(row: type[LedgerRow] | type[CapacityRow]) -> Iterator[sa.Column[Any
     for name, kind in get_type_hints(row).items():
         is_nullable = kind == float | None
         column_type = sa.String(TEXT_LENGTHS[name]) if kind is str else sa.BigInteger() if kind is int else sa.Float(53)
-        yield sa.Column(name, column_type, nullable=is_nullable, index=name == "at_s")
+        default = "0" if name in ADDED else None
+        yield sa.Column(name, column_type, nullable=is_nullable, index=name == "at_s", server_default=default)
 
 
 requests = sa.Table("requests", metadata, *_columns(LedgerRow))
 capacity = sa.Table("capacity", metadata, *_columns(CapacityRow))
 
-SUMS = ("tokens", "flops", "flops_dense", "device_s", "joules", "cost_usd", "charged_usd", "saved_usd")
+SUMS = (
+    *("tokens", "flops", "flops_dense", "device_s", "host_s", "joules"),
+    *("host_usd", "cost_usd", "charged_usd", "saved_usd"),
+)
 CAPACITY_SUMS = ("used_s", "idle_s", "usd")
 
 # older requests: one row for each hour and combination of keys
@@ -48,7 +53,10 @@ hours = sa.Table(
     sa.Column("at_s", sa.Float(53), primary_key=True),  # start of the hour
     *(sa.Column(name, sa.String(96), primary_key=True) for name in KEYS),
     sa.Column("requests", sa.BigInteger, nullable=False),
-    *(sa.Column(name, sa.Float(53), nullable=name == "joules") for name in SUMS),
+    *(
+        sa.Column(name, sa.Float(53), nullable=name == "joules", server_default="0" if name in ADDED else None)
+        for name in SUMS
+    ),
 )
 
 # what was left of a tenant's budget at a time
@@ -92,7 +100,25 @@ def connect(url: str) -> sa.Engine:
         metadata.create_all(engine)
     except sa.exc.DBAPIError:  # another process is creating them
         metadata.create_all(engine)
+    _add_columns(engine)
     return engine
+
+
+def _add_columns(engine: sa.Engine) -> None:
+    """To tables that an older version made."""
+    for table in (requests, hours):
+        for name in set(ADDED) - _columns_of(engine, table):
+            column = sa.schema.CreateColumn(table.c[name]).compile(dialect=engine.dialect)
+            try:
+                with engine.begin() as connection:
+                    connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {column}")
+            except sa.exc.DBAPIError:
+                if name not in _columns_of(engine, table):  # else another process has just added it
+                    raise
+
+
+def _columns_of(engine: sa.Engine, table: sa.Table) -> set[str]:
+    return {column["name"] for column in sa.inspect(engine).get_columns(table.name)}
 
 
 def add_new(connection: sa.Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -71,6 +71,10 @@ class WriteAheadLog:
         """Log the settlement of a request by its number. Raises OSError if the disk is full."""
         self._write(SETTLED, number, row)
 
+    def unaccepted(self, row: LedgerRow) -> None:
+        """Log a request that used something, and was never accepted. Raises OSError if the disk is full."""
+        self._write(SETTLED, self._next_number(), row)
+
     def capacity(self, row: CapacityRow) -> None:
         """Log a stretch of device time. Raises OSError if the disk is full."""
         self._write(CAPACITY, self._next_number(), row)

@@ -26,7 +26,7 @@ MAX_HOURS = 14 * 24  # in a chart by hour; longer periods are shown by day
 MAX_REQUESTS = 20_000  # in the charts of single requests
 EXAMPLE_URL = "postgresql+psycopg://farsight@localhost/farsight"
 LEDGER_HELP = "SQLAlchemy URL; default: the ledger of the service's settings."
-COLUMNS = ("requests", "tokens", "device_s", "cost_usd", "charged_usd", "saved_usd")
+COLUMNS = ("requests", "tokens", "device_s", "host_s", "cost_usd", "charged_usd", "saved_usd")
 
 
 @app.command()  # nine parameters: typer makes one option of each

@@ -83,6 +83,7 @@ class Usage:
     truncated: int = 0  # inputs that were cut
     dropped_tokens: int = 0
     chunks: int = 0  # pieces of inputs over the model's length; 0: no input was split
+    host_s: float = 0.0  # of one core: reading the request
     joules: float | None = None  # None: the device has no readable energy counter
     carbon_g: float | None = None  # CO2 equivalent; None: no `joules`, or no `carbon_g_per_kwh` configured
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,13 +21,13 @@ from service.core.plan import Plan
 from service.core.request import AttentionShape, Request
 from service.device import device_names, pick_device
 from service.engine.execution import Execution, unavailable
+from service.engine.host_work import HostWork
 from service.engine.job import AnswerSink, Job, PlannedRequest
 from service.engine.output_audit import OutputAudits
 from service.engine.pricing import Admitted, Estimate, Options, Pricing
 from service.engine.replica import ReplicaDevice, recorder_for, usage_meter
 from service.engine.runner import BatchRunner
 from service.engine.settlement import Accounts, Settlement
-from service.engine.workers import Workers
 from service.engine.workloads.attention import AttentionWorkload
 from service.engine.workloads.forward import ForwardWorkload
 from service.errors import FarsightError, Kind
@@ -41,14 +41,11 @@ from service.scheduling.inflight_bytes import HeldBytes, InFlightBytes
 from service.scheduling.scheduler import Order, Scheduler
 from service.telemetry.energy import Energy, meter_for
 from service.telemetry.metrics import Metrics
-from service.telemetry.request_record import Parsed, RequestRecord
+from service.telemetry.request_record import Parsed, Received, RequestRecord
 
 if TYPE_CHECKING:
     from service.billing.ledger import Ledger
     from service.billing.metering import Accepted, UsageMeter
-
-Returned = TypeVar("Returned")
-Arguments = TypeVarTuple("Arguments")
 
 # kept of a caller's timeout for writing the answer; Serve ends the same wait with a 408 of its own
 ANSWER_MARGIN_S = 0.05
@@ -81,10 +78,12 @@ class Engine:
         self.inflight = InFlightBytes(config, self.ahead_s)
         # makes a context that counts body bytes as in flight while it is open
         self.held_bytes: Callable[[], HeldBytes] = partial(HeldBytes, self.inflight)
-        self.workers, self.manager = Workers(), ModelManager(config, models)
+        self.manager = ModelManager(config, models)
+        self.host = HostWork(config, self.tenants, metrics, self.meter, clock)
+        self.off_loop, self.charge_unanswered = self.host.run, self.host.charge_unanswered
         self.pricing = Pricing(
             AttentionWorkload(config, replica.profile, replica.device),
-            ForwardWorkload(config, replica.profile, models, self.workers, clock),
+            ForwardWorkload(config, replica.profile, models, self.host, clock),
             clock,
         )
         accounts = Accounts(metrics, self.tenants, self.hour_usd, self.meter, self.recorder)
@@ -117,9 +116,9 @@ class Engine:
     def close(self) -> None:
         """End the threads once what is queued on them has run; later requests are refused as unavailable."""
         self.execution.close()
+        self.host.close()
         if self.meter is not None:
             self.meter.close()
-        self.workers.close()
         self.manager.close()
         if self.recorder is not None:
             self.recorder.close()
@@ -131,26 +130,23 @@ class Engine:
 
         `record`: what its transport knows; the timeout counts from its first byte.
         """
-        arrived_s = self.clock() if record is None else record.received.received_s
-        label = self.pricing.workloads[type(request)].label(request)
-        if record is not None:
-            record.parsed = Parsed(label, request.tenant, self.clock())
+        record = self._record(request, record)
+        arrived_s, label = record.received.received_s, record.parsed_model
         try:
             answer = await self._answer(request, arrived_s, record)
         except FarsightError as error:
             self.metrics.failed(request.endpoint, label, error.kind, self.clock() - arrived_s)
-            if record is not None:
-                record.fail(error.kind, error.code)
+            record.fail(error.kind, error.code)
             raise
         except asyncio.CancelledError:
             self.metrics.failed(request.endpoint, label, Kind.CANCELLED, self.clock() - arrived_s)
             raise
         self.metrics.answered(request.endpoint, answer, self.tenants.label(request.tenant))
-        if record is not None and self.recorder is not None:  # copied only for who reads it
+        if self.recorder is not None:  # copied only for who reads it
             record.set_answer(answer, self.clock())
         return answer
 
-    async def _answer(self, request: Request, arrived_s: float, record: RequestRecord | None) -> Answer:
+    async def _answer(self, request: Request, arrived_s: float, record: RequestRecord) -> Answer:
         if not self.execution.device.alive:
             raise unavailable()
         timeout_s = self._timeout_s(request.options.timeout_s)
@@ -158,8 +154,7 @@ class Engine:
         self._admit(planned, timeout_s)
         accepted = None if self.meter is None else await self._accept(planned, self.meter)
         job = Job(planned, AnswerSink(), accepted, record)
-        if record is not None:
-            record.admitted_s = self.clock()
+        record.admitted_s = self.clock()
         try:
             if self.clock() - planned.queued_s > ANSWER_MARGIN_S:  # the ledger was asked, and others came meanwhile
                 self._admit(planned, timeout_s)
@@ -191,6 +186,14 @@ class Engine:
         except TimeoutError:
             raise self._settlement.late(planned.arrived_s, "asking for the budget") from None
 
+    def _record(self, request: Request, record: RequestRecord | None) -> RequestRecord:
+        """Of a request that was parsed; a new one if it came by no transport."""
+        if record is None:
+            received = Received(request.id, "http", request.endpoint, request.endpoint, self.clock())
+            record = RequestRecord(received)
+        record.parsed = Parsed(self.pricing.workloads[type(request)].label(request), request.tenant, self.clock())
+        return record
+
     def _timeout_s(self, asked_s: float | None) -> float:
         """The time until an answer must be made: what the caller waits, less the way back."""
         waits_s = self.config.default_timeout_s if asked_s is None else min(asked_s, MAX_TIMEOUT_S)
@@ -198,9 +201,11 @@ class Engine:
 
     # -- estimates ----------------------------------------------------------------------------------------------
 
-    async def priced(self, request: Request) -> Estimate:
-        """What this request would cost. Inputs are tokenised; the device is not touched."""
-        return self._with_queue(await self.pricing.estimate(request, self._would_admit))
+    async def priced(self, request: Request, record: RequestRecord | None = None) -> Estimate:
+        """What this request would cost. Inputs are tokenised, and that is charged; the device is not touched."""
+        record = self._record(request, record)
+        deadline_s = record.received.received_s + self._timeout_s(request.options.timeout_s)
+        return self._with_queue(await self.pricing.estimate(request, deadline_s, record, self._would_admit))
 
     def estimate(self, shape: AttentionShape, options: AttentionOptions, tenant: str = "default") -> Estimate:
         """What an attention request of these sizes would cost this tenant."""
@@ -234,10 +239,6 @@ class Engine:
     def refused(self, endpoint: str, kind: Kind) -> None:
         """Count a request that its transport refused."""
         self.metrics.refused(endpoint, kind)
-
-    async def off_loop(self, function: Callable[[Unpack[Arguments]], Returned], *arguments: *Arguments) -> Returned:
-        """Run parsing or encoding on a worker thread."""
-        return await self.workers.run(function, *arguments)
 
     def model_infos(self) -> tuple[ModelInfo, ...]:
         return self.models.infos()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from service.core.host_work import HostUse
 from service.core.options import AttentionOptions, ForwardOptions
 from service.core.plan import Plan, PlanKind
 from service.core.request import AttentionRequest, AttentionShape, ForwardRequest, Request
@@ -34,6 +35,7 @@ class Estimate:
     queue_s: float
     would_admit: bool
     retry_after_s: float | None = None
+    host: HostUse | None = None  # of reading the request, which its price contains; None: nothing was read
 
 
 class Pricing:
@@ -47,32 +49,37 @@ class Pricing:
         }
 
     async def plan(
-        self, request: Request, arrived_s: float, deadline_s: float, record: RequestRecord | None
+        self, request: Request, arrived_s: float, deadline_s: float, record: RequestRecord
     ) -> PlannedRequest:
         """Prepare, price and choose. Raises FarsightError. Times are on the engine's clock."""
         workload = self.workloads[type(request)]
-        prepared = await workload.prepare(request, deadline_s)
-        if record is not None:
-            record.tokenized_s = prepared.tokenized_s
-        work = workload.choose(prepared, await workload.price(prepared), self.corrector)
+        prepared = await workload.prepare(request, deadline_s, record)
+        record.tokenized_s = prepared.tokenized_s
+        work = workload.choose(prepared, await workload.price(prepared, record), self.corrector)
         now_s = self.clock()
-        if record is not None:
-            record.planned = Planned(work.plan, now_s)
+        record.planned = Planned(work.plan, now_s)
         return PlannedRequest(workload, work, workload.label(request), arrived_s, now_s, deadline_s)
 
-    async def estimate(self, request: Request, admits: Callable[[Plan, Options, str], Admitted]) -> Estimate:
+    async def estimate(
+        self,
+        request: Request,
+        deadline_s: float,
+        record: RequestRecord,
+        admits: Callable[[Plan, Options, str], Admitted],
+    ) -> Estimate:
         """The price of this request. Its inputs are tokenised; the device is not touched.
 
         `admits(plan, options, tenant)`: what admission would say now.
         """
         workload = self.workloads[type(request)]
-        prepared = await workload.prepare(request, float("inf"))
-        candidates = await workload.price(prepared, everything=True)
+        prepared = await workload.prepare(request, deadline_s, record)
+        candidates = await workload.price(prepared, record, everything=True)
 
         def choose(candidates: Candidates, corrector: PredictionCorrector) -> Plan:
             return workload.choose(prepared, candidates, corrector).plan
 
-        return self._estimate(candidates, choose, lambda plan: admits(plan, request.options, request.tenant))
+        estimate = self._estimate(candidates, choose, lambda plan: admits(plan, request.options, request.tenant))
+        return estimate if record.host is None else replace(estimate, host=record.host)
 
     def estimate_shape(
         self, shape: AttentionShape, options: AttentionOptions, admits: Callable[[Plan], Admitted]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from service.billing.tenants import Tenants
 from service.config import Config
 from service.core.answer import Answer, Timing, Usage, cost_usd
+from service.core.host_work import HostUse
 from service.core.plan import PlanKind
 from service.engine.job import Job, Result
 from service.engine.output_audit import output_error, state_error
@@ -72,16 +73,20 @@ class Settlement:
         job.is_settled = True
         stats = result.stats if result else None
         device_s = stats.device_s if stats else 0.0
-        usd = cost_usd(device_s, self._hour_usd)
+        host = _host(job)
+        usd = cost_usd(device_s, self._hour_usd) + host.usd
         plan = (answer.plan if answer else job.work.plan).kind.value
-        if stats is not None:
+        if usd:
             tenant = self._accounts.tenants.label(job.tenant)
-            self.metrics.spent(job.planned.label, plan, tenant, device_s, usd, stats.joules)
+            joules = stats.joules if stats else None
+            self.metrics.spent(job.planned.label, plan, tenant, device_s, usd, joules)
         if job.accepted is None or self._accounts.meter is None:
             return
         used: dict[str, Any] = {
             "plan": plan,
             "device_s": device_s,
+            "host_s": host.seconds,
+            "host_usd": host.usd,
             "cost_usd": usd,
             "joules": stats.joules if stats else None,
         }
@@ -133,6 +138,7 @@ class Settlement:
         counts, measured = work.prepared.counts, job.planned.workload.measured(work, outcome)
         is_sparse = outcome.plan.kind is PlanKind.SPARSE
         saved_s = max(0.0, work.plan.dense_s - stats.device_s) if is_sparse else 0.0
+        host = _host(job)
         return Answer(
             id=request.id,
             tensors=outcome.tensors,
@@ -146,11 +152,12 @@ class Settlement:
                 flops_dense=measured.flops_dense,
                 device_s=stats.device_s,
                 peak_bytes=work.plan.cost.peak_bytes,
-                cost_usd=cost_usd(stats.device_s, self._hour_usd),
+                cost_usd=cost_usd(stats.device_s, self._hour_usd) + host.usd,
                 saved_usd=cost_usd(saved_s, self._hour_usd),
                 truncated=counts.truncated,
                 dropped_tokens=counts.dropped_tokens,
                 chunks=counts.chunks,
+                host_s=host.seconds,
                 joules=stats.joules,
                 carbon_g=carbon_g(stats.joules, self._config.carbon_g_per_kwh),
             ),
@@ -168,6 +175,12 @@ class Settlement:
             shows_layers=outcome.shows_layers,
             details=outcome.details,
         )
+
+
+def _host(job: Job) -> HostUse:
+    """What reading the request used."""
+    record = job.record
+    return HostUse(job.tenant, 0.0, 0.0) if record is None or record.host is None else record.host
 
 
 def _answered(answer: Answer) -> dict[str, Any]:

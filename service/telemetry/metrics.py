@@ -1,6 +1,7 @@
 """Every metric of the service, in base units, with closed label sets. Registry injected; prefix `farsight_`.
 
-A replica calls `metric_files.share_files` first: each process then writes its own files, and `exporter` merges those of
+One file because whoever adds or looks for a series should find all of them. A replica calls `metric_files.share_files`
+first: each process then writes its own files, and `exporter` merges those of
 one node.
 """
 
@@ -136,11 +137,18 @@ class Metrics:
         self.device_seconds = define.counter(
             "device_seconds", "Device time, shared over a batch.", "model", "plan", "tenant"
         )
-        self.cost = define.counter("cost_usd", "Used device time at the configured price.", "tenant", "model", "plan")
+        self.host_seconds = define.counter(
+            "host_seconds", "Seconds of cores for reading requests and writing answers.", "kind", "tenant"
+        )
+        self.cost = define.counter(
+            "cost_usd", "Used device time and host work at the configured prices.", "tenant", "model", "plan"
+        )
         self.saved = define.counter(
             "saved_usd", "Predicted dense cost less actual cost of sparse answers.", "tenant", "model"
         )
-        self.allocated_cost = define.counter("allocated_cost_usd", "Wall time at the configured price, used or not.")
+        self.allocated_cost = define.counter(
+            "allocated_cost_usd", "Wall time of devices at the configured price, used or not, and host work."
+        )
         self.idle_seconds = define.counter("device_idle_seconds", "Time that the device had nothing to do.")
         self.energy = define.counter(
             "energy_joules", "Measured energy, shared over a batch.", "tenant", "model", "plan"
@@ -239,6 +247,18 @@ class Metrics:
         cost.inc(usd)
         if joules is not None:
             self.energy.labels(tenant, model, plan).inc(joules)  # no series where nothing measures
+
+    def host_used(self, kind: str, tenant: str, seconds: float) -> None:
+        """Host work of one kind has ended."""
+        self._host_seconds(kind, tenant).inc(seconds)
+
+    @lru_cache(1024)  # noqa: B019 (as above)
+    def _host_seconds(self, kind: str, tenant: str) -> Counter:
+        return self.host_seconds.labels(kind, tenant)
+
+    def spent_on_host(self, model: str, tenant: str, usd: float) -> None:
+        """Of a request that the device never got."""
+        self.cost.labels(tenant, model, "none").inc(usd)
 
     @lru_cache(1024)  # noqa: B019 (as above)
     def _spending(self, model: str, plan: str, tenant: str) -> tuple[Counter, Counter]:

@@ -112,7 +112,12 @@ class RequestRecorder:
 
     def _unanswered(self, record: RequestRecord) -> dict[str, Field | None]:
         """What was used before it failed. A refusal used no device time and never queued."""
-        found: dict[str, Field | None] = {"total_s": round(record.ended_s - record.received.received_s, 6)}
+        host = record.host
+        found: dict[str, Field | None] = {
+            "total_s": round(record.ended_s - record.received.received_s, 6),
+            "host_s": None if host is None else round(host.seconds, 6),
+            "cost_usd": None if host is None else host.usd,
+        }
         planned, stats = record.planned, record.stats
         if planned is None:
             return found
@@ -124,7 +129,7 @@ class RequestRecorder:
             "queue_s": 0.0 if record.admitted_s is None else round(max(0.0, began_s - planned.planned_s), 6),
             "device_s": round(device_s, 6),
             "paused_s": round(sum(run.paused_s for run in record.runs), 6),
-            "cost_usd": cost_usd(device_s, self._hour_usd),
+            "cost_usd": cost_usd(device_s, self._hour_usd) + (0.0 if host is None else host.usd),
             "joules": joules,
             "carbon_g": carbon_g(joules, self._config.carbon_g_per_kwh),
         }
@@ -144,6 +149,7 @@ def _answered(answer: Answer) -> dict[str, Field | None]:
         "flops_dense": usage.flops_dense,
         "peak_bytes": usage.peak_bytes,
         "batch_requests": answer.batch_requests,
+        "host_s": round(usage.host_s, 6),
         "cost_usd": usage.cost_usd,
         "saved_usd": usage.saved_usd,
         "joules": usage.joules,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from service.core.answer import Answer
+from service.core.host_work import HostUse
 from service.core.plan import Plan
 from service.core.run import RunRecord, RunStats
 from service.errors import Kind
@@ -68,6 +69,7 @@ class RequestRecord:
 
     received: Received
     parsed: Parsed | None = None
+    host: HostUse | None = None  # what reading it used so far, until it is settled
     tokenized_s: float | None = None  # None for attention, which has no tokens
     planned: Planned | None = None
     admitted_s: float | None = None
@@ -86,6 +88,11 @@ class RequestRecord:
             return False
         self.failed = Failed(kind, reason or kind.value)
         return True
+
+    @property
+    def parsed_model(self) -> str:
+        """The model's name as a metric label."""
+        return "unknown" if self.parsed is None else self.parsed.model
 
     @property
     def runs(self) -> tuple[RunRecord, ...]:

@@ -26,6 +26,7 @@ from service.api.open_inference import metadata
 from service.api.open_inference import protocol as oip
 from service.api.open_inference import tensors as wire
 from service.api.proto import open_inference_grpc_pb2 as pb
+from service.attention.output import no_checkpoint
 from service.billing.tenants import Tenants
 from service.config import Config
 from service.core.answer import (
@@ -34,6 +35,7 @@ from service.core.answer import (
     Timing,
     Usage,
 )
+from service.core.host_work import HostAsk
 from service.core.model_info import ModelInfo
 from service.core.plan import Cost, Plan, PlanKind
 from service.core.request import AttentionRequest, ForwardRequest, Request
@@ -65,6 +67,7 @@ class Service:
         self.tenants, self.hour_usd = Tenants(Config()), 0.1
         self.requests: list[Request] = []
         self.refusals: list[tuple[str, Kind]] = []
+        self.unanswered: list[RequestRecord] = []
         self.held = 0
         self.log: list[object] = []
 
@@ -79,11 +82,14 @@ class Service:
             return answer({"embedding": torch.zeros(len(request.texts), 3)})
         return answer({"output": request.value, "lse": torch.zeros(request.query.shape[:3])})
 
-    async def priced(self, request: Request) -> Estimate:
+    async def priced(self, request: Request, record: RequestRecord | None = None) -> Estimate:
         return Estimate({}, None, "not asked", 0.0, would_admit=False)
 
-    async def off_loop(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.to_thread(function, *arguments)
+    async def off_loop(self, record: RequestRecord, ask: HostAsk, function: Any) -> Any:
+        return await asyncio.to_thread(function, no_checkpoint)
+
+    def charge_unanswered(self, record: RequestRecord) -> None:
+        self.unanswered.append(record)
 
     def held_bytes(self) -> Any:
         return Held(self)

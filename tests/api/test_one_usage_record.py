@@ -19,10 +19,13 @@ from service.engine.engine import Engine
 from service.telemetry.logging import JsonFormatter
 from service.telemetry.metrics import Metrics
 from tests.api import test_grpc as grpc
+from tests.engine.test_engine import total
 from tests.engines import another
 from tests.telemetry.followed import SMALL, Grpc, post
 
 BAD = {**SMALL, "mode": "fast"}
+DEMO = "all-MiniLM-L6-v2"
+TEXT = {"model": DEMO, "input": "what does reading cost?"}
 
 
 @pytest.fixture
@@ -72,6 +75,41 @@ def test_http_tells_the_same_usage_everywhere(billed: Engine, caplog: pytest.Log
     assert float(headers["x-cost-usd"]) == pytest.approx(body["cost"]["usd"], rel=1e-3)
     plans = {headers["x-attention-plan"], body["plan"]["kind"], line["plan"], row["plan"]}
     assert plans == {"dense"}
+
+
+def test_reading_a_text_is_in_the_same_price_everywhere(billed: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="farsight"):
+        response = post(billed, "/v1/embeddings", TEXT, x_request_id="read")
+    body, line, row = response.json(), line_of(caplog, "read"), row_of(billed)
+    host_s, device_s = body["usage"]["host_s"], body["usage"]["device_s"]
+    assert host_s > 0
+    for reported in (float(response.headers["x-host-seconds"]), line["host_s"]):
+        assert reported == pytest.approx(host_s, abs=1e-6)
+    assert row["host_s"] == pytest.approx(host_s)
+    config = billed.config
+    usd = (host_s * config.price_per_host_hour_usd + device_s * config.price_per_device_hour_usd) / 3600
+    assert body["cost"]["usd"] == line["cost_usd"] == pytest.approx(usd)
+    assert row["cost_usd"] == row["charged_usd"] == pytest.approx(usd)
+    assert row["host_usd"] == pytest.approx(host_s * config.price_per_host_hour_usd / 3600)
+
+
+@pytest.mark.parametrize(
+    ("headers", "changes", "outcome"),
+    [({"x_dry_run": "true"}, {}, "priced"), ({}, {"input": "a long text " * 2000, "truncate": "error"}, "too_large")],
+)
+def test_what_was_only_read_is_paid_for_and_recorded(
+    billed: Engine, own: CollectorRegistry, headers: dict[str, str], changes: dict[str, Any], outcome: str
+) -> None:
+    response = post(billed, "/v1/embeddings", {**TEXT, **changes}, **headers)
+    assert response.status_code == (200 if outcome == "priced" else 413)
+    row = row_of(billed)
+    assert (row["endpoint"], row["plan"], row["outcome"], row["requests"]) == ("embeddings", "none", outcome, 1)
+    assert row["host_s"] > 0 == row["device_s"]
+    assert row["charged_usd"] == row["cost_usd"] == row["host_usd"] > 0
+    cost = total(own, "cost_usd_total", tenant="default", model=DEMO, plan="none")
+    assert cost == pytest.approx(row["cost_usd"])
+    if outcome == "priced":
+        assert response.json()["host_s"] == pytest.approx(row["host_s"])
 
 
 def test_grpc_tells_the_same_usage_everywhere(billed: Engine, caplog: pytest.LogCaptureFixture) -> None:

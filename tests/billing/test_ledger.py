@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.billing.ledger import LedgerError, LocalLedger
-from service.billing.tables import roll_up
+from service.billing.tables import ADDED, roll_up
 from service.config import Budget
 from tests.billing.common import Clock, ledger_at, row
 
@@ -175,3 +175,20 @@ def test_only_its_owner_can_read_the_ledger(tmp_path: Path) -> None:
     ledger_at(tmp_path / "new", Clock()).usage(0, 1, (), None)
     assert (tmp_path / "new").stat().st_mode & 0o077 == 0
     assert (tmp_path / "new" / "ledger.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_a_ledger_of_an_older_version_gets_the_new_columns(tmp_path: Path) -> None:
+    """Without losing a row, and rows that an older replica still writes are taken."""
+    first = ledger_at(tmp_path, Clock())
+    first.record([row(journal="j", number=1)], [])
+    first.close()
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as database:
+        for table in ("requests", "hours"):
+            for name in ADDED:
+                database.execute(f"alter table {table} drop column {name}")
+    ledger = ledger_at(tmp_path, Clock())
+    older = {name: value for name, value in row(journal="j", number=2).items() if name not in ADDED}
+    ledger.record([older], [])
+    ledger.record([row(journal="j", number=3, host_s=2.0, host_usd=0.5)], [])
+    (group,) = ledger.usage(0, 1e12, (), None)["groups"]
+    assert (group["requests"], group["host_s"], group["host_usd"]) == (3, 2.0, 0.5)

@@ -31,7 +31,7 @@ from service.engine.workloads.base import Outcome
 from service.errors import FarsightError, Kind
 from service.planning import attention_plan
 from service.planning.attention_cost import map_bytes, selection_flops
-from tests.engines import another
+from tests.engines import another, record_of
 
 
 def attention(length: int = 16, seed: int = 0, *, heads: int = 2, **options: object) -> AttentionRequest:
@@ -317,7 +317,9 @@ def test_estimates_price_all_plans_and_run_nothing(engine: Engine, registry: Col
     request = attention(512, is_causal=True)
     estimate = engine.estimate(request.shape, request.options)
     assert set(estimate.candidates) == set(PlanKind)
-    assert estimate.chosen is PlanKind.DENSE
+    # which of them is faster, this machine decides
+    exact = [estimate.candidates[kind] for kind in (PlanKind.DENSE, PlanKind.CHUNKED)]
+    assert estimate.chosen is min(exact, key=lambda candidate: candidate.predicted_s).kind
     assert estimate.would_admit
     forward = run(engine.priced(embed("what does this cost?")))
     assert set(forward.candidates) == set(PlanKind)
@@ -351,7 +353,7 @@ def test_an_estimate_is_what_the_plan_then_says(engine: Engine) -> None:
 
     async def both() -> tuple[float, float, float]:
         told_s = engine.estimate(request.shape, request.options).candidates[PlanKind.CHUNKED].predicted_s
-        plan = (await engine.pricing.plan(request, 0.0, 1e9, None)).work.plan
+        plan = (await engine.pricing.plan(request, 0.0, 1e9, record_of(request))).work.plan
         return told_s, plan.predicted_s, plan.predicted_s / plan.correction
 
     for _ in range(20):

@@ -24,6 +24,7 @@ from service.engine.output_audit import MAX_WAITING, OutputAudits, output_error
 from service.engine.workloads.base import Outcome
 from service.errors import FarsightError, Kind
 from service.telemetry.metrics import Metrics
+from tests.engines import record_of
 from tests.models import zoo
 from tests.models.common import asked
 
@@ -140,7 +141,7 @@ def test_only_a_few_answers_wait_for_their_audit(engine: Engine) -> None:
     (answer,) = submit(engine, sparse)
 
     async def job() -> Job:
-        return Job(await engine.pricing.plan(sparse, 0.0, float("inf"), None), AnswerSink())
+        return Job(await engine.pricing.plan(sparse, 0.0, float("inf"), record_of(sparse)), AnswerSink())
 
     planned = asyncio.run(job())
     outcome = Outcome(answer.tensors, answer.plan, answer.error, 1, layers=answer.layers)

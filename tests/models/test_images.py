@@ -22,6 +22,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, ViTConfig, ViT
 from service.errors import FarsightError, Kind
 from service.models.inputs import image as images
 from service.models.inputs.image import ImageProcessor, decode, read_processor
+from service.models.inputs.image_header import pixels_of
 
 DRAW = np.random.default_rng(0)
 NOISE = Image.fromarray(DRAW.integers(0, 256, (40, 56, 3), dtype=np.uint8))
@@ -385,3 +386,30 @@ def test_a_processor_that_cannot_be_served_is_refused_at_load(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_processor(directory(tmp_path, settings), ViTConfig())
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True, "exif": b"Exif\0\0" + bytes(30_000)}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("WEBP", {"exif": b"Exif\0\0" + bytes(100)}),
+    ],
+)
+@pytest.mark.parametrize("size", [(1, 1), (640, 480), (3, 2000)])
+def test_pixels_are_read_from_the_header(form: str, options: dict[str, Any], size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "white").save(buffer, form, **options)
+    data = buffer.getvalue()
+    assert pixels_of(data) == size[0] * size[1]
+    assert all(pixels_of(data[:cut]) in (None, size[0] * size[1]) for cut in range(0, len(data), 7))
+
+
+def test_a_header_that_cannot_be_read_has_no_pixels() -> None:
+    assert pixels_of(b"") is None
+    assert pixels_of(b"GIF89a" + bytes(100)) is None
+    assert pixels_of(b"\xff\xd8" + b"\xff\xe1\x00\x02" * 10_000) is None  # no frame in so many parts
+    assert pixels_of(b"\xff\xd8" + bytes(1000)) is None

@@ -22,6 +22,7 @@ from service.telemetry import energy
 from service.telemetry.energy import Energy, NoMeter, Nvml, Rapl, carbon_g, meter_for, nvml_meter, rapl_zones
 from tests.engine.test_engine import attention, embed, run
 from tests.engine.test_slicing import beside
+from tests.engines import record_of
 from tests.telemetry.followed import engine_like, post
 
 # -- RAPL -----------------------------------------------------------------------------------------------------------
@@ -237,7 +238,8 @@ def test_failed_runs_are_paid_like_their_time(engine: Engine, monkeypatch: pytes
     async def jobs() -> list[Job]:
         requests = [embed("first"), embed("bad"), embed("second")]
         deadline_s = engine.clock() + 60
-        planned = [await engine.pricing.plan(request, engine.clock(), deadline_s, None) for request in requests]
+        now_s, plan = engine.clock(), engine.pricing.plan
+        planned = [await plan(request, now_s, deadline_s, record_of(request)) for request in requests]
         return [Job(each, AnswerSink()) for each in planned]
 
     monkeypatch.setattr(ForwardWorkload, "run", poisoned)

@@ -106,9 +106,13 @@ def test_a_caller_who_left_is_told_with_the_device_time_that_went_to_it(
     (line,) = lines
     assert (line["message"], line["code"], line["request_id"]) == ("cancelled", 499, "left")
     assert line["device_s"] > 0
-    second_usd = engine.config.price_per_device_hour_usd / 3600
+    device_usd, host_usd = (
+        engine.config.price_per_device_hour_usd / 3600,
+        engine.config.price_per_host_hour_usd / 3600,
+    )
     # seconds are logged to the microsecond, and work that stops at once takes only a few
-    assert line["cost_usd"] == pytest.approx(line["device_s"] * second_usd, rel=1e-3, abs=0.5e-6 * second_usd)
+    usd = line["device_s"] * device_usd + line["host_s"] * host_usd
+    assert line["cost_usd"] == pytest.approx(usd, rel=1e-3, abs=0.5e-6 * (device_usd + host_usd))
 
 
 def test_callers_who_leave_or_are_late_get_one_line_each(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

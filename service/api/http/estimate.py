@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from service.api.handler import INLINE_BYTES
+from service.api.handler import Handler
 from service.api.http import attention, text
 from service.api.http.endpoint import HttpCall, HttpRoutes
 from service.api.http.responses import JSON, WORK_ERRORS
 from service.api.schema import EstimateBody, ShapeBody, validated
-from service.api.service import InferenceService
 from service.core.options import AttentionOptions
 from service.core.request import AttentionShape
 from service.engine.pricing import Estimate
@@ -36,29 +37,31 @@ def shape_of(body: ShapeBody) -> tuple[AttentionShape, AttentionOptions]:
     return shape, validated(AttentionOptions, options)
 
 
-async def estimated(service: InferenceService, call: HttpCall) -> Estimate:
+async def estimated(handler: Handler, call: HttpCall) -> Estimate:
     """The price of what the body describes: sizes, or a real request with its endpoint. Raises FarsightError."""
+
+    service, size = handler.service, len(call.body)
 
     def parse() -> EstimateBody:
         return validated(EstimateBody, call.json(service.config.max_json_bytes))
 
-    body = await service.off_loop(parse) if len(call.body) > INLINE_BYTES else parse()
+    body = await handler.parsed(call, size, parse)
     if (body.attention is None) == (body.request is None) or (body.request is None) != (body.endpoint is None):
         raise invalid("expected either `attention`, or `endpoint` with `request`")
     if body.attention is not None:
         return service.estimate(*shape_of(body.attention), call.tenant.name)
     assert body.request is not None, "bug: an estimate without a request"
     if body.endpoint == attention.PATH:
-        request, _ = await service.off_loop(attention.attention_from_json, call, body.request)
-        return await service.priced(request)
+        request, _ = await handler.parsed(call, size, partial(attention.attention_from_json, call, body.request))
+        return await service.priced(request, call.record)
     endpoint = text.ENDPOINTS[body.endpoint or ""]
-    forward = await service.off_loop(text.forward_request, call, body.request, endpoint)
-    return await service.priced(forward.request)
+    forward = await handler.parsed(call, size, partial(text.forward_request, call, body.request, endpoint))
+    return await service.priced(forward.request, call.record)
 
 
 def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
     async def estimate(call: HttpCall) -> Response:
-        return routes.price_response(await estimated(routes.service, call))
+        return routes.price_response(await estimated(routes.handler, call))
 
     app.add_api_route(
         "/v1/estimate",

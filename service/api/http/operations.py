@@ -7,8 +7,11 @@ from starlette.responses import Response
 
 from service.api.http.endpoint import Access, HttpCall, HttpRoutes
 from service.api.http.responses import error_response, error_responses, json_response
+from service.core.host_work import HostAsk, HostKind
 from service.errors import CODES, FarsightError, Kind
 from service.telemetry import exporter
+
+METRICS_BYTES = 1024**2  # about, of the text; it decides only how its work is shared
 
 
 def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
@@ -26,8 +29,9 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
             return error_response(FarsightError(Kind.UNAVAILABLE, f"not ready: {service.not_ready}"))
         return json_response({"status": "ready", "models": [info.name for info in service.model_infos()]})
 
-    async def metrics(_: HttpCall) -> Response:
-        text = await service.off_loop(exporter.text, service.config.metrics_dir)
+    async def metrics(call: HttpCall) -> Response:
+        ask = HostAsk(HostKind.RENDER, METRICS_BYTES, call.tenant.name)
+        text = await service.off_loop(call.record, ask, lambda _: exporter.text(service.config.metrics_dir))
         return Response(text, media_type=exporter.CONTENT_TYPE)
 
     app.add_api_route(

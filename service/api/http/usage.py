@@ -25,15 +25,16 @@ PARAMETERS = {
 def usage_document(
     found: dict[str, Any], from_s: float, to_s: float, group_by: tuple[str, ...], *, is_whole: bool
 ) -> dict[str, Any]:
-    """Sums by group. `allocated_usd` is a group's part, by what it used, of what the devices cost, idle time included;
-    only for an administrator, who sees the whole."""
+    """Sums by group. `allocated_usd` is a group's part, by what it used, of what the devices cost, idle time included,
+    and its host work; only for an administrator, who sees the whole."""
     capacity = found["capacity"]
     used_usd = capacity["usd"] * capacity["used_s"] / (capacity["used_s"] + capacity["idle_s"] or 1.0)
     data = []
     for row in found["groups"]:
         shown = {name: time_of(value) if name in WIDTHS_S else value for name, value in row.items()}
         if used_usd and is_whole:
-            shown["allocated_usd"] = row["cost_usd"] * capacity["usd"] / used_usd
+            device_usd = row["cost_usd"] - row["host_usd"]
+            shown["allocated_usd"] = device_usd * capacity["usd"] / used_usd + row["host_usd"]
         data.append(shown)
     document = {"object": "list", "from": time_of(from_s), "to": time_of(to_s), "group_by": group_by, "data": data}
     return document | ({"capacity": capacity} if is_whole else {})

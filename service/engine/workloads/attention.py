@@ -32,6 +32,7 @@ from service.planning.attention_cost import map_bytes, pair_flops, returned_rows
 from service.planning.correction import PredictionCorrector
 from service.planning.device_profile import DeviceProfile
 from service.planning.planner import Candidates
+from service.telemetry.request_record import RequestRecord
 
 WIDE = 1e38  # largest number of a dtype with float32's exponents, whose sums may overflow
 LARGEST_SOFTCAP = 1e38  # with log2(e) still a float32; no score is near it, so that a larger one caps nothing
@@ -64,10 +65,12 @@ class AttentionWorkload(Workload[AttentionRequest, PreparedAttention]):
             partial(attention_plan.attention_candidates, profile=profile, config=config)
         )
 
-    async def prepare(self, request: AttentionRequest, deadline_s: float) -> PreparedAttention:
+    async def prepare(self, request: AttentionRequest, deadline_s: float, record: RequestRecord) -> PreparedAttention:
         return PreparedAttention(request, request.shape)
 
-    async def price(self, prepared: PreparedAttention, *, everything: bool = False) -> Candidates:
+    async def price(
+        self, prepared: PreparedAttention, record: RequestRecord, *, everything: bool = False
+    ) -> Candidates:
         return self.price_shape(prepared.shape, prepared.request.options)
 
     def price_shape(self, shape: AttentionShape, options: AttentionOptions) -> Candidates:

@@ -17,6 +17,7 @@ from service.core.plan import Plan, PlanKind
 from service.core.request import Request
 from service.planning.correction import PredictionCorrector
 from service.planning.planner import Candidates
+from service.telemetry.request_record import RequestRecord
 
 if TYPE_CHECKING:
     import torch
@@ -91,11 +92,11 @@ class Workload(ABC, Generic[RequestT, PreparedT]):
     """One kind of work. `prepare` and `price` run on the event loop, `run` on the device thread."""
 
     @abstractmethod
-    async def prepare(self, request: RequestT, deadline_s: float) -> PreparedT:
+    async def prepare(self, request: RequestT, deadline_s: float, record: RequestRecord) -> PreparedT:
         """Validate and tokenise. Raises FarsightError; `deadline_s` is on the engine's clock."""
 
     @abstractmethod
-    async def price(self, prepared: PreparedT, *, everything: bool = False) -> Candidates:
+    async def price(self, prepared: PreparedT, record: RequestRecord, *, everything: bool = False) -> Candidates:
         """The plans that may be chosen, priced; with `everything` also those that only apply."""
 
     @abstractmethod

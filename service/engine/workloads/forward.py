@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import zlib
 from collections.abc import Callable, Hashable, Sequence
@@ -12,16 +11,17 @@ from functools import partial
 from service.attention.sparse.bounded_error import ErrorBound
 from service.config import Config
 from service.core.answer import ErrorReport, LayerReport
+from service.core.host_work import HostAsk, HostKind
 from service.core.model_info import ModelInfo
 from service.core.options import HiddenOptions
 from service.core.plan import Plan, PlanKind
 from service.core.request import ForwardRequest
-from service.engine.workers import Workers
+from service.engine.host_work import HostWork
 from service.engine.workloads.allowed_tasks import check_counts, check_task
 from service.engine.workloads.base import Checkpoint, InputCounts, MeasuredWork, Outcome, PlannedWork, Workload
 from service.engine.workloads.error_bound import error_bound
 from service.engine.workloads.finite_check import check_finite
-from service.errors import FarsightError, Kind
+from service.engine.workloads.reading import reading
 from service.models.hook import ForwardContext
 from service.models.inputs.rows import Tokenized
 from service.models.model import Model
@@ -34,6 +34,7 @@ from service.planning.correction import PredictionCorrector
 from service.planning.device_profile import DeviceProfile
 from service.planning.forward_cost import STATES_ONLY, Size
 from service.planning.planner import Candidates
+from service.telemetry.request_record import RequestRecord
 
 INLINE_ROWS = 64  # inputs of a request that is priced on the event loop
 
@@ -63,45 +64,35 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
     """Requests for the same task of one model share passes; those with a sparse plan run alone."""
 
     def __init__(
-        self, config: Config, profile: DeviceProfile, models: Registry, workers: Workers, clock: Callable[[], float]
+        self, config: Config, profile: DeviceProfile, models: Registry, host: HostWork, clock: Callable[[], float]
     ) -> None:
         self._config, self._profile, self._models = config, profile, models
-        self._workers, self._clock = workers, clock
+        self._host, self._clock = host, clock
         # fastest pass seen of each model: no pass can have a fixed part that is longer, whatever was measured at load.
         # Keyed by what was measured: a reloaded model begins anew
         self._fastest_s: dict[ModelInfo, float] = {}
 
-    async def prepare(self, request: ForwardRequest, deadline_s: float) -> PreparedForward:
+    async def prepare(self, request: ForwardRequest, deadline_s: float, record: RequestRecord) -> PreparedForward:
         """The request's encoded inputs. Raises FarsightError: too many, wrong task, too long, or not in time."""
         model = self._models.model(request.model)
         check_counts(self._config, request)
         check_task(model.info, request)
-        workers, has_ended = self._workers.readers(model.info.inputs), False
-
-        def checkpoint() -> None:
-            if has_ended:
-                raise FarsightError(Kind.CANCELLED, "the caller left, or the time was over")
-
-        left_s = None if math.isinf(deadline_s) else max(0.0, deadline_s - self._clock())
-        try:
-            async with asyncio.timeout(left_s):
-                loop = asyncio.get_running_loop()
-                tokenized = await loop.run_in_executor(workers, model.tokenize, request, checkpoint)
-        except TimeoutError:
-            raise FarsightError(Kind.DEADLINE, "not finished in time (reading the inputs)", code="timeout") from None
-        finally:
-            has_ended = True  # the thread may still be at work
+        ask = reading(request, model.info, deadline_s)
+        tokenized = await self._host.run(record, ask, partial(model.tokenize, request))
         sizes = tuple((len(row.ids) + row.states, len(row.target or ())) for row in tokenized.rows)
         info, fastest_s = model.info, self._fastest_s.get(model.info, math.inf)
         if fastest_s < info.smallest_pass_s:
             info = replace(info, smallest_pass_s=fastest_s)
         return PreparedForward(request, model, info, tokenized, sizes, self._clock())
 
-    async def price(self, prepared: PreparedForward, *, everything: bool = False) -> Candidates:
+    async def price(self, prepared: PreparedForward, record: RequestRecord, *, everything: bool = False) -> Candidates:
         """On a worker thread if there are thousands of lengths: that takes tenths of a second."""
         settings = prepared.info, prepared.sizes, prepared.request, self._profile, self._config
         price = partial(forward_plan.forward_candidates, *settings, everything=everything)
-        return await self._workers.run(price) if len(prepared.sizes) > INLINE_ROWS else price()
+        if len(prepared.sizes) <= INLINE_ROWS:
+            return price()
+        ask = HostAsk(HostKind.PRICE, 0, prepared.request.tenant, len(prepared.sizes))
+        return await self._host.run(record, ask, lambda _: price())
 
     def choose(self, prepared: PreparedForward, priced: Candidates, corrector: PredictionCorrector) -> Work:
         info, request = prepared.info, prepared.request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import AutoTokenizer
 from service.attention.output import Checkpoint, no_checkpoint
 from service.models.inputs.rows import TokenSpan
 
-ENCODE_BYTES = 4 * 1024**2  # of texts that are encoded together: an encoding takes ~500 bytes a token
+ENCODE_BYTES = 64 * 1024  # of texts that are encoded together: then others get their turn
+# on the thread that asks: its work is measured, and others' cores are left to them
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @dataclass(frozen=True, slots=True)
