@@ -12,7 +12,7 @@ PACKAGES = ("service", "benchmarks", "loadtests")
 # a room may import itself and the rooms of the layers before it; rooms of one layer do not import one another
 LAYERS = (
     ("core", "errors", "config"),
-    ("device",),
+    ("device", "disk"),
     ("telemetry", "attention"),
     ("planning", "models", "billing"),
     ("scheduling",),

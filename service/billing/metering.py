@@ -56,7 +56,7 @@ class UsageMeter:
     ) -> None:
         """`hour_usd`: price of a device hour. `clock`: seconds since 1970. `lease_clock`: seconds that never jump.
 
-        Raises OSError if the write-ahead log cannot be created.
+        Raises OSError if the write-ahead log cannot be created, unless the disk is full.
         """
         self._ledger, self._tenants, self._metrics = ledger, tenants, metrics
         self._hour_usd, self._clock = hour_usd, clock
@@ -191,7 +191,8 @@ class UsageMeter:
 
         try:  # one thread: a caller that polls waits for its own queries
             return await asyncio.get_running_loop().run_in_executor(self._reader, read)
-        except LedgerError as error:
+        except (LedgerError, OSError) as error:
+            self._failed("usage cannot be read", error)
             raise FarsightError(Kind.UNAVAILABLE, "the ledger is unavailable", retry_after_s=2.0) from error
 
     def close(self) -> None:

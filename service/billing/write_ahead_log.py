@@ -17,58 +17,57 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import orjson
 
-from service.billing.ledger import Ledger, RowsRefused
+from service.billing.ledger import Ledger
+from service.billing.log_segment import ACCEPTED, CAPACITY, SETTLED, read, record
 from service.billing.row import CapacityRow, LedgerRow
+from service.disk import is_full, map_allocated
 
 logger = logging.getLogger("farsight")
 
 SEGMENT_BYTES = 1 << 20
-BLOCK_ROWS = 2000  # sent to the ledger in one call
-ACCEPTED, SETTLED, CAPACITY = "a", "s", "c"
-
-
-@dataclass(slots=True)
-class _Segment:
-    """Contents of one file. Rows carry the key of the ledger's tables."""
-
-    path: Path
-    lines: int = 0
-    requests: list[dict[str, Any]] = field(default_factory=list)  # settled
-    capacity: list[dict[str, Any]] = field(default_factory=list)
-    accepted: dict[int, dict[str, Any]] = field(default_factory=dict)  # and not settled in this file, by number
+ROW_BYTES = 2048  # at most, of one line
 
 
 class WriteAheadLog:
     """The log of one replica. One thread writes lines; `ship` may be called by another."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises OSError if the files cannot be created."""
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Raises OSError if the files cannot be created. If the disk is full they are created once it has room."""
         self.id = uuid.uuid4().hex
         self._directory = directory
-        self._lock = _create_locked(_lock_path(directory, self.id))
+        self._lock: int | None = None
         self._number = self._segments = 0
         self._guard = threading.Lock()
         self.pending = 0  # lines that the ledger has not recorded yet
-        self._used_bytes = 0  # of the current file
-        self._file = self._open()
-        self._closed: list[Path] = []  # to be shipped
+        self._file: mmap.mmap | None = None
+        self._path = directory  # of the current file
+        self._used_bytes = SEGMENT_BYTES  # of the current file
+        self._spares: list[tuple[Path, mmap.mmap]] = []  # the files after it
+        self._running: set[int] = set()  # requests that must still find room for their settlement
+        self._closed: list[tuple[Path, mmap.mmap]] = []  # to be shipped
         self._unsettled: dict[int, Path] = {}  # requests accepted in a shipped file, which is kept until they settle
+        try:
+            self._next_file()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            logger.error("requests cannot be accepted until they can be logged: %s", error)
 
     def accepted(self, row: LedgerRow) -> int:
-        """Log an accepted request and return its number. Raises OSError if the disk is full."""
+        """Log an accepted request, with room for its settlement, and return its number.
+
+        Raises OSError if the disk is full.
+        """
         number = self._next_number()
         self._write(ACCEPTED, number, row)
         return number
 
     def settled(self, number: int, row: LedgerRow) -> None:
-        """Log the settlement of a request by its number. Raises OSError if the disk is full."""
+        """Log the settlement of a request by its number. It has room on a full disk, too."""
         self._write(SETTLED, number, row)
 
     def unaccepted(self, row: LedgerRow) -> None:
@@ -81,31 +80,43 @@ class WriteAheadLog:
 
     def ship(self, ledger: Ledger) -> None:
         """Record all lines written so far in the ledger. Raises LedgerError or OSError; the next call tries again."""
-        self._rotate()
-        while self._closed:
-            segment = _read(self._closed[0], self.id)
-            _record(ledger, segment)
-            with self._guard:
-                self.pending -= segment.lines
-            self._unsettled |= dict.fromkeys(segment.accepted, segment.path)
-            touched = {segment.path}
-            for row in segment.requests:
-                if (path := self._unsettled.pop(row["number"], None)) is not None:
-                    touched.add(path)
-            for path in touched - set(self._unsettled.values()):
-                path.unlink(missing_ok=True)
-            del self._closed[0]
-        os.utime(self._lock)  # keeps cleaners of old files away from it
+        self._ship_closed(ledger)  # first: while the ledger is away, files are closed only when they are full
+        full = self._rotate()
+        self._ship_closed(ledger)
+        if full is not None:
+            raise full
+        if self._lock is not None:
+            os.utime(self._lock)  # keeps cleaners of old files away from it
 
     def close(self, ledger: Ledger) -> None:
         """Ship, and delete the files unless a request is unsettled. Raises LedgerError or OSError."""
         self.ship(ledger)
+        if self._lock is None or self._file is None:  # the disk was full all the time
+            return
         with self._guard:
             self._file.close()
+        for path in (self._path, *(path for path, _ in self._spares)) if not self._unsettled else ():
+            path.unlink(missing_ok=True)
         if not self._unsettled:
-            _segment_path(self._directory, self.id, self._segments).unlink()
-            _lock_path(self._directory, self.id).unlink()
+            _lock_path(self._directory, self.id).unlink(missing_ok=True)
         os.close(self._lock)
+
+    def _ship_closed(self, ledger: Ledger) -> None:
+        while self._closed:
+            path, file = self._closed[0]
+            segment = read(path, bytes(file), self.id)  # also if the file was deleted
+            record(ledger, segment)
+            with self._guard:
+                self.pending -= segment.lines
+            self._unsettled |= dict.fromkeys(segment.accepted, path)
+            touched = {path}
+            for row in segment.requests:
+                if (accepted_in := self._unsettled.pop(row["number"], None)) is not None:
+                    touched.add(accepted_in)
+            for done in touched - set(self._unsettled.values()):
+                done.unlink(missing_ok=True)
+            del self._closed[0]
+            file.close()
 
     def _next_number(self) -> int:
         with self._guard:
@@ -115,43 +126,69 @@ class WriteAheadLog:
     def _write(self, kind: str, number: int, row: LedgerRow | CapacityRow) -> None:
         line = orjson.dumps([kind, number, row]) + b"\n"
         with self._guard:
-            end = self._used_bytes + len(line)
-            if end > SEGMENT_BYTES:
+            if kind == SETTLED:
+                self._running.discard(number)
+            else:
+                settlement = ROW_BYTES if kind == ACCEPTED else 0
+                self._make_room(SEGMENT_BYTES - self._used_bytes, len(line) + settlement)
+            if kind == ACCEPTED:
+                self._running.add(number)
+            if self._used_bytes + len(line) > SEGMENT_BYTES:
                 self._next_file()
-                end = len(line)
-            self._file[end - len(line) : end] = line
-            self._used_bytes = end
+            assert self._file is not None, "bug: no file although there is room"
+            self._file[self._used_bytes : self._used_bytes + len(line)] = line
+            self._used_bytes += len(line)
             self.pending += 1
 
-    def _rotate(self) -> None:
+    def _has_room(self, left: int, spares: int, more: int) -> bool:
+        """`left` bytes of a file and `spares` whole ones hold the settlement of what runs, and `more` bytes."""
+        # the end of a file may be too short for the next line
+        usable = max(0, left - ROW_BYTES) + spares * (SEGMENT_BYTES - ROW_BYTES)
+        return usable >= more + ROW_BYTES * len(self._running)
+
+    def _make_room(self, left: int, more: int) -> None:
+        """Allocate files until there is room. Raises OSError if the disk is full."""
+        while not self._has_room(left, len(self._spares), more):
+            self._spares.append(self._open())
+
+    def _rotate(self) -> OSError | None:
+        """Close the current file, so that it can be shipped; or the error if the disk has no room for the next one."""
         with self._guard:
-            if self._used_bytes:
+            if self._file is not None and self._used_bytes:
+                try:
+                    self._make_room(0, 1)
+                except OSError as error:
+                    return error
                 self._next_file()
+            while self._spares and self._has_room(SEGMENT_BYTES - self._used_bytes, len(self._spares) - 1, 0):
+                path, file = self._spares.pop()
+                file.close()
+                path.unlink(missing_ok=True)
+            return None
 
     def _next_file(self) -> None:
-        """Close the current file for a new one. If there is no room for it, OSError, and the current one stays."""
-        self._segments += 1
-        try:
-            file = self._open()
-        except OSError:
-            self._segments -= 1
-            raise
-        self._file.close()
-        self._closed.append(_segment_path(self._directory, self.id, self._segments - 1))
-        self._file, self._used_bytes = file, 0
+        """Raises OSError if there is none and no room for one, and the current one stays."""
+        path, file = self._spares.pop(0) if self._spares else self._open()
+        if self._file is not None:
+            self._closed.append((self._path, self._file))
+        self._path, self._file, self._used_bytes = path, file, 0
 
-    def _open(self) -> mmap.mmap:
+    def _open(self) -> tuple[Path, mmap.mmap]:
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock_path = _lock_path(self._directory, self.id)
+        if self._lock is None or not lock_path.exists():  # it may have been deleted
+            self._lock = _create_locked(lock_path)
         path = _segment_path(self._directory, self.id, self._segments)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            # allocate all blocks now: a full disk at a write to mapped memory would kill the process
-            os.posix_fallocate(file, 0, SEGMENT_BYTES)
-            return mmap.mmap(file, SEGMENT_BYTES)
+            mapped = map_allocated(file, SEGMENT_BYTES)
         except OSError:
             path.unlink()
             raise
         finally:
             os.close(file)
+        self._segments += 1
+        return path, mapped
 
 
 def recover(directory: Path, ledger: Ledger) -> int:
@@ -188,37 +225,17 @@ def _locked_if_dead(path: Path) -> Iterator[bool]:
 
 
 def _recover_log(directory: Path, log_id: str, ledger: Ledger) -> int:
-    segments = [_read(path, log_id) for path in sorted(directory.glob(f"{log_id}-*.jsonl"))]
+    segments = [read(path, path.read_bytes(), log_id) for path in sorted(directory.glob(f"{log_id}-*.jsonl"))]
     settled = {row["number"] for segment in segments for row in segment.requests}
     lost = 0
     for segment in segments:
         lost_rows = [row for number, row in segment.accepted.items() if number not in settled]
         segment.requests += lost_rows
         lost += len(lost_rows)
-        _record(ledger, segment)
+        record(ledger, segment)
     for segment in segments:
         segment.path.unlink(missing_ok=True)
     return lost
-
-
-def _record(ledger: Ledger, segment: _Segment) -> None:
-    for start in range(0, max(len(segment.requests), len(segment.capacity)), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        try:
-            ledger.record(segment.requests[block], segment.capacity[block])
-        except RowsRefused:
-            for row in segment.requests[block]:
-                _record_alone(ledger, row, is_capacity=False)
-            for row in segment.capacity[block]:
-                _record_alone(ledger, row, is_capacity=True)
-
-
-def _record_alone(ledger: Ledger, row: dict[str, Any], *, is_capacity: bool) -> None:
-    """A row that the database rejects must not block the others; then this log line is its only trace."""
-    try:
-        ledger.record([] if is_capacity else [row], [row] if is_capacity else [])
-    except RowsRefused as error:
-        logger.error("the ledger rejected a row: %s: %s", error, row)
 
 
 def _create_locked(path: Path) -> int:
@@ -230,34 +247,6 @@ def _create_locked(path: Path) -> int:
             if os.fstat(file).st_ino == path.stat().st_ino:
                 return file
         os.close(file)
-
-
-def _read(path: Path, log_id: str) -> _Segment:
-    segment = _Segment(path)
-    for kind, number, row in _lines(path):
-        segment.lines += 1
-        row |= {"journal": log_id, "number": number}
-        if kind == ACCEPTED:
-            segment.accepted[number] = row
-        elif kind == SETTLED:
-            segment.accepted.pop(number, None)
-            segment.requests.append(row)
-        else:
-            segment.capacity.append(row)
-    return segment
-
-
-def _lines(path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    if not path.exists():
-        logger.error("%s was deleted, and its lines are lost", path)
-        return
-    for line in path.read_bytes().rstrip(b"\0").splitlines():
-        try:
-            kind, number, row = orjson.loads(line)
-        except ValueError:  # its writer was killed while writing it, and had not answered yet
-            logger.error("%s: unreadable line of %d bytes", path, len(line))
-            continue
-        yield kind, number, row
 
 
 def _lock_path(directory: Path, log_id: str) -> Path:

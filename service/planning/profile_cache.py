@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.core.plan import PlanKind
+from service.disk import write_whole
 from service.planning.attention_cost import CostFeatures
 from service.planning.calibration import DTYPES, identity, measure
 from service.planning.device_profile import DeviceProfile
@@ -75,9 +75,7 @@ def load(device: torch.device, directory: Path) -> DeviceProfile | None:
 def store(profile: DeviceProfile, device: torch.device, directory: Path) -> Path:
     """Write the profile of this device and return its file. Raises OSError if the directory is not writable."""
     path = path_of(device, directory)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"identity": identity(device), "profile": _document(profile)}, indent=1) + "\n")
-    part.replace(path)  # atomic: a reader sees the old file or the new one
+    write_whole(path, json.dumps({"identity": identity(device), "profile": _document(profile)}, indent=1) + "\n")
     return path
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import struct
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("farsight")
 
 TAKEOVER_INTERVAL_S = 1.0
-RETRIES = 5
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -42,13 +39,8 @@ class _Node(Collector):
 
 
 def text(metrics_dir: Path) -> bytes:
-    """Prometheus text of this node. Reads again if a file was created but not yet filled."""
-    for _ in range(RETRIES):
-        try:
-            return generate_latest(_Node(metrics_dir))
-        except struct.error:
-            time.sleep(0.01)
-    return generate_latest(_Node(metrics_dir))
+    """Prometheus text of this node; empty before any process could write, as on a disk that was full at the start."""
+    return generate_latest(_Node(metrics_dir)) if files.is_used(metrics_dir) else b""
 
 
 class _Server(ThreadingMixIn, WSGIServer):

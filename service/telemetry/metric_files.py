@@ -8,28 +8,28 @@ one lock of the directory: every count is seen exactly once. Only increments tak
 from __future__ import annotations
 
 import fcntl
-import os
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 from prometheus_client import values
 from prometheus_client.mmap_dict import MmapedDict
+
+from service.disk import is_full
+from service.telemetry.metric_values import ProcessFiles, document, entry, value_class
+
+logger = logging.getLogger("farsight")
 
 KEPT = ("counter", "histogram")  # kept after their process ends
 
 
 def share_files(directory: Path) -> None:
-    """Keep this process's values in files of `directory` (prometheus_client's multiprocess mode)."""
-    directory.mkdir(parents=True, exist_ok=True)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
-    process = uuid4().hex
-    with locked(directory):  # no other process checks the new file before it is locked
-        descriptor = os.open(directory / f"{process}.alive", os.O_CREAT | os.O_WRONLY)  # until this process ends
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    # a replica never forks: its identity need not be looked up at every increment
-    values.ValueClass = values.MultiProcessValue(process_identifier=lambda: process)  # type: ignore[no-untyped-call]
+    """Keep this process's values in files of `directory`; in memory while the disk is full.
+
+    Raises OSError if files cannot be made there for another reason.
+    """
+    values.ValueClass = value_class(ProcessFiles(directory, locked))
 
 
 @contextmanager
@@ -40,10 +40,13 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
+def is_used(directory: Path) -> bool:
+    """A process has written here."""
+    return (directory / "lock").exists()
+
+
 def folded(directory: Path) -> list[str]:
     """Files that a scrape reads: those of running processes, and the archive of all others. Call under `locked`."""
-    archives = directory / "archive"
-    archives.mkdir(exist_ok=True)
     living = set()
     for file in directory.glob("*.alive"):
         if _is_held(file):
@@ -55,7 +58,8 @@ def folded(directory: Path) -> list[str]:
     for file in directory.glob("*.alive"):
         if file.stem not in living:
             file.unlink()
-    return [str(file) for file in (*directory.glob("*.db"), *filter(None, kept))]
+    # a file is empty until its blocks are allocated
+    return [str(file) for file in (*directory.glob("*.db"), *filter(None, kept)) if file.stat().st_size]
 
 
 def _is_held(file: Path) -> bool:
@@ -84,8 +88,15 @@ def _archive(directory: Path, kind: str, living: set[str]) -> Path | None:
     if archive is not None:
         (directory / f"{kind}_{archive.stem.rsplit('-', 1)[1]}.db").unlink(missing_ok=True)
     for file in sorted(directory.glob(f"{kind}_*.db")):
-        if _process(file) not in living:
+        if _process(file) in living:
+            continue
+        try:
             archive = _fold(archive, file, kind)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            logger.warning("metric files of ended processes stay as they are: %s", error)
+            break  # they are read as they are
     return archive
 
 
@@ -98,12 +109,13 @@ def _fold(archive: Path | None, file: Path, kind: str) -> Path:
             continue
         for key, value, _, _ in MmapedDict.read_all_values_from_file(str(source)):  # type: ignore[no-untyped-call]
             merged[key] = merged.get(key, 0.0) + value
-    new = file.parent / "archive" / "new"
-    new.unlink(missing_ok=True)  # left by a fold that was killed
-    target = MmapedDict(str(new))  # type: ignore[no-untyped-call]
-    for key, value in merged.items():
-        target.write_value(key, value, 0.0)  # type: ignore[no-untyped-call]
-    target.close()  # type: ignore[no-untyped-call]
+    new = file.parent / "archive" / "new"  # overwrites what a fold that was killed left
+    new.parent.mkdir(exist_ok=True)
+    try:
+        new.write_bytes(document(b"".join(entry(key, value, 0.0) for key, value in merged.items())))
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     after = new.with_name(f"{kind}_{sequence:09d}-{_process(file)}.db")
     new.rename(after)  # from here on `file` is in the archive
     file.unlink()

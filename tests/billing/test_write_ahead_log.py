@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -113,18 +115,43 @@ def test_a_row_that_the_database_rejects_does_not_block_others(
     assert log.pending == 0
 
 
-def test_a_deleted_file_does_not_block_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_of_deleted_files_and_of_a_deleted_directory_are_shipped(tmp_path: Path) -> None:
     ledger, directory = Failing(f"sqlite:///{tmp_path}/ledger.sqlite"), tmp_path / "j"
     log = WriteAheadLog(directory)
     ledger.failures = 1
     log.settled(log.accepted(ledger_row()), ledger_row())
     with pytest.raises(LedgerError):
         log.ship(ledger)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as database:
+        database.execute("delete from requests")
     min(directory.glob("*.jsonl")).unlink()
     log.settled(log.accepted(ledger_row()), ledger_row())
     log.ship(ledger)
-    assert outcomes(ledger) == {"ok": 2}  # the first was recorded before its file was deleted
-    assert "was deleted" in caplog.text
+    assert outcomes(ledger) == {"ok": 2}
+    log.settled(log.accepted(ledger_row()), ledger_row())
+    running = log.accepted(ledger_row())
+    shutil.rmtree(directory)
+    log.ship(ledger)
+    assert outcomes(ledger) == {"ok": 3}
+    assert recover(directory, ledger) == 0  # the new directory has a lock of this log
+    log.settled(running, ledger_row())
+    log.close(ledger)
+    assert outcomes(ledger) == {"ok": 4}
+    assert files(directory) == []
+
+
+def test_no_more_files_are_made_while_the_ledger_is_away_than_the_rows_need(tmp_path: Path) -> None:
+    ledger, directory = Failing(f"sqlite:///{tmp_path}/ledger.sqlite"), tmp_path / "j"
+    log = WriteAheadLog(directory)
+    ledger.failures = 10
+    for _ in range(10):
+        log.settled(log.accepted(ledger_row()), ledger_row())
+        with pytest.raises(LedgerError):
+            log.ship(ledger)
+    assert files(directory) == [".jsonl", ".jsonl", ".lock"]
+    log.ship(ledger)
+    assert outcomes(ledger) == {"ok": 10}
+    log.close(ledger)
 
 
 def test_a_lock_file_deleted_before_it_is_locked_is_created_again(

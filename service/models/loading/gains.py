@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pydoc_data.topics
 from dataclasses import replace
 from math import isfinite
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from service.disk import write_whole
 from service.models.hook import ForwardContext
 from service.models.inputs.rows import EncodedInput
 from service.models.loading.probe import probe_context
@@ -121,10 +121,7 @@ def _read(path: Path | None) -> tuple[float, ...] | None:
 def _try_to_write(path: Path | None, gains: tuple[float, ...]) -> None:
     if path is None or not gains:
         return
-    part = path.with_suffix(f".{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(gains) + "\n")
-        part.replace(path)  # atomic: a reader sees the old file or the new one
+        write_whole(path, json.dumps(gains) + "\n")
     except OSError as error:
         logger.warning("%s not stored: %s", path, error)
