@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 
 from service.billing import tables
+from service.billing.database import Database, FileLost
 from service.config import Budget
 
 ROLL_UP_EVERY_S = 3600.0
@@ -54,9 +54,11 @@ class LocalLedger:
     """
 
     def __init__(self, url: str, keep_days: float = 30.0, clock: Callable[[], float] = time.time) -> None:
-        self._url, self._clock = url, clock
-        self._opening = threading.Lock()
-        self._database: sa.Engine | None = None  # opened by the first call: it may be unavailable at start
+        self._clock = clock
+        self._database = Database(url)  # opened by the first call: it may be unavailable at start
+        self._losses = 0  # of the database's file, as reported to callers
+        # of budgets, and the times for which they hold: a new file gets these
+        self._levels: dict[tuple[str, str], tuple[float, float]] = {}
         self._keep_s = keep_days * 86400
         self._rolled_up_s = clock()
 
@@ -70,6 +72,7 @@ class LocalLedger:
             level, at_s = self._level(connection, tenant, budget, now_s)
             amount = min(level, most) if level >= least - LEVEL_TOLERANCE else 0.0
             self._set_level(connection, tenant, budget, level - amount, at_s)
+        self._levels[tenant, budget.name] = level - amount, at_s
         missing = 0.0 if amount or least <= 0 else least - level
         refill_s = missing * budget.period_s / budget.amount
         return LeaseGrant(amount, refill_s, (level - amount) / budget.capacity)
@@ -82,12 +85,15 @@ class LocalLedger:
         now_s = self._clock()
         with self._transaction() as connection:
             level, at_s = self._level(connection, tenant, budget, now_s)
-            self._set_level(connection, tenant, budget, min(budget.capacity, level + amount), at_s)
+            level = min(budget.capacity, level + amount)
+            self._set_level(connection, tenant, budget, level, at_s)
+        self._levels[tenant, budget.name] = level, at_s
 
     def record(self, requests: Sequence[Mapping[str, Any]], capacity: Sequence[Mapping[str, Any]]) -> None:
         """Insert rows of a write-ahead log; rows that were recorded before are skipped.
 
-        Raises LedgerError; RowsRefused if the database rejects a row, and then none of them is recorded.
+        Raises LedgerError; RowsRefused if the database rejects a row, and then none of them is recorded. Once after the
+        database's file was lost, so that callers count it; their next call skips these rows.
         """
         with self._transaction() as connection:
             tables.add_new(connection, tables.requests, requests)
@@ -97,6 +103,9 @@ class LocalLedger:
             self._rolled_up_s = now_s
             with self._transaction(is_rolling_up=True) as connection:
                 tables.roll_up(connection, now_s - self._keep_s)
+        if self._database.losses > self._losses:
+            self._losses = self._database.losses
+            raise LedgerError("the ledger's file was deleted or replaced; what only the old file had is lost")
 
     def usage(self, from_s: float, to_s: float, group_by: Sequence[str], tenant: str | None) -> dict[str, Any]:
         """{"groups": sums by `group_by`, "capacity": sums of all devices}; groups of one tenant, or of all (None).
@@ -113,28 +122,21 @@ class LocalLedger:
             return tables.sample_requests(connection, from_s, to_s, limit)
 
     def close(self) -> None:
-        if self._database is not None:
-            self._database.dispose()
-
-    def _open(self) -> sa.Engine:
-        with self._opening:
-            if self._database is None:
-                self._database = tables.connect(self._url)
-            return self._database
+        self._database.close()
 
     @contextmanager
     def _transaction(self, *, is_read_only: bool = False, is_rolling_up: bool = False) -> Iterator[sa.Connection]:
+        # the rows deleted must be the rows summed; if two roll up at once, one fails and retries in an hour
+        level = "REPEATABLE READ" if is_rolling_up else None
         try:
-            engine = self._open().execution_options(**{tables.READ_ONLY: is_read_only})
-            if is_rolling_up and engine.dialect.name == "postgresql":
-                # the rows deleted must be the rows summed; if two roll up at once, one fails and retries in an hour
-                engine = engine.execution_options(isolation_level="REPEATABLE READ")
-            with engine.begin() as connection:
+            with self._database.begin(is_read_only=is_read_only, isolation_level=level) as connection:
                 yield connection
         except (sa.exc.IntegrityError, sa.exc.DataError) as error:
             raise RowsRefused(f"{type(error).__name__}: {error.orig}") from None
         except OSError as error:
             raise LedgerError(f"the ledger cannot be opened: {error}") from None
+        except FileLost as error:
+            raise LedgerError(str(error)) from None
         except sa.exc.SQLAlchemyError as error:
             # without the statement's parameters: tenants' data must not reach the log
             raise LedgerError(f"{type(error).__name__}: {getattr(error, 'orig', error)}") from None
@@ -142,11 +144,13 @@ class LocalLedger:
     def _level(self, connection: sa.Connection, tenant: str, budget: Budget, now_s: float) -> tuple[float, float]:
         """Level of a budget after its refill, and the time for which it holds; a new budget is full.
 
+        In a new file it is as it was in the one that was lost.
+
         That time never decreases, even if clocks do: no refill is counted twice.
         """
         table = tables.budgets
-        full = {"tenant": tenant, "budget": budget.name, "level": budget.capacity, "at_s": now_s}
-        tables.add_new(connection, table, [full])
+        level, at_s = self._levels.get((tenant, budget.name), (budget.capacity, now_s))
+        tables.add_new(connection, table, [{"tenant": tenant, "budget": budget.name, "level": level, "at_s": at_s}])
         query = sa.select(table.c.level, table.c.at_s).where(table.c.tenant == tenant, table.c.budget == budget.name)
         found = connection.execute(query.with_for_update()).one()
         at_s = max(now_s, float(found.at_s))

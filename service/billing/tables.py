@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import sqlalchemy as sa
@@ -69,43 +68,17 @@ budgets = sa.Table(
     sa.Column("at_s", sa.Float(53), nullable=False),
 )
 
-READ_ONLY = "is_read_only"  # execution option of a connection
 
-
-def connect(url: str) -> sa.Engine:
-    """Open the database of `url` and create missing tables. Raises OSError and SQLAlchemyError."""
-    parsed = sa.make_url(url)
-    is_sqlite = parsed.get_backend_name() == "sqlite"
-    if is_sqlite and parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        Path(parsed.database).touch(0o600)
-    engine = sa.create_engine(parsed, pool_pre_ping=not is_sqlite)
-    if is_sqlite:
-
-        @sa.event.listens_for(engine, "connect")
-        def _(connection: Any, _: Any) -> None:
-            connection.isolation_level = None  # transactions begin below
-            # a commit survives the crash of any process; a crash of the machine may lose the last ones
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute("PRAGMA busy_timeout=10000")
-
-        @sa.event.listens_for(engine, "begin")
-        def _(connection: sa.Connection) -> None:
-            # writers lock at the start: a level must not change between reading and writing it
-            is_read_only = connection.get_execution_options().get(READ_ONLY, False)
-            connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")
-
+def create(engine: sa.Engine) -> None:
+    """Create what is missing: tables, and columns of tables that an older version made. Raises SQLAlchemyError."""
     try:
         metadata.create_all(engine)
     except sa.exc.DBAPIError:  # another process is creating them
         metadata.create_all(engine)
     _add_columns(engine)
-    return engine
 
 
 def _add_columns(engine: sa.Engine) -> None:
-    """To tables that an older version made."""
     for table in (requests, hours):
         for name in set(ADDED) - _columns_of(engine, table):
             column = sa.schema.CreateColumn(table.c[name]).compile(dialect=engine.dialect)
