@@ -1,6 +1,8 @@
 # The image for `docker run` (same command as `make serve`) and for the cluster, where KubeRay replaces the command.
 #   docker build --build-arg DEVICE=cpu --tag farsight:cpu .
-#   docker run --init --shm-size 256m --publish 8000:8000 --publish 9000:9000 --publish 9464:9464 farsight:cpu
+#   docker run --init --shm-size 256m --publish 8000:8000 --publish 9000:9000 farsight:cpu
+# Metrics (9464) need no key and name tenants: they are for scrapers on the container's or the pod's network, and are not
+# exposed, so that `--publish-all` leaves them out, too.
 
 FROM python:3.11-slim-bookworm AS base
 
@@ -67,7 +69,7 @@ ENV PATH=/opt/farsight/bin:$PATH \
 WORKDIR /home/farsight
 # numeric, so that Kubernetes can verify that it is not root
 USER 1000:1000
-EXPOSE 8000 9000 9464
+EXPOSE 8000 9000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["bash", "-c", "wget -q --tries=1 -T 4 -O /dev/null http://127.0.0.1:${FARSIGHT_HTTP_PORT:-8000}/healthz"]
 CMD ["farsight", "serve", "--demo"]
