@@ -19,7 +19,7 @@ from service.config import Config
 from service.scheduling.scheduler import Order
 
 GRPC_SERVICERS = [
-    "service.api.proto.open_inference_grpc_pb2_grpc.add_GRPCInferenceServiceServicer_to_server",
+    "service.api.grpc.requests.add_inference_to_server",
     "service.api.grpc.health.add_health_to_server",
 ]
 POLICY = "service.cluster.autoscaling:policy"

@@ -20,6 +20,7 @@ from service.api import answer as answers
 from service.api.codec import raw_bytes
 from service.api.grpc import health as grpc_health
 from service.api.grpc import messages, methods
+from service.api.grpc.requests import METHODS, SERVICE, add_inference_to_server
 from service.api.handler import Handler
 from service.api.open_inference import http_body as oip_http
 from service.api.open_inference import metadata
@@ -463,3 +464,40 @@ def test_health_registers_check_alone() -> None:
 
     grpc_health.add_health_to_server(Methods(Service()), Server())
     assert added[0].service_name() == "grpc.health.v1.Health"
+
+
+NOT_UTF8 = b"\x0a\x01\xff"  # field 1, a string of one byte
+CALLS = (*((SERVICE, name) for name in METHODS), (grpc_health.HEALTH_SERVICE, "Check"))
+
+
+@pytest.mark.parametrize(("service_name", "method"), CALLS)
+@pytest.mark.parametrize("content", [NOT_UTF8, b"\x0a\x7f"], ids=["not UTF-8", "cut off"])
+def test_what_cannot_be_read_is_invalid(service_name: str, method: str, content: bytes) -> None:
+    """Over a real connection: gRPC's own answer would be INTERNAL."""
+    engine = Service()
+
+    async def call() -> grpc.aio.AioRpcError | None:
+        server = grpc.aio.server()
+        servicer = Methods(engine)
+        add_inference_to_server(servicer, server)
+        grpc_health.add_health_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                await channel.unary_unary(f"/{service_name}/{method}")(content, timeout=20)
+        except grpc.aio.AioRpcError as error:
+            return error
+        finally:
+            await server.stop(None)
+        return None
+
+    error = run(call())
+    has_strings = method not in ("ServerLive", "ServerReady", "ServerMetadata")
+    if content is NOT_UTF8 and not has_strings:  # an unknown field, which protobuf skips
+        assert error is None
+        return
+    assert error is not None
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "UTF-8" in str(error.details())
+    assert [kind for _, kind in engine.refusals] == [Kind.MALFORMED]

@@ -59,6 +59,7 @@ def call(closed: Engine) -> Any:
         ("POST", "/v1/estimate"),
         ("GET", "/v1/models"),
         ("GET", "/v1/usage"),
+        ("GET", "/v2"),
         ("GET", "/v2/models/attention"),
         ("POST", "/v2/models/attention/infer"),
         ("POST", "/v2/repository/index"),
@@ -181,5 +182,9 @@ def test_grpc_takes_the_same_keys(closed: Engine) -> None:
     metadata_context = Context()
     asyncio.run(service.ModelMetadata(pb.ModelMetadataRequest(name="attention"), metadata_context))
     assert metadata_context.code is grpc.StatusCode.UNAUTHENTICATED
+    for key, code in (("", grpc.StatusCode.UNAUTHENTICATED), ("shop-key", grpc.StatusCode.OK)):
+        metadata_context = Context(x_api_key=key)
+        asyncio.run(service.ServerMetadata(pb.ServerMetadataRequest(), metadata_context))
+        assert metadata_context.code is code
     live = asyncio.run(service.ServerLive(pb.ServerLiveRequest(), Context()))
     assert live.live

@@ -45,6 +45,14 @@ def test_health_and_reflection(channel: grpc.Channel) -> None:
     assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= set(services)
 
 
+def test_a_string_that_is_not_utf8_is_invalid(channel: grpc.Channel) -> None:
+    for method in ("inference.GRPCInferenceService/ModelInfer", "grpc.health.v1.Health/Check"):
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(f"/{method}")(b"\x0a\x01\xff", timeout=20)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "UTF-8" in caught.value.details()
+
+
 def test_every_answer_says_plan_error_and_cost(channel: grpc.Channel) -> None:
     tensors = torch.randn(3, 1, 2, 16, 8)
     response = pb_grpc.GRPCInferenceServiceStub(channel).ModelInfer(infer(*tensors, mode="sparse"))

@@ -7,6 +7,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
+from service.api.grpc.requests import reader
+
 HEALTH_SERVICE = "grpc.health.v1.Health"
 
 
@@ -15,7 +17,7 @@ def add_health_to_server(servicer: Any, server: Any) -> None:
     handlers = {
         "Check": grpc.unary_unary_rpc_method_handler(
             servicer.Check,
-            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            request_deserializer=reader(health_pb2.HealthCheckRequest),
             response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
         )
     }

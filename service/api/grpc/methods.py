@@ -8,24 +8,21 @@ client sees the same status either way.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
-from typing import Protocol, TypeVar
+from functools import partial, wraps
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
 
 from service.api.grpc.messages import message_bytes, parse_message, render_message, render_price
+from service.api.grpc.requests import SERVICE, Unreadable
 from service.api.handler import Call, Exchange, Handler, Parsed, request_id
 from service.api.open_inference.metadata import find_model, model_metadata, server_metadata
 from service.api.open_inference.protocol import InferRequest, parse_infer
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.billing.tenants import key_of
-from service.errors import CODES, FarsightError, Kind, retry_after
+from service.errors import CODES, FarsightError, Kind, malformed, retry_after
 from service.telemetry.request_record import Received, RequestRecord
-
-SERVICE = "inference.GRPCInferenceService"
-
-Message = TypeVar("Message")
 
 
 class Context(Protocol):
@@ -42,22 +39,53 @@ class Context(Protocol):
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]: ...
 
 
+Message = TypeVar("Message")
+Method = Callable[["GrpcMethods", Any, Context], Awaitable[Message]]
+
+
+def read(endpoint: str, empty: type[Message]) -> Callable[[Method[Message]], Method[Message]]:
+    """Around a method: it is called with a message; what cannot be read is INVALID_ARGUMENT."""
+
+    def decorate(method: Method[Message]) -> Method[Message]:
+        @wraps(method)  # Serve looks for `grpc_context` in the signature
+        async def answered(self: GrpcMethods, request: Any, grpc_context: Context) -> Message:
+            if not isinstance(request, Unreadable):
+                return await method(self, request, grpc_context)
+
+            async def refuse(_: RequestRecord) -> Message:
+                raise malformed(f"expected {request.message} in protobuf with strings in UTF-8")
+
+            return await self._respond(endpoint, grpc_context, refuse, empty())
+
+        return answered
+
+    return decorate
+
+
 class GrpcMethods:
     """Mixed into the ingress class, which sets `handler`."""
 
     handler: Handler
 
+    @read("server_live", pb.ServerLiveResponse)
     async def ServerLive(self, request: pb.ServerLiveRequest, grpc_context: Context) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
+    @read("server_ready", pb.ServerReadyResponse)
     async def ServerReady(self, request: pb.ServerReadyRequest, grpc_context: Context) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=self.handler.service.ready)
 
+    @read("server_metadata", pb.ServerMetadataResponse)
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, grpc_context: Context
     ) -> pb.ServerMetadataResponse:
-        return pb.ServerMetadataResponse(**server_metadata())
+        async def metadata(record: RequestRecord) -> pb.ServerMetadataResponse:
+            self._call(record, grpc_context)
+            return pb.ServerMetadataResponse(**server_metadata())
 
+        return await self._respond("server_metadata", grpc_context, metadata, pb.ServerMetadataResponse())
+
+    @read("model_ready", pb.ModelReadyResponse)
     async def ModelReady(self, request: pb.ModelReadyRequest, grpc_context: Context) -> pb.ModelReadyResponse:
         async def ready(record: RequestRecord) -> pb.ModelReadyResponse:
             self._call(record, grpc_context)
@@ -67,6 +95,7 @@ class GrpcMethods:
 
         return await self._respond("model_ready", grpc_context, ready, pb.ModelReadyResponse())
 
+    @read("model_metadata", pb.ModelMetadataResponse)
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, grpc_context: Context) -> pb.ModelMetadataResponse:
         async def metadata(record: RequestRecord) -> pb.ModelMetadataResponse:
             self._call(record, grpc_context)
@@ -75,6 +104,7 @@ class GrpcMethods:
 
         return await self._respond("model_metadata", grpc_context, metadata, pb.ModelMetadataResponse())
 
+    @read("infer", pb.ModelInferResponse)
     async def ModelInfer(self, request: pb.ModelInferRequest, grpc_context: Context) -> pb.ModelInferResponse:
         async def infer(record: RequestRecord) -> pb.ModelInferResponse:
             call, service = self._call(record, grpc_context), self.handler.service
@@ -91,6 +121,7 @@ class GrpcMethods:
 
         return await self._respond("infer", grpc_context, infer, pb.ModelInferResponse(), suggested_id=request.id)
 
+    @read("health", health_pb2.HealthCheckResponse)
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: Context
     ) -> health_pb2.HealthCheckResponse:
@@ -103,7 +134,7 @@ class GrpcMethods:
         return await self._respond("health", grpc_context, check, health_pb2.HealthCheckResponse())
 
     def _call(self, record: RequestRecord, context: Context) -> Call:
-        """The call with its tenant. Raises FarsightError (401); health and server metadata need no key."""
+        """The call with its tenant. Raises FarsightError (401). Only health needs no key, as over HTTP."""
         metadata = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
         tenant = self.handler.service.tenants.of(key_of(metadata))
         return Call(record.received.id, record.received.endpoint, record, tenant, metadata)
