@@ -14,6 +14,7 @@ from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS, RAY_SERVE_
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from service.api.grpc.methods import GrpcMethods
+from service.api.grpc.requests import DOOR
 from service.api.handler import Handler
 from service.config import Config
 from service.scheduling.scheduler import Order
@@ -55,6 +56,7 @@ class Farsight(GrpcMethods):
         gc.set_threshold(20_000, 50, 50)
         self.trimmer = Trimmer()
         self.handler = Handler(self.engine)
+        DOOR.refusal = self.refusal
         self.exporter = Exporter(config.metrics_host, config.metrics_port, config.metrics_dir)
 
     def __serve_build_asgi_app__(self) -> Any:

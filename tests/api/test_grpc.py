@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2
 from service.api import answer as answers
 from service.api.codec import raw_bytes
 from service.api.grpc import health as grpc_health
-from service.api.grpc import messages, methods
-from service.api.grpc.requests import METHODS, SERVICE, add_inference_to_server
+from service.api.grpc import messages, methods, requests
+from service.api.grpc.requests import DOOR, METHODS, SERVICE, add_inference_to_server
 from service.api.handler import Handler
 from service.api.open_inference import http_body as oip_http
 from service.api.open_inference import metadata
@@ -28,8 +28,8 @@ from service.api.open_inference import protocol as oip
 from service.api.open_inference import tensors as wire
 from service.api.proto import open_inference_grpc_pb2 as pb
 from service.attention.output import no_checkpoint
-from service.billing.tenants import Tenants
-from service.config import Config
+from service.billing.tenants import Tenants, key_hash
+from service.config import Config, TenantConfig
 from service.core.answer import (
     Answer,
     ErrorReport,
@@ -470,29 +470,31 @@ NOT_UTF8 = b"\x0a\x01\xff"  # field 1, a string of one byte
 CALLS = (*((SERVICE, name) for name in METHODS), (grpc_health.HEALTH_SERVICE, "Check"))
 
 
+async def failure(engine: Service, service_name: str, method: str, content: bytes) -> grpc.aio.AioRpcError | None:
+    """Of one call over a real connection."""
+    server = grpc.aio.server()
+    servicer = Methods(engine)
+    add_inference_to_server(servicer, server)
+    grpc_health.add_health_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await channel.unary_unary(f"/{service_name}/{method}")(content, metadata=[("x-api-key", "key")], timeout=20)
+    except grpc.aio.AioRpcError as error:
+        return error
+    finally:
+        await server.stop(None)
+    return None
+
+
 @pytest.mark.parametrize(("service_name", "method"), CALLS)
 @pytest.mark.parametrize("content", [NOT_UTF8, b"\x0a\x7f"], ids=["not UTF-8", "cut off"])
 def test_what_cannot_be_read_is_invalid(service_name: str, method: str, content: bytes) -> None:
-    """Over a real connection: gRPC's own answer would be INTERNAL."""
+    """gRPC's own answer would be INTERNAL."""
     engine = Service()
 
-    async def call() -> grpc.aio.AioRpcError | None:
-        server = grpc.aio.server()
-        servicer = Methods(engine)
-        add_inference_to_server(servicer, server)
-        grpc_health.add_health_to_server(servicer, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                await channel.unary_unary(f"/{service_name}/{method}")(content, timeout=20)
-        except grpc.aio.AioRpcError as error:
-            return error
-        finally:
-            await server.stop(None)
-        return None
-
-    error = run(call())
+    error = run(failure(engine, service_name, method, content))
     has_strings = method not in ("ServerLive", "ServerReady", "ServerMetadata")
     if content is NOT_UTF8 and not has_strings:  # an unknown field, which protobuf skips
         assert error is None
@@ -501,3 +503,25 @@ def test_what_cannot_be_read_is_invalid(service_name: str, method: str, content:
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "UTF-8" in str(error.details())
     assert [kind for _, kind in engine.refusals] == [Kind.MALFORMED]
+
+
+@pytest.mark.parametrize("key", ["key", "other"])
+def test_a_key_is_asked_for_before_the_message_is_received(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Service()
+    engine.tenants = Tenants(Config(tenants=(TenantConfig(name="shop", key_sha256=(key_hash(key),)),)))
+    read: list[int] = []
+
+    def spied(message: Any) -> Any:
+        return lambda content: read.append(len(content)) or message.FromString(content)
+
+    monkeypatch.setattr(requests, "reader", spied)
+    monkeypatch.setattr(DOOR, "refusal", Methods(engine).refusal)
+    content = attention().SerializeToString()
+    error = run(failure(engine, SERVICE, "ModelInfer", content))
+    if key == "key":
+        assert (error, read) == (None, [len(content)])
+        return
+    assert error is not None
+    assert (error.code(), error.details(), read) == (grpc.StatusCode.UNAUTHENTICATED, "unknown API key", [])
+    assert dict(error.trailing_metadata())["x-request-id"]
+    assert engine.refusals == [("infer", Kind.UNAUTHENTICATED)]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -155,6 +156,29 @@ def test_kill_9_of_a_replica_and_of_the_ledger_loses_and_duplicates_nothing(bill
         usage = client.get("/v1/usage?group_by=tenant,outcome").json()
     recorded = {group["outcome"]: group["requests"] for group in usage["data"] if group["tenant"] == "shop"}
     assert recorded["ok"] == len(settled)
+
+
+def peak_bytes(process: psutil.Process, *, reset: bool = False) -> int:
+    """Most memory that a process held since the last reset."""
+    if reset:
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def test_a_large_message_without_a_key_is_not_held(billed: Billed) -> None:
+    replicas = billed.processes("ray::ServeReplica")
+    before = {process: peak_bytes(process, reset=True) for process in replicas}
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"127.0.0.1:{billed.service.grpc_port}", options=options) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for metadata in ([], [("x-api-key", "wrong")]):
+            with pytest.raises(grpc.RpcError) as caught:
+                infer(bytes(2**27), metadata=metadata, timeout=60)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    grown = [peak_bytes(process) - before[process] for process in replicas]
+    print("grown", grown)
+    assert max(grown) < 2**25
 
 
 def test_the_metrics_of_the_node_need_an_administrators_key(billed: Billed) -> None:

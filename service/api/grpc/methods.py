@@ -15,7 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from service.api.grpc.messages import message_bytes, parse_message, render_message, render_price
-from service.api.grpc.requests import SERVICE, Unreadable
+from service.api.grpc.requests import SERVICE, Metadata, Refuse, Unreadable
 from service.api.handler import Call, Exchange, Handler, Parsed, request_id
 from service.api.open_inference.metadata import find_model, model_metadata, server_metadata
 from service.api.open_inference.protocol import InferRequest, parse_infer
@@ -135,9 +135,26 @@ class GrpcMethods:
 
     def _call(self, record: RequestRecord, context: Context) -> Call:
         """The call with its tenant. Raises FarsightError (401). Only health needs no key, as over HTTP."""
-        metadata = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
+        metadata = _texts(context.invocation_metadata())
         tenant = self.handler.service.tenants.of(key_of(metadata))
         return Call(record.received.id, record.received.endpoint, record, tenant, metadata)
+
+    def refusal(self, endpoint: str, metadata: Metadata) -> Refuse | None:
+        """What answers a call without a valid key, of which no message is received; None: the key is valid."""
+        try:
+            self.handler.service.tenants.of(key_of(_texts(metadata)))
+        except FarsightError as error:
+            refused = error
+        else:
+            return None
+
+        async def fail(_: RequestRecord) -> bytes:
+            raise refused
+
+        async def refuse(_messages: Any, context: Context) -> bytes:
+            return await self._respond(endpoint, context, fail, b"")
+
+        return refuse
 
     def _parse(self, request: pb.ModelInferRequest, call: Call) -> Parsed[InferRequest]:
         infer = parse_message(request)
@@ -184,6 +201,10 @@ class GrpcMethods:
 def status_code(kind: Kind) -> grpc.StatusCode:
     """The gRPC status of a failure, by the one table."""
     return grpc.StatusCode[CODES[kind].grpc]
+
+
+def _texts(metadata: Metadata) -> dict[str, str]:
+    return {name: value for name, value in metadata if isinstance(value, str)}
 
 
 def _value(metadata: Sequence[tuple[str, str | bytes]], name: str) -> str | None:
