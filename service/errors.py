@@ -58,7 +58,9 @@ CODES: dict[Kind, Code] = {
     ),
     Kind.DEADLINE: Code(504, "DEADLINE_EXCEEDED", True, "Did not finish within timeout_s, or is predicted not to."),
     Kind.CANCELLED: Code(499, "CANCELLED", False, "The client disconnected (seen in metrics and logs only)."),
-    Kind.UNAVAILABLE: Code(503, "UNAVAILABLE", True, "The service is starting, or the device does not respond."),
+    Kind.UNAVAILABLE: Code(
+        503, "UNAVAILABLE", True, "The service is starting, the device does not respond, or the ledger has no room."
+    ),
     Kind.OUT_OF_MEMORY: Code(507, "RESOURCE_EXHAUSTED", True, "Out of device memory; the service has recovered."),
     Kind.INTERNAL: Code(500, "INTERNAL", False, "A bug; the response contains only the request id."),
 }

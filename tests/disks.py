@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,15 +37,21 @@ class Disk:
         (self.root / "filler").unlink()
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    """24 MiB."""
+@contextmanager
+def mounted(root: Path) -> Iterator[Disk]:
+    """A disk of 24 MiB; the test is skipped where none can be mounted."""
     if os.geteuid() != 0:
         pytest.skip("mounting a file system needs root")
-    root = tmp_path / "disk"
     root.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "farsight-test", root], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "farsight-test", str(root)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        pytest.skip(f"no file system can be mounted here: {ran.stderr.strip()}")
     yield Disk(root)
     subprocess.run(["umount", "--lazy", root], check=True)  # lazily: an engine may still have files open
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    with mounted(tmp_path / "disk") as disk:
+        yield disk

@@ -33,8 +33,9 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._url = sa.make_url(url)
-        is_file = self._url.get_backend_name() == "sqlite" and self._url.database not in (None, "", ":memory:")
-        self._path = Path(str(self._url.database)) if is_file else None
+        name = self._url.database or ":memory:"
+        is_file = self._url.get_backend_name() == "sqlite" and not name.startswith((":memory:", "file:"))
+        self._path = Path(name) if is_file else None
         self._engine: sa.Engine | None = None
         self._identity: tuple[Identity, Identity] = None, None
         self.losses = 0  # files that were deleted or replaced
@@ -58,9 +59,9 @@ class Database:
                 raise FileLost(f"{self._path} was deleted or replaced during a transaction")
         except (sa.exc.IntegrityError, sa.exc.DataError):  # of the rows
             raise
-        except (sa.exc.SQLAlchemyError, FileLost):
-            # opened anew: a connection to a file that was read-only, or on a disk that was full, stays as it was
-            self._is_suspect = self._path is not None
+        except (sa.exc.SQLAlchemyError, FileLost) as error:
+            # opened anew: a connection to a file that was read-only stays so. One to a full disk goes on by itself
+            self._is_suspect = self._path is not None and not is_disk_full(error)
             raise
         finally:
             with self._changed:
@@ -108,12 +109,19 @@ class Database:
 
     def _is_lost(self) -> bool:
         """The file, or SQLite's log of it, is not the one that was opened."""
+        if self._path is None:
+            return False
         (file, log), (opened, opened_log) = self._seen(), self._identity
-        return self._path is not None and (file is None or file != opened or (opened_log or log) != log)
+        return file is None or file != opened or (opened_log or log) != log
 
     def _seen(self) -> tuple[Identity, Identity]:
         """Which database and which log of it are there now. The number of a file in use is not used again."""
         return _identity(self._path, ""), _identity(self._path, "-wal")
+
+
+def is_disk_full(error: Exception) -> bool:
+    """SQLite reports it by these codes, the second for the file that its processes share."""
+    return getattr(getattr(error, "orig", None), "sqlite_errorname", "") in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
 
 
 def _identity(path: Path | None, suffix: str) -> Identity:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 
 from service.billing import tables
-from service.billing.database import Database, FileLost
+from service.billing.database import Database, FileLost, is_disk_full
 from service.config import Budget
+from service.disk import is_full
 
 ROLL_UP_EVERY_S = 3600.0
 LEVEL_TOLERANCE = 1e-9  # rounding of a budget's level
@@ -29,6 +30,10 @@ class LeaseGrant:
 
 class LedgerError(Exception):
     """The ledger or its database is unavailable."""
+
+
+class LedgerFull(LedgerError):
+    """The disk of the ledger has no room; there may be some later."""
 
 
 class RowsRefused(LedgerError):
@@ -134,12 +139,14 @@ class LocalLedger:
         except (sa.exc.IntegrityError, sa.exc.DataError) as error:
             raise RowsRefused(f"{type(error).__name__}: {error.orig}") from None
         except OSError as error:
-            raise LedgerError(f"the ledger cannot be opened: {error}") from None
+            kind = LedgerFull if is_full(error) else LedgerError
+            raise kind(f"the ledger cannot be opened: {error}") from None
         except FileLost as error:
             raise LedgerError(str(error)) from None
         except sa.exc.SQLAlchemyError as error:
+            kind = LedgerFull if is_disk_full(error) else LedgerError
             # without the statement's parameters: tenants' data must not reach the log
-            raise LedgerError(f"{type(error).__name__}: {getattr(error, 'orig', error)}") from None
+            raise kind(f"{type(error).__name__}: {getattr(error, 'orig', error)}") from None
 
     def _level(self, connection: sa.Connection, tenant: str, budget: Budget, now_s: float) -> tuple[float, float]:
         """Level of a budget after its refill, and the time for which it holds; a new budget is full.

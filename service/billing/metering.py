@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,10 +201,11 @@ class UsageMeter:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._record_capacity()
-        self._reader.shutdown()
-        self._leases.close()
-        self._log.close(self._ledger)
+        with ExitStack() as rest:  # whatever fails, everything else is done
+            rest.callback(self._log.close, self._ledger)
+            rest.callback(self._leases.close)
+            rest.callback(self._reader.shutdown)
+            self._record_capacity()
 
     # -- on the meter's thread ----------------------------------------------------------------------------------
 

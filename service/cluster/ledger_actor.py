@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from logging import getLogger
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from service.billing.ledger import LeaseGrant, LedgerError, LocalLedger
+from service.billing.ledger import LeaseGrant, LedgerError, LedgerFull, LocalLedger
 from service.config import Budget, Config
+from service.telemetry import logging
+
+logger = getLogger("farsight")
 
 NAMESPACE = "farsight"
 TIMEOUT_S = 10.0  # of a call to the actor
@@ -21,6 +25,7 @@ BUDGETS, WRITES, QUERIES = "budgets", "writes", "queries"
 
 class _LedgerActor:
     def __init__(self, url: str, keep_days: float) -> None:
+        logging.configure("WARNING")
         self._ledger = LocalLedger(url, keep_days)
 
     @ray.method(concurrency_group=BUDGETS)
@@ -53,11 +58,17 @@ class RemoteLedger:
     """
 
     def __init__(self, config: Config) -> None:
-        """Raises LedgerError if the ledger is unavailable: a service that cannot record usage must not start."""
+        """Raises LedgerError if the ledger is unavailable: a service that cannot record usage must not start.
+
+        If only its disk is full, it starts: what it accepts is in write-ahead logs until there is room.
+        """
         self._config = config
         self._timed_out: list[tuple[Any, str, Budget]] = []  # leases that may still be granted
         self._actor = self._find()
-        self.usage(0.0, 0.0, (), None)
+        try:
+            self.usage(0.0, 0.0, (), None)
+        except LedgerFull as error:
+            logger.error("the ledger cannot be written yet: %s", error)
 
     def lease(self, tenant: str, budget: Budget, least: float, most: float) -> LeaseGrant:
         self._return_late_grants()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import time
 from collections.abc import Iterator
@@ -287,6 +288,29 @@ def test_a_log_that_cannot_be_written_refuses_and_releases_the_reservation(
     held = meter.leases()[0].balance
     run(metered.engine.submit(of("poor", attention())))
     assert meter.leases()[0].balance < held
+
+
+def test_a_meter_on_a_full_disk_cannot_tell_usage_and_gives_its_leases_back(
+    metered: Metered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    meter = metered.engine.meter
+    assert meter is not None
+    run(metered.engine.submit(of("poor", attention())))
+    (lease,) = meter.leases()
+    monkeypatch.setattr(meter._log, "capacity", full)
+    with pytest.raises(FarsightError) as caught:
+        run(metered.engine.usage(0, 1e12, (), None))
+    assert caught.value.kind is Kind.UNAVAILABLE
+    assert metered.metric("ledger_errors_total") == 1
+    assert lease.balance > 0
+    with pytest.raises(OSError, match="no space left"):
+        metered.engine.close()
+    metered.is_closed = True
+    assert lease.balance == 0
+    assert metered.ledger.usage(0, 1e12, (), None)["groups"][0]["requests"] == 1
 
 
 def test_prices_by_device() -> None:

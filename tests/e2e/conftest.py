@@ -47,12 +47,13 @@ def environment(directory: Path, base: int) -> dict[str, str]:
     }
 
 
-def start(directory: Path, base: int, *arguments: str) -> Service:
+def start(directory: Path, base: int, *arguments: str, **settings: str) -> Service:
+    """`directory`: of its state and its log. settings: environment variables."""
     log = directory / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "service", "serve", *arguments],
-            env=environment(directory, base),
+            env=environment(directory, base) | settings,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # as a shell does: Ctrl-C reaches the whole group

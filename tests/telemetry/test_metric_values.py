@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from service import disk as disks
 from service.telemetry import exporter, metric_files, metric_values
 from tests.disks import Disk, disk
 from tests.telemetry.test_exporter import sample
@@ -116,21 +113,6 @@ def test_deleted_files_are_written_again(tmp_path: Path) -> None:
     healed(directory, (4, 4))
     worker.kill()
     assert scraped(directory) == (4, 4)
-
-
-def test_what_cannot_be_mapped_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system that allocates a part before it reports that it is full."""
-
-    def allocate(file: int, start: int, size: int) -> None:
-        os.ftruncate(file, size // 2)
-        raise OSError(errno.ENOSPC, "no space left")
-
-    path = tmp_path / "file"
-    path.write_bytes(b"kept")
-    monkeypatch.setattr(os, "posix_fallocate", allocate)
-    with path.open("r+b") as file, pytest.raises(OSError, match="no space left"):
-        disks.map_allocated(file.fileno(), 4096)
-    assert path.read_bytes() == b"kept"
 
 
 def test_a_directory_that_cannot_be_used_at_all_is_an_error_at_the_start(tmp_path: Path) -> None:
