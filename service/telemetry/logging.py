@@ -36,6 +36,9 @@ def configure(level: str) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+    # A line that cannot be written is lost. By default it would be reported on sys.stderr, which Serve turns into a log
+    # that cannot be written either: on a full disk every line, ours and Serve's, would end in a RecursionError
+    logging.raiseExceptions = False
 
 
 def about(request_id: str) -> dict[str, dict[str, str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +18,10 @@ from service.engine.engine import Engine
 from service.engine.workloads.attention import AttentionWorkload
 from service.telemetry.logging import JsonFormatter
 from tests.api import test_grpc as grpc
+from tests.disks import Disk, disk
 from tests.telemetry.followed import SMALL, Grpc, ask, engine_like, leave_while_it_runs, long_body, post
+
+__all__ = ["disk"]
 
 ALWAYS = {"time", "level", "message", "request_id", "transport", "endpoint", "code", "total_s"}
 
@@ -158,3 +163,46 @@ def test_exceptions_are_logged_whole() -> None:
     line = orjson.loads(JsonFormatter().format(record))
     assert line["message"] == "request r2 failed"
     assert "ValueError: inside" in line["exception"]
+
+
+# logs into a file on a full disk, as a replica does: its own stderr, and Serve's logger behind sys.stderr
+REPLICA = """
+import logging, sys
+from ray.serve._private.logging_utils import StreamToLogger
+from service.telemetry.logging import configure
+serve = logging.getLogger("ray.serve")
+serve.propagate = False
+serve.addHandler(logging.FileHandler(sys.argv[1]))
+sys.stderr = StreamToLogger(serve, logging.ERROR, sys.stderr)
+configure("INFO")
+print("ready", flush=True)
+for line in sys.stdin:
+    logging.getLogger("farsight").error(line.strip())
+    serve.error(line.strip())
+    print("logged", flush=True)
+"""
+
+
+def test_lines_that_a_full_disk_cannot_take_stop_nothing(disk: Disk) -> None:
+    with (disk.root / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", REPLICA, str(disk.root / "serve.log")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    disk.fill()
+    for line in ("while it is full", "x" * 10_000):
+        print(line, file=process.stdin, flush=True)
+        assert process.stdout.readline() == "logged\n"
+    disk.free()
+    print("once it has room", file=process.stdin, flush=True)
+    assert process.stdout.readline() == "logged\n"
+    process.communicate()
+    assert process.returncode == 0
+    for name in ("stderr", "serve.log"):
+        assert "once it has room" in (disk.root / name).read_text()
