@@ -63,6 +63,7 @@ ENV PATH=/opt/farsight/bin:$PATH \
     RAY_SERVE_HAPROXY_BINARY_PATH=/opt/farsight/bin/farsight-haproxy \
     RAY_health_check_timeout_ms=5000 \
     RAY_health_check_failure_threshold=3 \
+    RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=2 \
     RAY_SERVE_GRPC_MAX_MESSAGE_SIZE=269484032 \
     FARSIGHT_HOST=0.0.0.0 \
     FARSIGHT_METRICS_HOST=0.0.0.0

