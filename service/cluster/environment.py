@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sysconfig
 from pathlib import Path
@@ -32,7 +33,7 @@ def ray_environment(config: Config) -> dict[str, str]:
     """Environment variables that Ray reads at import; the image and the manifests set the same names."""
     directory = config.haproxy_dir
     return {
-        "RAY_AUTH_MODE": "disabled",  # one machine, loopback only; Ray may otherwise enable it by itself
+        "RAY_AUTH_MODE": "disabled",  # Ray may otherwise enable it by itself; `farsight serve` does, see ray_token
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1"),
@@ -58,6 +59,8 @@ def ray_environment(config: Config) -> dict[str, str]:
         # Ray declares a silent node dead and starts replicas elsewhere after at most 24 s; by default after 65 s
         "RAY_health_check_timeout_ms": "5000",
         "RAY_health_check_failure_threshold": "3",
+        # of HAProxy and its manager; three failures in a row replace them, by default after 30 s
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(config.replica_port_base),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(config.replica_port_base + 1),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(config.replica_port_base + 99),
@@ -69,6 +72,22 @@ def ray_environment(config: Config) -> dict[str, str]:
         # machine that may be busy starting replicas
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
+
+
+def guard_record(config: Config) -> Path:
+    """The file that says which process serves with this state."""
+    return config.state_dir / f"running-{config.metrics_port}"
+
+
+def ray_token(config: Config) -> dict[str, str]:
+    """Environment variables with which Ray's ports need a token; writes a new one, which only this user can read.
+
+    Everything that listens on loopback is open to all users of the machine, and who connects to Ray may run code.
+    """
+    path = config.haproxy_dir / "ray-token"
+    path.touch(0o600, exist_ok=False)
+    path.write_text(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def connect_host(host: str) -> str:

@@ -6,24 +6,31 @@ import logging
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
+from service.cluster.guard import Guard
 from service.config import Config
 from service.scheduling.scheduler import Order
 
 APPLICATION = "farsight"
-STOP_TIMEOUT_S = 15.0  # for the processes of Ray; after that they are killed
+STOP_TIMEOUT_S = 15.0  # for the processes of Ray; after that the guard kills them
 HAPROXY_TIMEOUT_S = 15.0
+WATCH_S = 0.5
+NEEDED = ("gcs_server", "raylet")
 HAPROXY_SETTLED_S = 1.5  # HAProxy has its last configuration after this long without a reload
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
+
+
+class RayDied(Exception):
+    """A process that Ray needs has ended; the message is one line."""
 
 
 class StartFailed(Exception):
@@ -31,25 +38,30 @@ class StartFailed(Exception):
 
 
 def run(
-    config: Config, order: Order = "fair", *, report: Callable[[str], None], on_ready: Callable[[float], None]
+    config: Config,
+    guard: Guard,
+    order: Order = "fair",
+    *,
+    report: Callable[[str], None],
+    on_ready: Callable[[float], None],
 ) -> None:
     """Run the service until Ctrl-C or SIGTERM, then answer what is in flight and stop everything that was started.
 
     Args:
         config: settings; `environment.ray_environment` must already be in `os.environ`.
+        guard: of this process; its environment must be in `os.environ`, too.
         order: of the queue; see `Engine`.
         report: receives a line when the service starts to start and when it stops.
         on_ready: called once with the seconds that the start took, when requests are answered.
 
     Raises:
-        StartFailed: Serve or a replica did not start.
+        StartFailed, RayDied: Serve or a replica did not start; Ray ended later, and nothing is left.
     """
-    # nothing has started yet; an exception in the middle of an import may get lost or change the exit status
+    # only the guard has started; an exception in the middle of an import may get lost or change the exit status
     _handle_signals(lambda *_: os._exit(0))
-    started_s, is_answering = time.monotonic(), False
+    started_s, is_answering, has_died = time.monotonic(), False, False
     report("starting Farsight ...")
-    # imported here: Ray reads its environment at import
-    import service.cluster.deployment  # noqa: F401 (imports Ray)
+    import service.cluster.deployment  # noqa: F401 (imports Ray, which reads its environment at import)
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     interrupt = _Interrupt()
@@ -63,12 +75,18 @@ def run(
         _await_haproxy(config.haproxy_dir)
         on_ready(time.monotonic() - started_s)
         interrupt.check()
-        threading.Event().wait()
+        _watch(guard)
     except KeyboardInterrupt:
         report("stopping ...")
+    except RayDied:
+        has_died = True
+        raise
     finally:
         _handle_signals(signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
-        _stop(config.haproxy_dir, drain=is_answering)
+        if not has_died:  # otherwise Ray would wait for a minute
+            _stop(guard, drain=is_answering)
+        guard.end()
+        shutil.rmtree(config.haproxy_dir, ignore_errors=True)
 
 
 class _Interrupt:
@@ -103,7 +121,8 @@ def _start_ray(config: Config) -> None:
         address="local",
         num_cpus=max(os.cpu_count() or 1, config.max_replicas or config.replicas),
         include_dashboard=False,
-        runtime_env={"worker_process_setup_hook": "service.cluster.loopback.listen"},
+        _temp_dir=str(config.haproxy_dir / "ray"),  # all users may write into Ray's directories, but not reach these
+        runtime_env={"worker_process_setup_hook": "service.cluster.worker.prepare"},
         object_store_memory=128 * 1024 * 1024,  # tensors never pass through it
         log_to_driver=True,
         logging_level=logging.WARNING,
@@ -159,8 +178,21 @@ def _await_haproxy(directory: Path) -> None:
         time.sleep(0.1)
 
 
-def _stop(haproxy_dir: Path, *, drain: bool) -> None:
-    """End everything that was started, so that the next start finds the ports free.
+def _watch(guard: Guard) -> None:
+    """Watch guard and Ray until a signal. Raises RayDied: nothing would replace replicas, and Ray ends us later."""
+    from ray._private import worker
+
+    node: Any = worker._global_node  # typed as None
+    while True:
+        guard.check()
+        for name, process in node.dead_processes():
+            if name in NEEDED:
+                raise RayDied(f"Ray's {name} ended with {process.returncode}; everything is stopped")
+        time.sleep(WATCH_S)
+
+
+def _stop(guard: Guard, *, drain: bool) -> None:
+    """End what was started, in order; the guard kills what is left.
 
     `drain`: answer the requests in flight first, for at most a minute, and write their log lines.
     """
@@ -177,15 +209,8 @@ def _stop(haproxy_dir: Path, *, drain: bool) -> None:
             with suppress(Exception):
                 serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
-    # a Ray that was still starting does not know its processes yet
-    _, alive = psutil.wait_procs(children, timeout=STOP_TIMEOUT_S if is_initialized else 0)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    for pid in _haproxy_pids(haproxy_dir):  # an orphaned HAProxy is not among the children
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(haproxy_dir, ignore_errors=True)
+    if is_initialized:  # a Ray that was still starting does not know its processes yet
+        psutil.wait_procs([child for child in children if child.pid != guard.pid], timeout=STOP_TIMEOUT_S)
 
 
 def _haproxy_pids(directory: Path) -> Iterator[int]:

@@ -18,10 +18,13 @@ from service.cluster.environment import (
     HOSTS,
     MAX_HAPROXY_DIR_LENGTH,
     connect_host,
+    guard_record,
     is_port_taken,
     ports,
     ray_environment,
+    ray_token,
 )
+from service.cluster.guard import Alive, Guard
 from service.commands.terminal import console, device, fail, settings
 from service.config import Config, ModelConfig
 from service.models.demo import DEMO_MODEL
@@ -45,6 +48,11 @@ def start(config: Config, order: Order = "fair") -> None:
 
     `order` "arrival" is first in, first out without preemption; only a benchmark asks for it.
     """
+    try:
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        guard = Guard(guard_record(config))
+    except (Alive, OSError) as error:
+        fail(str(error))
     _check_addresses(config)
     if config.device == "cuda":  # Ray would wait for a GPU forever
         device(config)
@@ -58,16 +66,23 @@ def start(config: Config, order: Order = "fair") -> None:
     shutil.rmtree(config.haproxy_dir, ignore_errors=True)
     config.metrics_dir.mkdir(parents=True)
     config.haproxy_dir.mkdir(parents=True, mode=0o700)
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
     os.environ |= environment
+    os.environ |= guard.environment
     os.environ |= {
-        # Ray's own ports need no key: makes them listen on loopback, as Ray does on Windows and macOS
+        **ray_token(config),
+        # makes Ray's own ports listen on loopback, as Ray does on Windows and macOS
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "FARSIGHT_METRICS_HOST": config.metrics_host,
     }
     try:
-        launcher.run(config, order, report=console.print, on_ready=lambda took_s: _print_ready(config, took_s))
+        launcher.run(config, guard, order, report=console.print, on_ready=lambda took_s: _print_ready(config, took_s))
     except launcher.StartFailed as error:
         fail(str(error))
+    except launcher.RayDied as error:
+        console.print(f"farsight: {error}", style="red", soft_wrap=True, markup=False)
+        console.file.flush()
+        os._exit(1)  # Ray's exit handlers would wait for what has died
 
 
 def with_models(config: Config, *, demo: bool) -> Config:
