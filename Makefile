@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check loadtest soak chaos protos manifests checkov image image-test clean
+.PHONY: serve test check loadtest soak chaos faults protos manifests checkov image image-test clean
 
 serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
@@ -32,6 +32,10 @@ chaos: $(STAMP)
 	$(BIN)/python -m loadtests --scenario rolling-update
 	$(BIN)/python -m loadtests --scenario node-killed
 	$(BIN)/python -m loadtests --scenario node-lost
+
+# what dies, fills up or hangs, each on a service of its own; two rows need root
+faults: $(STAMP)
+	$(BIN)/python -m loadtests.faults --output loadtests/results/faults-2-cores.json
 
 protos: $(STAMP)
 	PYTHON=$(BIN)/python scripts/protos.sh
