@@ -132,7 +132,7 @@ def _ended(running: Running, fault: Fault) -> dict[str, Any]:
         ended_s = time.monotonic() - start_s
     return {
         "gone_s": None if left else round(ended_s, 2),
-        "left_behind": [" ".join(process.cmdline())[:60] for process in left],
+        "left_behind": sorted(process.name() for process in left),
         "ports_left": [port for port in ports if is_taken(port)],
         "requests": len(probe.attempts),
         "answered": [attempt.id for attempt in probe.answered()],
