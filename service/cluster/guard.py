@@ -2,7 +2,7 @@
 
 A small process waits for its end and then kills what is left; if it was killed as well, the next start with the same
 state directory does. Everything that the service starts inherits a variable with an identity of its own, by which it is
-found, never by a name. `python -m service.cluster.guard MARK RECORD` is the small process.
+found, never by a name. `python -m service.cluster.guard MARK` is the small process.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # few imports: this process stays as long as the service
@@ -33,8 +34,8 @@ class Guard:
 
     def __init__(self, record: Path) -> None:
         remove_leftovers(record)
-        self._mark, self._record = _mark_of(os.getpid()), record
-        record.write_text(self._mark)
+        self._mark = _mark_of(os.getpid())
+        record.write_text(self._mark)  # stays: removing it could remove that of the next start
         self.environment = {MARK: self._mark, **UNCHANGED}  # for all that is started
         self._process = self._start()
 
@@ -54,7 +55,7 @@ class Guard:
 
     def _start(self) -> subprocess.Popen[bytes]:
         # the pipe closes when this process ends, in whichever way; another session: signals of the group pass it by
-        command = [sys.executable, "-m", "service.cluster.guard", self._mark, str(self._record)]
+        command = [sys.executable, "-m", "service.cluster.guard", self._mark]
         environment = {name: value for name, value in os.environ.items() if name != MARK}  # it would kill itself
         before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)  # inherited
         try:
@@ -70,11 +71,10 @@ def remove_leftovers(record: Path) -> None:
     if not record.exists():
         return
     mark = record.read_text()
-    pid = int(mark.split("-")[0]) if mark else 0
-    if pid and _mark_of(pid) == mark:
+    pid = mark.partition("-")[0]
+    if pid.isdigit() and _mark_of(int(pid)) == mark:
         raise Alive(f"already running as process {pid}, according to {record}")
     _kill_marked(mark)
-    record.unlink(missing_ok=True)
 
 
 def _mark_of(pid: int) -> str:
@@ -90,9 +90,11 @@ def _mark_of(pid: int) -> str:
 def _kill_marked(mark: str) -> None:
     """Kill everything with the mark, also what it starts meanwhile. Raises Alive if something does not end."""
     while mark and (found := _marked(mark)):
+        for descriptor in found.values():
+            with suppress(ProcessLookupError):  # the end of another may have ended it
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         for pid, descriptor in found.items():
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            # not until it is a zombie: other threads may still hold its ports
+            # a zombie has not ended: other threads may still hold its ports
             has_ended, _, _ = select.select([descriptor], [], [], GONE_S)
             os.close(descriptor)
             if not has_ended:
@@ -119,14 +121,11 @@ def _marked(mark: str) -> dict[int, int]:
 
 
 def main() -> None:
-    mark, record = sys.argv[1], Path(sys.argv[2])
     sys.stdin.buffer.read()  # until the service ends
     try:
-        _kill_marked(mark)
+        _kill_marked(sys.argv[1])
     except Alive as error:
         sys.exit(f"farsight: {error}")
-    if record.exists() and record.read_text() == mark:  # the next service may have begun
-        record.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
