@@ -17,7 +17,7 @@ from benchmarks.servers.process import session
 from service.config import Config
 
 STALLED = 2000
-REPLICA_S, HAPROXY_S = 20.0, 5.0  # until the service is whole again
+REPLICA_S, HAPROXY_S, END_S = 20.0, 5.0, 5.0  # until the service is whole again, or nothing is left of it
 DISK_BYTES = 64 << 20  # of the state directory that becomes full
 
 
@@ -38,7 +38,7 @@ class Running:
         return sorted(found, key=lambda process: process.create_time())
 
     def haproxy(self) -> list[psutil.Process]:
-        return self.processes(str(self.config.haproxy_dir))
+        return [one for one in self.processes(str(self.config.haproxy_dir)) if one.name() == "haproxy"]
 
 
 Act = Callable[[Running], None]
@@ -48,9 +48,9 @@ Act = Callable[[Running], None]
 class Fault:
     """Either `act` happens once, or `hold` lasts for some seconds, and the recovery counts from its end.
 
-    `most_s`: limit until the service is whole again. `most_failed`: limit of failed requests. `is_replica`: one is
-    replaced. `is_end`: the service ends; nothing may be left of it, and the next start must work. `is_on_disk`: the
-    state directory is a mount of its own.
+    `most_s`: limit until the service is whole again, or gone. `most_failed`: limit of failed requests.
+    `is_replica`: one is replaced. `is_end`: the service ends; nothing may be left of it, and the next start must work.
+    `is_on_disk`: the state directory is a mount of its own.
     """
 
     about: str
@@ -134,9 +134,9 @@ FAULTS = {
     "ledger-actor": Fault("kill -9 of the ledger's actor", _kill("_LedgerActor"), most_s=REPLICA_S),
     "controller": Fault("kill -9 of Serve's controller", _kill("ServeController"), most_s=REPLICA_S),
     "replica-silent": Fault("SIGSTOP of one of two replicas", _stop_replica, is_replica=True),
-    "gcs": Fault("kill -9 of Ray's GCS", _kill("gcs_server"), is_end=True),
-    "serve": Fault("kill -9 of farsight serve", _kill_leader, is_end=True),
-    "serve-group": Fault("kill -9 of farsight serve and its process group", _kill_group, is_end=True),
+    "gcs": Fault("kill -9 of Ray's GCS", _kill("gcs_server"), most_s=END_S, is_end=True),
+    "serve": Fault("kill -9 of farsight serve", _kill_leader, most_s=END_S, is_end=True),
+    "serve-group": Fault("kill -9 of farsight serve and its process group", _kill_group, most_s=END_S, is_end=True),
     "ledger-deleted": Fault("the ledger's file is deleted", _delete_ledger),
     "state-read-only": Fault("the state directory is read-only", hold=_read_only, most_s=REPLICA_S, is_on_disk=True),
     "disk-full": Fault("the disk of the state is full", hold=_disk_full, most_s=REPLICA_S, is_on_disk=True),

@@ -127,13 +127,16 @@ def _ended(running: Running, fault: Fault) -> dict[str, Any]:
         start_s = time.monotonic()
         assert fault.act is not None, "bug: only acts end a service"
         fault.act(running)
-        while (left := _alive(known, running)) and time.monotonic() < start_s + END_S:
-            time.sleep(0.1)
-        ended_s = time.monotonic() - start_s
+        while True:
+            left, ports_left = _alive(known, running), [port for port in ports if is_taken(port)]
+            ended_s = time.monotonic() - start_s
+            if not (left or ports_left) or ended_s > END_S:
+                break
+            time.sleep(0.02)
     return {
-        "gone_s": None if left else round(ended_s, 2),
+        "gone_s": None if left or ports_left else round(ended_s, 2),
         "left_behind": sorted(process.name() for process in left),
-        "ports_left": [port for port in ports if is_taken(port)],
+        "ports_left": ports_left,
         "requests": len(probe.attempts),
         "answered": [attempt.id for attempt in probe.answered()],
     }
@@ -199,7 +202,9 @@ def missed(fault: Fault, found: dict[str, Any]) -> list[str]:
     else:
         checks["not whole again"] = found["whole_again_s"] is None
     if fault.most_s is not None:
-        took_s = max(found["answers_again_s"], found["whole_again_s"] or 0.0)
+        took_s = (
+            found["gone_s"] or 0.0 if fault.is_end else max(found["answers_again_s"], found["whole_again_s"] or 0.0)
+        )
         checks[f"{took_s:.1f} s, limit {fault.most_s:.0f} s"] = took_s > fault.most_s
     if fault.most_failed is not None:
         checks[f"{found['failed']} requests failed, limit {fault.most_failed}"] = found["failed"] > fault.most_failed

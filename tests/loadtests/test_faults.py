@@ -14,7 +14,7 @@ from loadtests.fault_table import FAULTS, Fault
 from loadtests.faults import missed
 
 WHOLE = {"missing_in_ledger": 0, "answers_again_s": 0.0, "whole_again_s": 1.0, "failed": 0}
-GONE = {"missing_in_ledger": 0, "left_behind": [], "ports_left": []}
+GONE = {"missing_in_ledger": 0, "gone_s": 1.0, "left_behind": [], "ports_left": []}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
@@ -42,6 +42,7 @@ def test_limits_of_a_service_that_recovers(changed: dict[str, Any], expected: li
 def test_limits_of_a_service_that_ends(changed: dict[str, Any]) -> None:
     assert missed(FAULTS["gcs"], GONE) == []
     assert missed(FAULTS["gcs"], GONE | changed) == ["something was left behind"]
+    assert missed(FAULTS["gcs"], GONE | {"gone_s": 6.0}) == ["6.0 s, limit 5 s"]
 
 
 class Answering(BaseHTTPRequestHandler):
