@@ -237,7 +237,8 @@ def _resampled(file: _Stream, rate: int) -> Iterator[np.ndarray]:
     """Blocks of samples at `rate`: memory does not grow with what a header promises."""
     resampler = None if file.samplerate == rate else soxr.ResampleStream(file.samplerate, rate, 1, dtype="float32")
     for block in file.blocks_of(BLOCK):
-        mono = block.mean(axis=1, dtype=np.float32)
+        with np.errstate(all="ignore"):  # `decode` refuses sums that are not finite
+            mono = block.mean(axis=1, dtype=np.float32)
         yield mono if resampler is None else resampler.resample_chunk(mono)
     if resampler is not None:
         yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
