@@ -15,13 +15,16 @@ import httpx
 import orjson
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from prometheus_client import CollectorRegistry
 from safetensors.torch import load, save
 
 from service.api.http.app import create_app, errors_table
+from service.api.http.responses import error_response
 from service.attention import reference
 from service.attention.masks import MaskSpec
 from service.engine.engine import Engine
+from service.errors import FarsightError, Kind
 from tests.api.common import caller
 
 SMALL = {"query": [[[1.0, 0.0]]], "key": [[[1.0, 0.0], [0.0, 1.0]]], "value": [[[1.0, 2.0], [3.0, 4.0]]]}
@@ -441,6 +444,37 @@ def test_unknown_routes_and_methods_look_like_every_other_error(call: Any) -> No
     assert response.headers["allow"] == "POST"
     assert call("GET", "/v2/nothing").json()["error"]
     assert isinstance(call("GET", "/v2/nothing").json()["error"], str)
+
+
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/openapi.json", "/docs", "/v1/models", "/v1/models/", "/v2/", "/none"]
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_every_answer_has_one_request_id_and_none_is_a_redirect(call: Any, method: str, path: str) -> None:
+    for given in ("mine-1", "not valid", None):
+        response = call(method, path, headers={} if given is None else {"x-request-id": given})
+        assert response.status_code in (200, 404, 405)
+        found = response.headers.get_list("x-request-id")
+        assert len(found) == 1
+        assert (found == ["mine-1"]) == (given == "mine-1")
+        assert found != ["not valid"]
+
+
+def test_openapi_has_the_form_of_errors(call: Any) -> None:
+    document = call("GET", "/openapi.json").json()
+    checker = {name: Draft202012Validator(document["components"]["schemas"][name]) for name in ("Error", "ErrorText")}
+    for path, name in (("/v1/attention", "Error"), ("/v2/models/{name}/infer", "ErrorText")):
+        for status, response in document["paths"][path]["post"]["responses"].items():
+            if int(status) >= 400:
+                assert response["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
+    for path, name in (("/v1/attention", "Error"), ("/v2/models/attention/infer", "ErrorText")):
+        wrong = call("POST", path, content=b"{")
+        checker[name].validate(wrong.json())
+        assert wrong.status_code == 400
+        other = checker["Error" if name == "ErrorText" else "ErrorText"]
+        assert not other.is_valid(wrong.json())
+    busy = error_response(FarsightError(Kind.OVERLOADED, "full", retry_after_s=0.5))
+    checker["Error"].validate(json.loads(bytes(busy.body)))
 
 
 def test_openapi_shows_the_errors_and_the_bodies(call: Any) -> None:

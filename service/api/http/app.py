@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.api.handler import request_id
 from service.api.http import attention, estimate, models, open_inference, operations, text, usage
-from service.api.http.endpoint import HttpRoutes, Route
+from service.api.http.endpoint import HttpRoutes
 from service.api.http.responses import error_response
 from service.api.service import InferenceService
 from service.errors import CODES, FarsightError, Kind
@@ -27,16 +27,29 @@ class App:
     are registered there too, for the OpenAPI text.
     """
 
-    def __init__(self, fastapi: FastAPI, direct: Mapping[tuple[str, str], Route]) -> None:
-        self.fastapi, self._direct = fastapi, direct
+    def __init__(self, fastapi: FastAPI, routes: HttpRoutes) -> None:
+        self.fastapi, self._direct, self._id_is_echoed = fastapi, routes.direct, routes.id_is_echoed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = self._direct.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
         if route is None:
-            await self.fastapi(scope, receive, send)
+            await self.fastapi(scope, receive, send if self._id_is_echoed else identified(scope, send))
             return
         response = await route(Request(scope, receive, send))
         await response(scope, receive, send)
+
+
+def identified(scope: Scope, send: Send) -> Send:
+    """`send` with the caller's request id or a new one: pages that are not routes of ours have none."""
+
+    async def send_identified(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault(
+                "x-request-id", request_id(Headers(scope=scope).get("x-request-id"))
+            )
+        await send(message)
+
+    return send_identified
 
 
 def create_app(service: InferenceService, *, id_is_echoed: bool = False) -> App:
@@ -46,6 +59,7 @@ def create_app(service: InferenceService, *, id_is_echoed: bool = False) -> App:
         version=version("farsight"),
         description="Long-context attention and small transformers: planned, batched and priced per request.\n\n"
         + errors_table(),
+        redirect_slashes=False,  # to the host that the caller names, without an id: 404 like every unknown route
     )
     routes = HttpRoutes(service, id_is_echoed=id_is_echoed)
     for part in (attention, estimate, text, models, open_inference, usage, operations):
@@ -65,7 +79,7 @@ def create_app(service: InferenceService, *, id_is_echoed: bool = False) -> App:
         return document
 
     app.openapi = with_bodies  # type: ignore[method-assign]  # as FastAPI's own documentation extends it
-    return App(app, routes.direct)
+    return App(app, routes)
 
 
 def _not_found(service: InferenceService, request: Request, error: HTTPException, *, id_is_echoed: bool) -> Response:
@@ -74,7 +88,9 @@ def _not_found(service: InferenceService, request: Request, error: HTTPException
     service.refused("none", kind)
     message = f"{request.method} {request.url.path[:128]}: {CODES[kind].meaning}"
     response = error_response(FarsightError(kind, message), v2=request.url.path.startswith("/v2"))
-    received = Received(request_id(), "http", "none", request.method, service.clock())
+    received = Received(
+        request_id(request.headers.get("x-request-id")), "http", "none", request.method, service.clock()
+    )
     if not id_is_echoed:
         response.headers["x-request-id"] = received.id
     if service.recorder is not None:

@@ -115,6 +115,6 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
         methods=["POST"],
         tags=["attention"],
         summary="Attention over the caller's own tensors",
-        responses=WORK_ERRORS,
+        responses={**WORK_ERRORS, 200: {"content": {JSON: {}, SAFETENSORS: {}}}},
         openapi_extra={"requestBody": {"required": True, "content": content}},
     )

@@ -18,7 +18,7 @@ from service.api.codec import Body, parse_json
 from service.api.handler import Call, Handler, request_id
 from service.api.http.body import read_body
 from service.api.http.multipart import MULTIPART, parse_form
-from service.api.http.responses import BLOCK_BYTES, JSON, PartsResponse, error_response, json_response
+from service.api.http.responses import BLOCK_BYTES, ERROR_SCHEMAS, JSON, PartsResponse, error_response, json_response
 from service.api.service import InferenceService
 from service.billing.tenants import DEFAULT_TENANT, key_of
 from service.config import TenantConfig
@@ -82,9 +82,9 @@ class HttpRoutes:
 
     def __init__(self, service: InferenceService, *, id_is_echoed: bool) -> None:
         self.service, self.handler = service, Handler(service)
-        self._id_is_echoed = id_is_echoed  # what is in front of us adds x-request-id to every answer
+        self.id_is_echoed = id_is_echoed  # what is in front of us adds x-request-id to every answer
         self.direct: dict[tuple[str, str], Route] = {}  # busy routes, by method and path
-        self.schemas: dict[str, Any] = {}
+        self.schemas: dict[str, Any] = dict(ERROR_SCHEMAS)
 
     def body_schema(self, model: type[BaseModel]) -> dict[str, Any]:
         """A reference to the schema of a body, for the OpenAPI text."""
@@ -113,7 +113,7 @@ class HttpRoutes:
             on_error = partial(error_response, v2=v2)
             response = await self.handler.respond(received, work, on_error, is_followed=name not in PROBES)
             # every answer has its x-request-id once, from us or from what is in front of us
-            if not (self._id_is_echoed and received.id == given_id):
+            if not (self.id_is_echoed and received.id == given_id):
                 response.headers["x-request-id"] = received.id
             elif "x-request-id" in response.headers:
                 del response.headers["x-request-id"]

@@ -78,7 +78,7 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
             methods=["POST"],
             tags=["models"],
             summary=summary,
-            responses=error_responses(Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.INVALID),
+            responses=error_responses(Kind.UNAUTHENTICATED, Kind.FORBIDDEN, Kind.NOT_FOUND, Kind.INVALID, v2=True),
         )
 
     summary = "State of every model, and why one is not ready"

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from service.api.answer import headers
 from service.api.handler import Exchange, Parsed
 from service.api.http.endpoint import Access, Endpoint, HttpCall, HttpRoutes
-from service.api.http.responses import JSON, WORK_ERRORS, PartsResponse, error_responses, json_response
+from service.api.http.responses import JSON, WORK_KINDS, PartsResponse, error_responses, json_response
 from service.api.open_inference.http_body import parse_http, render_http
 from service.api.open_inference.metadata import find_model, model_metadata, server_metadata
 from service.api.open_inference.protocol import InferRequest, parse_infer
@@ -93,6 +93,11 @@ def _header_length(call: HttpCall) -> int | None:
 def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
     endpoints = OpenInference(routes)
 
+    def responses(is_infer: bool) -> dict[int | str, dict[str, object]]:
+        kinds = WORK_KINDS if is_infer else (Kind.UNAUTHENTICATED, Kind.NOT_FOUND, Kind.UNAVAILABLE)
+        errors = error_responses(*kinds, v2=True)
+        return errors | ({200: {"content": {JSON: {}, BINARY: {}}}} if is_infer else {})
+
     def add(path: str, endpoint: Endpoint, summary: str, access: Access = Access.TENANTS) -> None:
         is_infer = path.endswith("/infer")
         app.add_api_route(
@@ -101,7 +106,7 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
             methods=["POST" if is_infer else "GET"],
             tags=["open inference protocol"],
             summary=summary,
-            responses=WORK_ERRORS if is_infer else error_responses(Kind.UNAUTHENTICATED, Kind.NOT_FOUND),
+            responses=responses(is_infer),
         )
 
     add("/v2", endpoints.server, "Server metadata")

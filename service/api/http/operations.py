@@ -8,7 +8,7 @@ from starlette.responses import Response
 from service.api.http.endpoint import Access, HttpCall, HttpRoutes
 from service.api.http.responses import error_response, error_responses, json_response
 from service.core.host_work import HostAsk, HostKind
-from service.errors import CODES, FarsightError, Kind
+from service.errors import FarsightError, Kind
 from service.telemetry import exporter
 
 METRICS_BYTES = 1024**2  # about, of the text; it decides only how its work is shared
@@ -22,7 +22,7 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
         """The process answers."""
         return {"status": "alive"}
 
-    @app.get("/readyz", tags=["operations"], responses={503: {"description": CODES[Kind.UNAVAILABLE].meaning}})
+    @app.get("/readyz", tags=["operations"], responses=error_responses(Kind.UNAVAILABLE))
     async def readyz() -> Response:
         """Models are loaded and the device thread answers."""
         if not service.ready:
@@ -40,5 +40,5 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
         methods=["GET"],
         tags=["operations"],
         summary="Prometheus text, merged over the replicas of this node",
-        responses=error_responses(Kind.UNAUTHENTICATED, Kind.FORBIDDEN),
+        responses={**error_responses(Kind.UNAUTHENTICATED, Kind.FORBIDDEN), 200: {"content": {"text/plain": {}}}},
     )

@@ -69,10 +69,48 @@ def error_response(error: FarsightError, *, v2: bool = False) -> Response:
     return Response(dump_json(body), CODES[error.kind].http, headers, JSON)
 
 
-def error_responses(*kinds: Kind) -> dict[int | str, dict[str, object]]:
-    """The OpenAPI text of a route's errors."""
-    return {CODES[kind].http: {"description": CODES[kind].meaning} for kind in kinds}
+# what any route may answer: it reads a body within its limits, whatever the method
+READING = (
+    Kind.MALFORMED, Kind.TOO_LARGE, Kind.UNSUPPORTED_MEDIA, Kind.OVERLOADED, Kind.DEADLINE, Kind.INTERNAL,
+)  # fmt: skip
 
 
-# any route that takes work may answer these
-WORK_ERRORS = error_responses(*(kind for kind in Kind if kind not in (Kind.METHOD_NOT_ALLOWED, Kind.CANCELLED)))
+def error_responses(*kinds: Kind, v2: bool = False) -> dict[int | str, dict[str, object]]:
+    """The OpenAPI text of a route's errors, those of reading its body included."""
+    content = {JSON: {"schema": {"$ref": f"#/components/schemas/{'ErrorText' if v2 else 'Error'}"}}}
+    meanings: dict[int, list[str]] = {}
+    for kind in dict.fromkeys((*READING, *kinds)):
+        meanings.setdefault(CODES[kind].http, []).append(CODES[kind].meaning)
+    return {status: {"description": " ".join(said), "content": content} for status, said in sorted(meanings.items())}
+
+
+WORK_KINDS = tuple(kind for kind in Kind if kind not in (Kind.METHOD_NOT_ALLOWED, Kind.CANCELLED))
+WORK_ERRORS = error_responses(*WORK_KINDS)  # any route that takes work may answer these
+TEXT: dict[str, object] = {"type": "string"}
+ERROR_FIELDS: dict[str, object] = {
+    "message": TEXT,
+    "type": {"type": "string", "enum": [kind.value for kind in Kind]},
+    "code": TEXT,
+    "param": {"type": ["string", "null"], "description": "The field that is wrong."},
+    "retry_after_s": {
+        "type": "number",
+        "description": "Where waiting helps; the Retry-After header has whole seconds.",
+    },
+}
+
+
+def _error_schema(error: dict[str, object]) -> dict[str, object]:
+    return {"type": "object", "properties": {"error": error}, "required": ["error"], "additionalProperties": False}
+
+
+ERROR_SCHEMAS = {
+    "Error": _error_schema(
+        {
+            "type": "object",
+            "properties": ERROR_FIELDS,
+            "required": [name for name in ERROR_FIELDS if name != "retry_after_s"],
+            "additionalProperties": False,
+        }
+    ),
+    "ErrorText": _error_schema(TEXT),
+}
