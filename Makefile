@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: serve test check loadtest soak chaos faults protos manifests checkov image image-test clean
+.PHONY: serve test check fuzz loadtest soak chaos protos manifests checkov image image-test clean
 
 serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
@@ -18,6 +19,13 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# hostile requests, CASES of each kind (300 take about a minute): in process, then over the network to a real service
+CASES ?= 1000
+RESULTS ?=
+fuzz: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	CASES=$(CASES) RESULTS=$(RESULTS) $(BIN)/pytest -p no:schemathesis tests/fuzz/fuzz_bodies.py tests/fuzz/fuzz_openapi.py tests/fuzz/fuzz_service.py
 
 loadtest: $(STAMP)
 	$(BIN)/python -m loadtests --scenario smoke
