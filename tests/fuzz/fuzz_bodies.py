@@ -21,7 +21,7 @@ from tests.fuzz.conftest import CASES, each, memory_bytes
 from tests.fuzz.messages import messages
 from tests.fuzz.sent import SLOWEST_S, Got, Sent, Tally, check
 
-WARM = 200  # cases of each target before memory is measured: caches, pools, heaps of threads
+WARM = max(100, CASES // 10)  # cases of each target before memory is compared: caches, pools, heaps of threads
 GROWTH = 1.10
 
 
@@ -73,8 +73,9 @@ def in_process(engine: Engine, loop: asyncio.AbstractEventLoop, tally: Tally) ->
         note(repr(sent))
         check(sent, loop.run_until_complete(exchange(app, sent)), tally)
 
+    tally.memory_at_start = memory_bytes()
     for strategy in TARGETS.values():
-        each(strategy, lambda sent: loop.run_until_complete(exchange(app, sent)), min(CASES, WARM))
+        each(strategy, lambda sent: loop.run_until_complete(exchange(app, sent)), WARM)
     tally.memory_before = memory_bytes()
     return send
 
