@@ -44,11 +44,14 @@ frontend http_frontend
     default_backend serve
 frontend grpc_frontend
     bind 127.0.0.1:{grpc} proto h2
-    http-request return status 200 content-type application/grpc hdr grpc-status 5 hdr grpc-message "no application"
+    http-request return status 200 content-type application/grpc hdr grpc-status 5 if {{ path /a/b }}
+    default_backend gone_grpc
 backend default_backend
     http-request return status 404 content-type text/plain lf-string "Path '%[path]' not found. Ping http://a/routes."
 backend gone
     server one 127.0.0.1:1
+backend gone_grpc
+    server one 127.0.0.1:1 proto h2
 backend serve
     server one 127.0.0.1:{serve}
 """
@@ -192,18 +195,25 @@ def test_one_request_id_the_callers_own_if_it_is_valid(ports: dict[str, int], pa
 
 
 def test_grpc_statuses_without_a_message_have_one_id(ports: dict[str, int]) -> None:
-    with grpc.insecure_channel(f"127.0.0.1:{ports['grpc']}") as channel:
-        for given in ("mine-1", "two words", None):
-            metadata = () if given is None else (("x-request-id", given),)
-            with pytest.raises(grpc.RpcError) as failed:
-                channel.unary_unary("/a/b")(b"", metadata=metadata, timeout=10)
-            call: Any = failed.value
-            assert call.code() is grpc.StatusCode.NOT_FOUND
-            found = [
-                value for name, value in (*call.initial_metadata(), *call.trailing_metadata()) if name == "x-request-id"
-            ]
-            assert len(found) == 1
-            assert (found[0] == given) == (given == "mine-1")
+    for given in ("mine-1", "two words", None):
+        call = failed_call(ports["grpc"], "/a/b", given)
+        assert call.code() is grpc.StatusCode.NOT_FOUND
+        everything = (*call.initial_metadata(), *call.trailing_metadata())
+        found = [value for name, value in everything if name == "x-request-id"]
+        assert len(found) == 1
+        assert (found[0] == given) == (given == "mine-1")
+
+
+def test_grpc_without_a_replica_is_unavailable(ports: dict[str, int]) -> None:
+    """Clients read an HTTP status of 503 so, and nothing else of that answer."""
+    assert failed_call(ports["grpc"], "/a/gone").code() is grpc.StatusCode.UNAVAILABLE
+
+
+def failed_call(port: int, path: str, given_id: str | None = None) -> Any:
+    metadata = () if given_id is None else (("x-request-id", given_id),)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as failed:
+        channel.unary_unary(path)(b"", metadata=metadata, timeout=10)
+    return failed.value
 
 
 def test_the_forms_are_those_of_the_service() -> None:
