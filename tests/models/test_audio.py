@@ -253,6 +253,7 @@ MP3 = encoded(sound(0.5)).replace(b"fmt \x10\0\0\0\x01\0", b"fmt \x10\0\0\0\x55\
         (encoded(sound(0.5), rate=1_000), Kind.INVALID, "expected 4000 to 96000 samples per second, got 1000"),
         (encoded(np.zeros((800, 9), np.float32)), Kind.INVALID, "expected at most 8 channels, got 9"),
         (encoded(np.full(800, np.nan, np.float32), subtype="FLOAT"), Kind.INVALID, "not finite"),
+        (encoded(np.full((800, 2), [np.inf, -np.inf], np.float32), subtype="FLOAT"), Kind.INVALID, "not finite"),
         (b"RIFF" + bytes(audio.MAX_BYTES), Kind.TOO_LARGE, "audio 0"),
     ],
 )
