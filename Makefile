@@ -25,7 +25,8 @@ CASES ?= 1000
 RESULTS ?=
 fuzz: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
-	CASES=$(CASES) RESULTS=$(RESULTS) $(BIN)/pytest -p no:schemathesis tests/fuzz/fuzz_bodies.py tests/fuzz/fuzz_openapi.py tests/fuzz/fuzz_service.py
+	CASES=$(CASES) RESULTS=$(RESULTS) $(BIN)/pytest -p no:schemathesis \
+		tests/fuzz/fuzz_bodies.py tests/fuzz/fuzz_openapi.py tests/fuzz/fuzz_service.py
 
 loadtest: $(STAMP)
 	$(BIN)/python -m loadtests --scenario smoke

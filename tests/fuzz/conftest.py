@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 from prometheus_client import CollectorRegistry
 
+from benchmarks import report
 from service.config import Config, ModelConfig
 from service.engine.engine import Engine
 from service.telemetry.heap_trim import trim
@@ -69,15 +70,16 @@ def memory_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tally() -> Iterator[Tally]:
     tally, start_s = Tally(), time.monotonic()
     yield tally
     if path := os.environ.get("RESULTS"):
         file = Path(path)
-        document = json.loads(file.read_text()) if file.exists() else {}
-        document[tally.name] = {"seconds": round(time.monotonic() - start_s), **tally.document()}
-        file.write_text(json.dumps(document, indent=2) + "\n")
+        figures = json.loads(file.read_text())["figures"] if file.exists() else {}
+        figures[tally.name] = {"seconds": round(time.monotonic() - start_s), **tally.document()}
+        found = {**report.document(figures), "command": f"make fuzz CASES={CASES}"}
+        file.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ async def exchange(app: App, sent: Sent) -> Got:
     return Got(head["status"], headers, b"".join(bodies), time.perf_counter() - start_s)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def in_process(engine: Engine, loop: asyncio.AbstractEventLoop, tally: Tally) -> Any:
     """Sends one case. Its memory is compared at the end with what it was after the first ones."""
     tally.name = "in_process"
