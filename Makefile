@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test check loadtest soak chaos faults protos manifests checkov image image-test clean
-.PHONY: serve test check fuzz loadtest soak chaos protos manifests checkov image image-test clean
+.PHONY: serve test check fuzz loadtest soak chaos faults protos manifests checkov image image-test clean
 
 serve: $(STAMP)
 	@exec $(BIN)/farsight serve --demo
