@@ -5,6 +5,7 @@ No postponed annotations here: Serve reads the type of `build`'s argument from i
 
 import gc
 import os
+import sys
 from typing import Any
 
 import ray
@@ -54,6 +55,9 @@ class Farsight(GrpcMethods):
         self.engine = Engine.start(config, Metrics(), RemoteLedger(config), order)
         # a request leaves hundreds of short-lived objects: collect them every few dozen requests, not at each one
         gc.set_threshold(20_000, 50, 50)
+        # a short request changes threads several times, and waits each time until one that reads inputs lets go of the
+        # interpreter: by default for 5 ms
+        sys.setswitchinterval(0.0005)
         self.trimmer = Trimmer()
         self.handler = Handler(self.engine)
         DOOR.refusal = self.refusal

@@ -70,6 +70,7 @@ class Engine:
         preemption: to compare with, as other servers do. Raises ValueError if a setting cannot be used."""
         self.config, self.metrics, self.models, self.clock = config, metrics, models, clock
         self.profile, self.tenants = replica.profile, Tenants(config)
+        self._cpu_threads = replica.cpu_threads
         self.hour_usd = config.hour_usd(*device_names(replica.device))
         self.recorder = recorder_for(config, clock, self.hour_usd)
         self.energy = None if replica.meter is None else Energy(replica.meter)
@@ -97,7 +98,7 @@ class Engine:
         )
         runner = BatchRunner(replica.device, clock, self.energy)
         audits = OutputAudits(config.output_audit_share)
-        settings = self._settlement, self.pricing.corrector, audits, replica.cpu_threads
+        settings = self._settlement, self.pricing.corrector, audits, self._free_threads
         self.execution = Execution(scheduler, runner, *settings)  # last: its thread takes work at once
         if self.meter is not None:
             self.meter.open(self.capacity)
@@ -278,6 +279,10 @@ class Engine:
     def not_ready(self) -> str:
         missing = "; ".join(f"model {name!r}: {reason}" for name, reason in self.models.missing.items())
         return missing if self.alive else "the device of this replica does not respond"
+
+    def _free_threads(self) -> int:
+        """For the device, if it is the CPU: those that it has, less what reads inputs."""
+        return max(1, self._cpu_threads - self.host.queue.long_running)
 
     def ahead_s(self) -> float:
         """Predicted device seconds of everything that waits or runs."""

@@ -37,13 +37,15 @@ class Execution:
         settlement: Settlement,
         corrector: PredictionCorrector,
         audits: OutputAudits,
-        cpu_threads: int,
+        free_threads: Callable[[], int],
     ) -> None:
+        """`free_threads`: how many threads the device may compute with now, if it is the CPU."""
         self.runner, self._settlement, self.corrector, self._audits = runner, settlement, corrector, audits
         # hooks to observe the device with: called on its thread, and on the event loop
         self.on_started: Callable[[Batch[Job]], None] | None = None
         self.on_reported: Callable[[Batch[Job]], None] | None = None
         self._metrics, self._recorder, self._scheduler = settlement.metrics, settlement.recorder, scheduler
+        self._free_threads, self._threads = free_threads, 0
         self._waiting: set[Job] = set()  # for their one result
         self._done: dict[int, tuple[Batch[Job], BatchResult]] = {}  # run, and not yet reported on the event loop
         work = DeviceWork(
@@ -51,7 +53,7 @@ class Execution:
             on_started=self._on_started,
             on_finished=self._on_finished,
             on_death=self._on_death,
-            prepare=partial(torch.set_num_threads, cpu_threads),
+            prepare=self._use_free_threads,
             synchronize=partial(synchronize, runner.device),
         )
         loop = DeviceLoop(scheduler, runner.clock())
@@ -99,7 +101,15 @@ class Execution:
 
     # -- called by the device thread ----------------------------------------------------------------------------
 
+    def _use_free_threads(self) -> None:
+        """Threads that wait for each other at every operation must not share a core with reading of inputs."""
+        threads = self._free_threads()
+        if threads != self._threads:
+            torch.set_num_threads(threads)
+            self._threads = threads
+
     def _on_started(self, batch: Batch[Job]) -> None:
+        self._use_free_threads()
         for job in batch.items:
             job.has_begun = True
             if job.record is not None:

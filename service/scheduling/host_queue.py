@@ -73,6 +73,7 @@ class HostQueue:
         self._root: Flow[Any] = Flow(1.0, None)
         self._waiting: dict[HostTask, None] = {}
         self._running: dict[HostTask, None] = {}
+        self.long_running = 0
         self._long_of: Counter[str] = Counter()  # running, by tenant
         self._long_kinds: Counter[HostKind] = Counter()
         self.paused = 0
@@ -112,6 +113,7 @@ class HostQueue:
             self._take(task)
             self._running[task] = None
             if task.is_long:
+                self.long_running += 1
                 self._long_of[task.tenant] += 1
                 self._long_kinds[task.kind] += 1
             task.begin()
@@ -122,6 +124,7 @@ class HostQueue:
         del self._running[task]
         task.used_s += used_s
         if task.is_long:
+            self.long_running -= 1
             self._long_of[task.tenant] -= 1
             self._long_kinds[task.kind] -= 1
         _leaf(task).charge(used_s)
@@ -138,7 +141,7 @@ class HostQueue:
     def _has_room(self, task: HostTask) -> bool:
         """For one more long task."""
         is_alone = task.kind in ALONE and self._long_kinds[task.kind] > 0
-        has_slot = self._long_of.total() < self._slots.long and self._long_of[task.tenant] < self._slots.of_tenant
+        has_slot = self.long_running < self._slots.long and self._long_of[task.tenant] < self._slots.of_tenant
         return has_slot and not is_alone
 
     def _take(self, task: HostTask) -> None:
