@@ -24,7 +24,6 @@ from service.telemetry.request_record import Received, RequestRecord
 
 logger = logging.getLogger("farsight")
 
-JSON = "application/json"
 INLINE_BYTES = 64 * 1024  # parsing or writing more than this leaves the event loop
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -85,6 +84,7 @@ class Exchange(Generic[Form, Body]):
     render: Callable[[Answer, Parsed[Form]], Body]
     render_price: Callable[[Estimate, Parsed[Form]], Body]
     is_long: bool = False  # answers may be long besides their tensors
+    is_json: bool = True  # what `parse` reads
 
 
 def request_id(*candidates: str | None) -> str:
@@ -135,22 +135,25 @@ class Handler:
     async def answer(self, call: Call, exchange: Exchange[Form, Body]) -> Body:
         """Parse, run, render: large bodies and answers off the event loop. Raises FarsightError."""
         service = self.service
-        parsed = await self.parsed(call, exchange.body_bytes, exchange.parse)
+        call.record.is_dry_run = call.is_dry_run
+        kind = HostKind.PARSE_JSON if exchange.is_json else HostKind.PARSE
+        parsed = await self.parsed(call, exchange.body_bytes, exchange.parse, kind)
         if call.is_dry_run:
             return exchange.render_price(await service.priced(parsed.request, call.record), parsed)
         answer = await service.submit(parsed.request, call.record)
         size = sum(tensor.nbytes for tensor in answer.tensors.values())
         if exchange.is_long or size > INLINE_BYTES:
-            ask = HostAsk(HostKind.RENDER, size, call.tenant.name)
+            ask = HostAsk(HostKind.RENDER, size, call.tenant.name, priority=parsed.request.options.priority)
             return await service.off_loop(call.record, ask, lambda _: exchange.render(answer, parsed))
         return exchange.render(answer, parsed)
 
-    async def parsed(self, call: Call, size: int, parse: Callable[[], Read]) -> Read:
+    async def parsed(
+        self, call: Call, size: int, parse: Callable[[], Read], kind: HostKind = HostKind.PARSE_JSON
+    ) -> Read:
         """What `parse` makes of a body of `size` bytes. Raises FarsightError."""
         if size <= INLINE_BYTES:
             return parse()
         timeout_s = self.service.config.default_timeout_s if call.timeout_s is None else call.timeout_s
         deadline_s = call.record.received.received_s + timeout_s
-        is_json = call.metadata.get("content-type", JSON).startswith(JSON)
-        ask = HostAsk(HostKind.PARSE_JSON if is_json else HostKind.PARSE, size, call.tenant.name, deadline_s=deadline_s)
+        ask = HostAsk(kind, size, call.tenant.name, deadline_s=deadline_s)
         return await self.service.off_loop(call.record, ask, lambda _: parse())

@@ -59,11 +59,12 @@ class BudgetLeases:
         Raises FarsightError: OVER_BUDGET with the seconds to the refill, TOO_LARGE if the budget can never hold it.
         Raises LedgerError if the ledger is unavailable.
         """
-        if not tenant.budgets:
+        budgets = [budget for budget in tenant.budgets if costs[budget.unit] > 0]
+        if not budgets:
             return ()
         while True:
             with self._guard:
-                wanted = tuple((self._lease_of(tenant.name, budget), costs[budget.unit]) for budget in tenant.budgets)
+                wanted = tuple((self._lease_of(tenant.name, budget), costs[budget.unit]) for budget in budgets)
                 short = [(lease, amount) for lease, amount in wanted if lease.balance < amount]
                 if not short:
                     for lease, amount in wanted:

@@ -126,8 +126,8 @@ class WriteAheadLog:
     def _write(self, kind: str, number: int, row: LedgerRow | CapacityRow) -> None:
         line = orjson.dumps([kind, number, row]) + b"\n"
         with self._guard:
-            if kind == SETTLED:
-                self._running.discard(number)
+            if number in self._running and kind == SETTLED:
+                self._running.discard(number)  # its room was kept when it was accepted
             else:
                 settlement = ROW_BYTES if kind == ACCEPTED else 0
                 self._make_room(SEGMENT_BYTES - self._used_bytes, len(line) + settlement)

@@ -21,12 +21,15 @@ class HostKind(StrEnum):
     RENDER = "render"  # an answer into a body
 
 
+OWED = frozenset({HostKind.PRICE, HostKind.RENDER})  # to a request that was read: neither refused nor charged
+
+
 @dataclass(frozen=True, slots=True)
 class HostAsk:
     """Host work that a caller asks for."""
 
     kind: HostKind
-    size: int  # bytes; pixels of images
+    size: int  # bytes; pixels of images; milliseconds of audio
     tenant: str
     items: int = 1  # texts or files
     priority: Priority = Priority.INTERACTIVE

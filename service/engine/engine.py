@@ -205,6 +205,7 @@ class Engine:
     async def priced(self, request: Request, record: RequestRecord | None = None) -> Estimate:
         """What this request would cost. Inputs are tokenised, and that is charged; the device is not touched."""
         record = self._record(request, record)
+        record.is_dry_run = True
         deadline_s = record.received.received_s + self._timeout_s(request.options.timeout_s)
         return self._with_queue(await self.pricing.estimate(request, deadline_s, record, self._would_admit))
 

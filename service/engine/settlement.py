@@ -76,7 +76,7 @@ class Settlement:
         host = _host(job)
         usd = cost_usd(device_s, self._hour_usd) + host.usd
         plan = (answer.plan if answer else job.work.plan).kind.value
-        if usd:
+        if stats is not None or usd:
             tenant = self._accounts.tenants.label(job.tenant)
             joules = stats.joules if stats else None
             self.metrics.spent(job.planned.label, plan, tenant, device_s, usd, joules)

@@ -9,11 +9,12 @@ the device's own rule, start-time fair queuing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from service.core.host_work import HostKind
+from service.core.host_work import OWED, HostKind
 from service.core.options import Priority
 from service.scheduling.fair_shares import CLASS_SHARES, Flow
 
@@ -39,7 +40,8 @@ class Slots:
         return cls(of_tenant + 2, of_tenant + 1, of_tenant)
 
 
-SHORT, RESUMED, LONG = range(3)  # lines of a leaf, in the order in which they are served
+SHORT, SOON, LONG = range(3)  # lines of a leaf, in the order in which they are served
+MOST_TRIED = 16  # tasks of a line, if the first have no room
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +55,7 @@ class HostTask:
     begin: Callable[[], None]  # gives it a thread, or lets it go on
     used_s: float = 0.0
     has_begun: bool = False
+    holds_long_slot: bool = False
     leaf: Flow[Any] | None = field(default=None, repr=False)
 
     @property
@@ -86,6 +89,9 @@ class HostQueue:
         tasks = (*self._waiting, *self._running)
         return sum(task.remaining_s for task in tasks if task.tenant == tenant)
 
+    def is_running(self, task: HostTask) -> bool:
+        return task in self._running
+
     def others_wait(self, task: HostTask) -> bool:
         """Whether pausing `task` would let another tenant run; reads only, so any thread may ask."""
         return self.paused < MOST_PAUSED and any(other.tenant != task.tenant for other in tuple(self._waiting))
@@ -100,8 +106,8 @@ class HostQueue:
         self.paused += task.has_begun
 
     def discard(self, task: HostTask) -> bool:
-        """Remove what waits and has not begun; False if it is not there."""
-        if task not in self._waiting or task.has_begun:
+        """Remove what waits, also if it was paused; False if it is not there."""
+        if task not in self._waiting:
             return False
         self._take(task)
         _leaf(task).leave()
@@ -112,7 +118,8 @@ class HostQueue:
         while self._waiting and len(self._running) < self._slots.total and (task := self._next()) is not None:
             self._take(task)
             self._running[task] = None
-            if task.is_long:
+            task.holds_long_slot = task.is_long
+            if task.holds_long_slot:
                 self.long_running += 1
                 self._long_of[task.tenant] += 1
                 self._long_kinds[task.kind] += 1
@@ -123,19 +130,22 @@ class HostQueue:
         """It ended or pauses, after `used_s` more of its thread; `put` it again if it pauses."""
         del self._running[task]
         task.used_s += used_s
-        if task.is_long:
+        if task.holds_long_slot:
             self.long_running -= 1
             self._long_of[task.tenant] -= 1
             self._long_kinds[task.kind] -= 1
         _leaf(task).charge(used_s)
         _leaf(task).leave()
+        if task.used_s > SHORT_S:  # predicted too low: from here on it is long
+            task.predicted_s = max(task.predicted_s, 2 * task.used_s)
 
     def _next(self) -> HostTask | None:
         for leaf in self._root.leaves():
-            for line in (SHORT, RESUMED, LONG):
-                task: HostTask | None = next(iter(leaf.lines.get(line, {}).values()), None)
-                if task is not None and (line == SHORT or self._has_room(task)):
-                    return task
+            for line in (SHORT, SOON, LONG):
+                tasks: Iterable[HostTask] = leaf.lines.get(line, {}).values()
+                for task in islice(tasks, MOST_TRIED):
+                    if line == SHORT or self._has_room(task):
+                        return task
         return None
 
     def _has_room(self, task: HostTask) -> bool:
@@ -146,12 +156,15 @@ class HostQueue:
 
     def _take(self, task: HostTask) -> None:
         del self._waiting[task]
-        del _leaf(task).lines[_line(task)][id(task)]
+        for line in _leaf(task).lines.values():
+            line.pop(id(task), None)
         self.paused -= task.has_begun
 
 
 def _line(task: HostTask) -> int:
-    return SHORT if not task.is_long else RESUMED if task.has_begun else LONG
+    if not task.is_long:
+        return SHORT
+    return SOON if task.has_begun or task.kind in OWED else LONG
 
 
 def _leaf(task: HostTask) -> Flow[Any]:

@@ -69,6 +69,7 @@ class RequestRecord:
 
     received: Received
     parsed: Parsed | None = None
+    is_dry_run: bool = False  # only its price is wanted
     host: HostUse | None = None  # what reading it used so far, until it is settled
     tokenized_s: float | None = None  # None for attention, which has no tokens
     planned: Planned | None = None

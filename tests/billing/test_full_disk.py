@@ -38,6 +38,7 @@ def test_what_was_accepted_can_be_settled_on_a_full_disk(disk: Disk, tmp_path: P
     disk.fill()
     until_full(lambda: numbers.append(log.accepted(ledger_row())))
     until_full(lambda: log.capacity(CapacityRow(at_s=1.0, used_s=1.0, idle_s=1.0, usd=1.0)))
+    until_full(lambda: log.unaccepted(ledger_row(outcome="priced")))  # takes no room of a settlement
     for number in numbers[:-1]:
         log.settled(number, ledger_row())
     log.ship(ledger)

@@ -112,8 +112,15 @@ def test_a_budget_holds_across_replicas(billed: Billed) -> None:
         assert refused.json()["error"]["code"] == "over_budget"
         assert int(refused.headers["retry-after"]) >= 1
     answered = codes[200] + (refused.status_code == 200)
-    assert [(group["tenant"], group["outcome"], group["requests"]) for group in own] == [("metered", "ok", answered)]
-    spent_s = own[0]["device_s"]
+    groups = {group["outcome"]: group for group in own}
+    assert {group["tenant"] for group in own} == {"metered"}
+    assert groups.keys() == {"ok", "over_budget"}
+    assert groups["ok"]["requests"] == answered
+    # refused when their texts had been read: that is recorded, and nothing else
+    refusals = codes[429] + (refused.status_code == 429)
+    assert 0 < groups["over_budget"]["requests"] <= refusals
+    assert groups["over_budget"]["device_s"] == 0 < groups["over_budget"]["host_s"]
+    spent_s = groups["ok"]["device_s"]
     refilled_s = took_s * 3600 / 86400
     # predictions may be wrong for the requests that run: one on each replica, four wait
     assert 0.5 * BURST_S < spent_s <= BURST_S + refilled_s + 2 * 0.02 * BURST_S + 0.25
@@ -178,7 +185,7 @@ def test_a_large_message_without_a_key_is_not_held(billed: Billed) -> None:
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
     grown = [peak_bytes(process) - before[process] for process in replicas]
     print("grown", grown)
-    assert max(grown) < 2**25
+    assert max(grown) < 2**26  # of 2**27: what is on its way when a call is refused is a window or two of 16 MiB
 
 
 def test_the_metrics_of_the_node_need_an_administrators_key(billed: Billed) -> None:

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service.attention.output import Checkpoint
-from service.billing.ledger import LocalLedger
+from service.billing.ledger import LedgerError, LocalLedger
 from service.billing.metering import UsageMeter
 from service.billing.tenants import Tenants
 from service.config import Budget, Config, TenantConfig
@@ -136,7 +136,7 @@ def test_a_tenant_over_its_budget_is_refused_before_anything_is_read(host: Host)
     async def spend() -> None:
         for _ in range(10):
             await host.work.run(record(), ask("poor", LONG), spin)
-            host.meter.settle_host(await host.meter.reserve_host(host.tenants.named("poor"), 0.0), 6.0)
+            host.meter.settle_host(await host.meter.reserve_host(host.tenants.named("poor"), 6.0), 6.0)
 
     with pytest.raises(FarsightError) as over:
         asyncio.run(spend())
@@ -266,3 +266,130 @@ def test_writing_an_answer_is_neither_refused_nor_charged(host: Host) -> None:
     assert asyncio.run(host.work.run(of, written, spin)) == "read"
     assert of.host is None
     assert total(host.registry, "host_seconds_total", kind="render", tenant="poor") > 0
+
+
+def test_closing_ends_what_runs_pauses_and_waits_and_settles_it(tmp_path: Path) -> None:
+    """Also while the work of one tenant is about to pause for another's."""
+    host, begun = Host(tmp_path), threading.Semaphore(0)
+
+    def long(checkpoint: Checkpoint) -> None:
+        begun.release()
+        while True:
+            spin(checkpoint)
+
+    async def then_close() -> list[object]:
+        works = [asyncio.ensure_future(host.work.run(record(), ask(name, LONG), long)) for name in "abcd" * 2]
+        for _ in range(2):
+            await asyncio.to_thread(begun.acquire, timeout=10)
+        host.work.close()
+        async with asyncio.timeout(10):
+            return await asyncio.gather(*works, return_exceptions=True)
+
+    failures = asyncio.run(then_close())
+    assert {error.kind for error in failures if isinstance(error, FarsightError)} == {Kind.UNAVAILABLE}
+    assert len(failures) == 8
+    assert total(host.registry, "host_seconds_total", kind="text", tenant="a") > 0
+    with pytest.raises(FarsightError, match="does not respond"):
+        asyncio.run(host.work.run(record(), ask(), spin))
+    host.meter.close()
+    host.ledger.close()
+
+
+def test_a_caller_who_leaves_paused_work_frees_its_place_at_once(host: Host) -> None:
+    paused, held = threading.Event(), threading.Event()
+
+    def first(checkpoint: Checkpoint) -> None:
+        while True:
+            spin(checkpoint)
+
+    def others(checkpoint: Checkpoint) -> None:
+        paused.set()
+        held.wait(10)
+
+    async def leave() -> None:
+        task = asyncio.ensure_future(host.work.run(record(), ask("a", LONG), first))
+        await asyncio.sleep(0)
+        blocking = [asyncio.ensure_future(host.work.run(record(), ask(name, LONG), others)) for name in "bcd"]
+        assert await asyncio.to_thread(paused.wait, 10)
+        async with asyncio.timeout(10):
+            while not host.work.queue.paused:  # noqa: ASYNC110 (nothing signals it)
+                await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert host.work.queue.paused == 0
+        assert host.work.queue.ahead_s("a") == 0
+        held.set()
+        await asyncio.gather(*blocking)
+
+    asyncio.run(leave())
+
+
+def test_work_that_was_predicted_too_short_gives_way_like_long_work(host: Host) -> None:
+    slots, others_begun = 8, threading.Event()
+
+    def endless(checkpoint: Checkpoint) -> None:
+        while not others_begun.is_set():
+            spin(checkpoint)
+
+    def other(_: Checkpoint) -> None:
+        others_begun.set()
+
+    async def all_of_them() -> None:
+        async with asyncio.timeout(30):
+            loud = [asyncio.ensure_future(host.work.run(record(), ask("a", SHORT), endless)) for _ in range(slots)]
+            await asyncio.sleep(0)
+            await host.work.run(record(), ask("b", SHORT), other)
+            await asyncio.gather(*loud)
+
+    asyncio.run(all_of_them())
+
+
+def test_what_one_kind_of_work_taught_does_not_change_another(host: Host) -> None:
+    cost, image = host.work._cost, HostAsk(HostKind.IMAGE, 12_000_000, "a")
+    before_s = cost.predicted_s(image)
+    for _ in range(200):
+        cost.learn(HostAsk(HostKind.RENDER, 12, "a"), 0.001)
+    assert cost.predicted_s(image) == before_s
+
+
+def test_prices_are_known_without_the_ledger(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> None:
+        raise LedgerError("no connection")
+
+    monkeypatch.setattr(host.ledger, "lease", away)
+    with pytest.raises(FarsightError) as refused:
+        asyncio.run(host.work.run(record(), ask("poor"), spin))
+    assert refused.value.kind is Kind.UNAVAILABLE
+    of = record()
+    of.is_dry_run = True
+    assert asyncio.run(host.work.run(of, ask("poor"), spin)) == "read"
+
+
+def test_one_request_has_one_row_although_its_reading_ended_later(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[object] = []
+    monkeypatch.setattr(host.meter, "settle_unaccepted", lambda *row: rows.append(row))
+    begun, held = threading.Event(), threading.Event()
+
+    def work(_: Checkpoint) -> None:
+        begun.set()
+        held.wait(10)
+
+    async def late() -> None:
+        of = record()
+        await host.work.run(of, ask(), spin)
+        task = asyncio.ensure_future(host.work.run(of, ask(), work))
+        await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        of.fail(Kind.CANCELLED)
+        host.work.charge_unanswered(of)
+        assert not rows
+        held.set()
+        async with asyncio.timeout(10):
+            while not rows:  # noqa: ASYNC110 (nothing signals it)
+                await asyncio.sleep(0.001)
+
+    asyncio.run(late())
+    assert len(rows) == 1

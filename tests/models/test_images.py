@@ -21,8 +21,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, ViTConfig, ViT
 
 from service.errors import FarsightError, Kind
 from service.models.inputs import image as images
+from service.models.inputs.file_headers import pixels_of
 from service.models.inputs.image import ImageProcessor, decode, read_processor
-from service.models.inputs.image_header import pixels_of
 
 DRAW = np.random.default_rng(0)
 NOISE = Image.fromarray(DRAW.integers(0, 256, (40, 56, 3), dtype=np.uint8))

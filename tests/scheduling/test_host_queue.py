@@ -154,3 +154,34 @@ def test_slots_follow_the_cores() -> None:
         (4, 3, 2),
         (4, 3, 2),
     ]
+
+
+def test_work_without_room_does_not_block_what_is_behind_it() -> None:
+    host = Host()
+    host.put("b", LONG_S, HostKind.IMAGE)
+    image = host.put("a", LONG_S, HostKind.IMAGE)
+    text = host.put("a", LONG_S)
+    assert host.begun[-1] is text
+    assert image not in host.begun
+
+
+def test_answers_are_written_before_more_is_read() -> None:
+    host = Host()
+    running = [host.put("a", LONG_S) for _ in range(SLOTS.of_tenant)]
+    reading, answer = host.put("a", LONG_S), host.put("a", LONG_S, HostKind.RENDER)
+    host.end(running[0])
+    assert host.begun[-1] is answer
+    host.end(running[1])
+    assert host.begun[-1] is reading
+
+
+def test_work_that_was_predicted_too_short_is_long_once_it_pauses() -> None:
+    host = Host()
+    task = host.put("a", SHORT_S)
+    assert host.queue.long_running == 0
+    host.pause(task, 1.0)
+    assert task.is_long
+    assert host.begun == [task, task]
+    assert host.queue.long_running == 1
+    host.end(task, 1.0)
+    assert host.queue.long_running == 0

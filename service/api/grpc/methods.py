@@ -114,6 +114,7 @@ class GrpcMethods:
                 size,
                 render_message,
                 lambda price, parsed: render_price(price, parsed.form, service.hour_usd),
+                is_json=False,
             )
             with service.held_bytes() as held:
                 held.take(size)

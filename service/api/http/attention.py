@@ -101,7 +101,13 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
     async def attention(call: HttpCall) -> Response:
         """Scaled dot-product attention of the caller's own tensors."""
         parse = partial(parse_attention, call, config)
-        exchange = Exchange(parse, len(call.body), render_attention, lambda price, _: routes.price_response(price))
+        exchange = Exchange(
+            parse,
+            len(call.body),
+            render_attention,
+            lambda price, _: routes.price_response(price),
+            is_json=call.content_type != SAFETENSORS,
+        )
         return await routes.handler.answer(call, exchange)
 
     content = {

@@ -12,6 +12,7 @@ from service.api.http import attention, text
 from service.api.http.endpoint import HttpCall, HttpRoutes
 from service.api.http.responses import JSON, WORK_ERRORS
 from service.api.schema import EstimateBody, ShapeBody, validated
+from service.core.host_work import HostKind
 from service.core.options import AttentionOptions
 from service.core.request import AttentionShape
 from service.engine.pricing import Estimate
@@ -40,7 +41,7 @@ def shape_of(body: ShapeBody) -> tuple[AttentionShape, AttentionOptions]:
 async def estimated(handler: Handler, call: HttpCall) -> Estimate:
     """The price of what the body describes: sizes, or a real request with its endpoint. Raises FarsightError."""
 
-    service, size = handler.service, len(call.body)
+    service, size, call.record.is_dry_run = handler.service, len(call.body), True
 
     def parse() -> EstimateBody:
         return validated(EstimateBody, call.json(service.config.max_json_bytes))
@@ -52,10 +53,12 @@ async def estimated(handler: Handler, call: HttpCall) -> Estimate:
         return service.estimate(*shape_of(body.attention), call.tenant.name)
     assert body.request is not None, "bug: an estimate without a request"
     if body.endpoint == attention.PATH:
-        request, _ = await handler.parsed(call, size, partial(attention.attention_from_json, call, body.request))
+        read = partial(attention.attention_from_json, call, body.request)
+        request, _ = await handler.parsed(call, size, read, HostKind.PARSE)
         return await service.priced(request, call.record)
     endpoint = text.ENDPOINTS[body.endpoint or ""]
-    forward = await handler.parsed(call, size, partial(text.forward_request, call, body.request, endpoint))
+    read_text = partial(text.forward_request, call, body.request, endpoint)
+    forward = await handler.parsed(call, size, read_text, HostKind.PARSE)
     return await service.priced(forward.request, call.record)
 
 

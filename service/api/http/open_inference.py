@@ -56,6 +56,7 @@ class OpenInference:
             len(call.body),
             _render,
             lambda price, _: self._routes.price_response(price),
+            is_json=_header_length(call) is None,
         )
         return await self._routes.handler.answer(call, exchange)
 

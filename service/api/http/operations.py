@@ -11,7 +11,7 @@ from service.core.host_work import HostAsk, HostKind
 from service.errors import FarsightError, Kind
 from service.telemetry import exporter
 
-METRICS_BYTES = 1024**2  # about, of the text; it decides only how its work is shared
+METRICS_BYTES = 64 * 1024  # about, of the text; it decides only how its work is shared
 
 
 def add_routes(app: FastAPI, routes: HttpRoutes) -> None:

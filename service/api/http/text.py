@@ -276,6 +276,7 @@ def add_routes(app: FastAPI, routes: HttpRoutes) -> None:
             render,
             lambda price, _: routes.price_response(price),
             is_long=endpoint.task in ("score", "explain"),
+            is_json=not is_form,
         )
         return await routes.handler.answer(call, exchange)
 

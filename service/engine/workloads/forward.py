@@ -91,7 +91,8 @@ class ForwardWorkload(Workload[ForwardRequest, PreparedForward]):
         price = partial(forward_plan.forward_candidates, *settings, everything=everything)
         if len(prepared.sizes) <= INLINE_ROWS:
             return price()
-        ask = HostAsk(HostKind.PRICE, 0, prepared.request.tenant, len(prepared.sizes))
+        request = prepared.request
+        ask = HostAsk(HostKind.PRICE, 0, request.tenant, len(prepared.sizes), request.options.priority)
         return await self._host.run(record, ask, lambda _: price())
 
     def choose(self, prepared: PreparedForward, priced: Candidates, corrector: PredictionCorrector) -> Work:

@@ -1,4 +1,4 @@
-"""The pixels of an image file by its header, without decoding: what to expect of it, never whether it is valid."""
+"""How much work a file is by its header, without decoding: what to expect of it, never whether it is valid."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ def pixels_of(data: bytes) -> int | None:
     elif data.startswith(b"\xff\xd8"):
         size = _jpeg(data)
     return None if size is None else size[0] * size[1]
+
+
+def audio_ms_of(data: bytes) -> int | None:
+    """Milliseconds of a FLAC or WAV file as its header states them; None if it does not."""
+    if data.startswith(b"fLaC") and len(data) >= 26:
+        bits = int.from_bytes(data[18:26], "big")  # 20 of the rate, 8 of channels and width, 36 of the samples
+        rate, samples = bits >> 44, bits & (1 << 36) - 1
+        return 1000 * samples // rate if rate and samples else None
+    if data.startswith(b"RIFF") and data[12:16] == b"fmt " and len(data) > 44:
+        byte_rate = int.from_bytes(data[28:32], "little")
+        return 1000 * len(data) // byte_rate if byte_rate else None
+    return None
 
 
 def _webp(data: bytes) -> tuple[int, int] | None:
