@@ -100,6 +100,7 @@ class WriteAheadLog:
         if not self._unsettled:
             _lock_path(self._directory, self.id).unlink(missing_ok=True)
         os.close(self._lock)
+        self._lock = None
 
     def _ship_closed(self, ledger: Ledger) -> None:
         while self._closed:
