@@ -24,7 +24,8 @@ from service.cluster.environment import (
     ray_environment,
     ray_token,
 )
-from service.cluster.guard import Alive, Guard
+from service.cluster.guard import Guard, lock
+from service.cluster.leftovers import Alive
 from service.commands.terminal import console, device, fail, settings
 from service.config import Config, ModelConfig
 from service.models.demo import DEMO_MODEL
@@ -49,8 +50,8 @@ def start(config: Config, order: Order = "fair") -> None:
     `order` "arrival" is first in, first out without preemption; only a benchmark asks for it.
     """
     try:
-        config.state_dir.mkdir(parents=True, exist_ok=True)
         guard = Guard(guard_record(config))
+        lock(Path(f"{config.haproxy_dir}.lock"))  # another service with the same port may use the directory
     except (Alive, OSError) as error:
         fail(str(error))
     _check_addresses(config)
@@ -62,9 +63,8 @@ def start(config: Config, order: Order = "fair") -> None:
         Tenants(config)
     except (OSError, ValueError) as error:
         fail(f"tenants: {error}")
-    shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run
+    shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters of an earlier run; replicas make it
     shutil.rmtree(config.haproxy_dir, ignore_errors=True)
-    config.metrics_dir.mkdir(parents=True)
     config.haproxy_dir.mkdir(parents=True, mode=0o700)
     os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
     os.environ |= environment

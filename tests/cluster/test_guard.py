@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from service.cluster.guard import MARK, Alive, Guard, remove_leftovers
+from service import disk
+from service.cluster import guard, leftovers
+from service.cluster.guard import Guard, remove_leftovers
+from service.cluster.leftovers import MARK, Alive
 
 # starts a process of another session that ignores SIGTERM, with a child and a thread, and says who is who
 SERVICE = """
@@ -37,9 +43,13 @@ guard.end()
 class Service:
     """A process that is guarded, and descriptors of its guard and of what it started."""
 
-    def __init__(self, record: Path) -> None:
+    def __init__(self, record: Path, directory: Path | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVICE, str(record)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-P", "-c", SERVICE, str(record)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=directory,
         )
         self.guard, *self.started = (self._open(pid) for pid in self._line())
 
@@ -139,3 +149,127 @@ def test_a_record_that_is_not_of_a_running_process_stops_nothing(record: Path, b
     record.write_text(text)
     remove_leftovers(record)
     assert not has_ended(bystander, 0)
+
+
+def test_the_guard_imports_nothing_of_the_working_directory(tmp_path: Path, record: Path) -> None:
+    for name in ("service/__init__.py", "service/cluster/__init__.py", "signal.py", "leftovers.py"):
+        path = tmp_path / "foreign" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise SystemExit(1)")
+    running = Service(record, tmp_path / "foreign")
+    try:
+        assert not has_ended(running.guard, 0.5)
+    finally:
+        running.process.kill()
+        running.process.communicate()
+    assert all(has_ended(descriptor) for descriptor in (*running.started, running.guard))
+
+
+@pytest.fixture
+def ending(record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
+    """Its process ends at once with status 3."""
+    program = tmp_path / "ends.py"
+    program.write_text("raise SystemExit(3)")
+    monkeypatch.setattr(leftovers, "__file__", str(program))
+    monkeypatch.setattr(guard, "PAUSES_S", (0.0, 0.1, 0.2))
+    guarded = Guard(record)
+    yield guarded
+    guarded.end()
+
+
+def test_a_guard_that_ends_at_once_is_reported_once_and_not_started_forever(
+    ending: Guard, caplog: pytest.LogCaptureFixture
+) -> None:
+    pids, until_s = {ending.pid}, time.monotonic() + 10
+    while not caplog.records and time.monotonic() < until_s:
+        ending.check()
+        pids.add(ending.pid)
+        time.sleep(0.01)
+    for _ in range(20):
+        ending.check()
+        pids.add(ending.pid)
+        time.sleep(0.02)
+    assert len(pids) == 4
+    (said,) = caplog.records
+    assert said.levelno == logging.WARNING
+    assert "the guard ends at once, last with 3" in said.message
+
+
+def test_the_end_kills_what_is_left_where_the_guard_cannot(ending: Guard) -> None:
+    started = subprocess.Popen(["sleep", "600"], env={**os.environ, **ending.environment})
+    ending.end()
+    assert started.wait(0.5) == -signal.SIGKILL
+
+
+def test_a_full_disk_starts_without_a_record_and_keeps_the_old_one_until_there_is_room(
+    record: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record.write_text("earlier")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        patch.setattr(disk.os, "open", full)  # of the lock
+        guarded = Guard(record)
+    assert record.read_text() == "earlier"
+    assert [file.name for file in record.parent.iterdir()] == [record.name]
+    assert [entry.levelno for entry in caplog.records] == [logging.WARNING]
+    guarded.check()
+    assert record.read_text().startswith(f"{os.getpid()}-")
+    guarded.end()
+
+
+def test_of_two_starts_at_the_same_time_one_is_refused(record: Path) -> None:
+    """Before the first has written its record."""
+    running = Service(record)
+    record.unlink()
+    with pytest.raises(Alive, match=f"another process holds {record}.lock"):
+        Guard(record)
+    running.process.kill()
+    assert has_ended(running.guard)
+    running.process.communicate()
+    Guard(record).end()
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="symbolic"):
+        guard.lock(tmp_path / "lock")
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
+def test_processes_are_killed_without_descriptors_where_there_are_none(
+    bystander: int, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    started = subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: "1-1-mine"})
+    _fail_to_open(monkeypatch, number)
+    leftovers.kill_marked("1-1-mine")
+    assert started.wait(1) == -signal.SIGKILL
+    assert not has_ended(bystander, 0)
+
+
+def test_an_id_that_became_a_threads_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fail_to_open(monkeypatch, errno.EINVAL)
+    leftovers.kill_marked("1-1-mine")
+
+
+def _fail_to_open(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def fails(_: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pidfd_open", fails)
+
+
+def test_a_process_has_an_identity_where_the_boot_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_text
+
+    def hidden(path: Path) -> str:
+        if path.name == "boot_id":
+            raise PermissionError
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert leftovers.mark_of(os.getpid()).startswith(f"{os.getpid()}-")

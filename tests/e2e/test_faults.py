@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from benchmarks.servers.process import session
-from service.cluster.guard import MARK
+from service.cluster.leftovers import MARK
 from service.config import Config
 from tests.e2e.conftest import Service, listens, start, stop
 from tests.e2e.test_service import SMALL
