@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ class Database:
             raise
         except (sa.exc.SQLAlchemyError, FileLost) as error:
             # opened anew: a connection to a file that was read-only stays so. One to a full disk goes on by itself
-            self._is_suspect = self._path is not None and not is_disk_full(error)
+            if self._path is not None and not is_disk_full(error):
+                self._is_suspect = True  # until it is opened: another thread's error stays
             raise
         finally:
             with self._changed:
@@ -95,17 +97,32 @@ class Database:
             self._engine = None
             if is_lost:
                 self.losses += 1
-                logger.error("%s was deleted or replaced: opened anew; what only the old file had is lost", self._path)
-                self._delete_log()
+                kept = self._set_log_aside()
+                logger.error(
+                    "%s was deleted or replaced: opened anew; what only the old file had is lost%s",
+                    self._path,
+                    f"; if it was moved, its last rows are in {kept}: name that like the moved file, with -wal at the "
+                    "end"
+                    if kept
+                    else "",
+                )
         self._engine = connect(self._url, self._path)
         self._identity, self._is_suspect = self._seen(), False
 
-    def _delete_log(self) -> None:
-        """Delete the old file's log where it still is: SQLite would apply it to the new file."""
+    def _set_log_aside(self) -> Path | None:
+        """Rename the old file's log where it still is: SQLite would apply it to the new file.
+
+        A file that was moved away needs it: rows that were committed are in the log only.
+        """
         _, log = self._seen()
-        if log is not None and log == self._identity[1]:
-            for suffix in ("-wal", "-shm"):
-                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+        if log is None or log != self._identity[1]:
+            return None
+        second = int(time.time())
+        while (kept := Path(f"{self._path}-wal.lost-{second}")).exists():
+            second += 1
+        os.rename(f"{self._path}-wal", kept)
+        Path(f"{self._path}-shm").unlink(missing_ok=True)
+        return kept
 
     def _is_lost(self) -> bool:
         """The file, or SQLite's log of it, is not the one that was opened."""

@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
+from service.billing.database import Database
 from service.billing.ledger import LedgerError, LocalLedger
 from service.billing.write_ahead_log import WriteAheadLog
 from service.config import Budget
@@ -67,7 +69,7 @@ def test_a_lost_file_is_made_anew_at_the_next_write(
     assert [record.levelno for record in caplog.records if "deleted or replaced" in record.message] == [logging.ERROR]
     if lose is not replace:
         found = {path.name.removeprefix("ledger.sqlite"): path.stat().st_mode for path in directory.iterdir()}
-        assert found.keys() == MODES
+        assert {name for name in found if ".lost-" not in name} == MODES
         assert not any(mode & 0o077 for mode in found.values())
 
 
@@ -93,6 +95,35 @@ def test_what_is_leased_stays_leased(tmp_path: Path, lose: Callable[[Path], None
     ledger.give_back("a", DAY, 5)
     lose(directory)
     assert ledger.lease("a", DAY, 5, 10).amount == pytest.approx(5)
+
+
+def test_a_file_that_was_moved_away_keeps_its_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger, moved = ledger_at(tmp_path, Clock()), tmp_path / "old.sqlite"
+    rows = [row(number=number) for number in range(50)]
+    ledger.record(rows, [])
+    for _ in range(2):  # within the same second
+        (tmp_path / "ledger.sqlite").rename(moved)
+        with pytest.raises(LedgerError, match="deleted or replaced"):
+            ledger.record(rows, [])
+    kept = sorted(tmp_path.glob("ledger.sqlite-wal.lost-*"))
+    assert len(kept) == 2
+    assert [str(path) in record.message for path, record in zip(kept, caplog.records, strict=True)] == [True, True]
+    assert not any(path.stat().st_mode & 0o077 for path in kept)
+    kept[1].rename(tmp_path / "old.sqlite-wal")
+    with sqlite3.connect(moved) as database:
+        assert database.execute("select count(*) from requests").fetchone() == (50,)
+
+
+def test_an_error_of_one_thread_is_not_forgotten_by_a_full_disk_of_another(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/ledger.sqlite")
+    failed, full = sqlite3.OperationalError(), sqlite3.OperationalError()
+    full.sqlite_errorname = "SQLITE_FULL"
+    with suppress(sa.exc.OperationalError), database.begin(is_read_only=True):
+        with suppress(sa.exc.OperationalError), database.begin(is_read_only=True):
+            raise sa.exc.OperationalError("", None, failed)
+        raise sa.exc.OperationalError("", None, full)
+    assert database._is_suspect, "opened anew at the next use"
+    database.close()
 
 
 def lose_while_writing(ledger: LocalLedger, directory: Path) -> None:
