@@ -9,12 +9,17 @@ writable by all users.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import resource
+import socket
 import sys
+from contextlib import suppress
+from itertools import pairwise
 
 from service.cluster.haproxy_answers import answered
+from service.cluster.leftovers import MARK
 
 # few other imports: a replica that is being removed waits for HAProxy's reload
 SETTING = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -89,36 +94,59 @@ def _limits(connections: int) -> str:
 def handed_over(path: str, text: str, *, is_first: bool) -> tuple[str, list[str]]:
     """(configuration, further arguments) of the HAProxy that this process becomes.
 
-    The first HAProxy of a manager takes the place of the one that a killed manager left, with its configuration: Ray
-    knows no routes yet, and callers would get 404 until it does. The process is known by its id and start time.
+    The first HAProxy of a manager takes the place of those that a killed manager left, with their last configuration:
+    Ray knows no routes yet, and callers would get 404 until it does.
     """
-    record, last = f"{path}.process", f"{path}.last"
-    predecessor = _read(record)
+    left = _users_of(path)
     more: list[str] = []
-    if is_first and predecessor and _process(int(predecessor.split()[0])) == predecessor:
-        more += ["-sf", predecessor.split()[0]]
-        if (admin := SOCKET_PATH.search(text)) and os.path.exists(admin[1]):
-            more += ["-x", admin[1]]  # its listeners, so that no connection is refused
-        text = text if ROUTE in text else _read(last) or text
-    with open(record, "w") as file:
-        file.write(_process(os.getpid()))
-    if ROUTE in text:
-        with open(last, "w") as file:
-            file.write(text)
+    if is_first and left:
+        if (admin := SOCKET_PATH.search(text)) and _accepts(admin[1]):
+            more += ["-x", admin[1]]  # their listeners, so that no connection is refused
+        more += ["-sf", *map(str, left)]
+        text = text if ROUTE in text else _last_used(path, left) or text
+    for name in glob.glob(f"{glob.escape(path)}.used-by-*"):
+        if int(name.rpartition("-")[2]) not in left:
+            with suppress(FileNotFoundError):  # another start has removed it
+                os.unlink(name)
+    with open(f"{path}.used-by-{os.getpid()}", "w") as file:
+        file.write(text)
     return text, more
 
 
-def _read(path: str) -> str:
-    if not os.path.exists(path):
-        return ""
-    with open(path) as file:
-        return file.read()
+def _last_used(path: str, processes: list[int]) -> str:
+    """The newest configuration with routes of these processes; empty if there is none."""
+    files = [name for pid in processes if os.path.exists(name := f"{path}.used-by-{pid}")]
+    for name in sorted(files, key=os.path.getmtime, reverse=True):
+        with open(name) as file:
+            text = file.read()
+        if ROUTE in text:
+            return text
+    return ""
 
 
-def _process(pid: int) -> str:
-    """Id and start time of a process; empty if it does not run."""
-    state, *fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split() or ["Z"]
-    return "" if state == "Z" else f"{pid} {fields[18]}"
+def _users_of(path: str) -> list[int]:
+    """Other processes of this user with this configuration, also those that are still becoming HAProxy.
+
+    They are looked for, not recorded: a reload may fail and leave the one before it in place.
+    """
+    wanted, found = os.fsencode(path), []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdecimal()):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+            is_ours = os.stat(f"/proc/{pid}").st_uid == os.geteuid() and pid != os.getpid()
+        except OSError:
+            continue  # it has ended
+        is_haproxy = any(word.endswith(b"haproxy") for word in words[:2]) and b"-c" not in words
+        if is_ours and is_haproxy and (b"-f", wanted) in pairwise(words):
+            found.append(pid)
+    return found
+
+
+def _accepts(path: str) -> bool:
+    """HAProxy does not start if it asks a socket for listeners that nothing listens on."""
+    with socket.socket(socket.AF_UNIX) as admin:
+        return admin.connect_ex(path) == 0
 
 
 def _server(line: str) -> str:
@@ -136,8 +164,9 @@ def main() -> None:
         files = 2 * MOST_CONNECTIONS + OWN_FILES
     text = completed(text, os.environ.get("FARSIGHT_METRICS_HOST", ""), files)
     if "-c" not in arguments:  # which only checks the configuration
-        # HAProxy outlives its manager: Ray kills the process group of a process that dies
-        if os.getpgrp() != os.getpid():
+        # HAProxy outlives its manager: Ray kills the process group of a process that dies. Not without a guard, as on
+        # Kubernetes, where nothing else would end it
+        if MARK in os.environ and os.getpgrp() != os.getpid():
             os.setpgid(0, 0)
         text, more = handed_over(path, text, is_first="-sf" not in arguments)
         arguments += more

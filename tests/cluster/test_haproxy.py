@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -220,69 +219,3 @@ def test_slow_work_is_waited_for_and_slow_readers_are_not(proxied: int) -> None:
     with socket.create_connection(("127.0.0.1", proxied)) as sender:
         sender.sendall(b"GET / HTTP/1.1\r\nhost: a")  # headers that never end
         assert seconds_until_closed(sender) < 3.0
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def test_the_first_haproxy_of_a_new_manager_takes_over_from_the_one_that_was_left(tmp_path: Path) -> None:
-    """With its routes, which Ray does not know yet, and without a moment in which a connection is refused."""
-    path, port = tmp_path / "haproxy.cfg", free_port()
-    text = CONFIG.format(socket=tmp_path / "admin.sock").replace("level admin", "level admin expose-fd listeners")
-    for before, after in (
-        ("127.0.0.1:8000", f"127.0.0.1:{port}"),
-        ("127.0.0.1:9000", f"unix@{tmp_path}/grpc.sock"),
-        (":9101", f":{free_port()}"),
-        ("bind *:8404", f"bind *:{free_port()}"),
-    ):
-        text = text.replace(before, after)
-    body = "\n    use_backend a if TRUE\n    default_backend a\nfrontend grpc"
-    routes = text.replace("\n    default_backend a\nfrontend grpc", body)
-    routes = routes.replace(
-        "\nbackend a\n", "\nbackend a\n    http-request return status 200 content-type text/plain string served\n"
-    )
-
-    def start(config: str) -> subprocess.Popen[bytes]:
-        path.write_text(config)
-        return subprocess.Popen([SCRIPTS / "farsight-haproxy", "-db", "-f", path])
-
-    def get() -> str:
-        return httpx.get(f"http://127.0.0.1:{port}/").text
-
-    left = start(routes)
-    try:
-        while not (tmp_path / "admin.sock").exists() and left.poll() is None:
-            time.sleep(0.01)
-        assert get() == "served"
-        assert os.getpgid(left.pid) == left.pid, "Ray kills the group of a manager that dies"
-        new = start(text)
-        try:
-            while left.poll() is None:
-                assert get() == "served", "at no moment 404 or refused"
-            assert new.poll() is None
-            assert get() == "served"
-        finally:
-            new.kill()
-            new.wait()
-        alone = start(text)  # nothing is left: as Ray wants it
-        try:
-            while not (get_or_none(port)) and alone.poll() is None:
-                time.sleep(0.01)
-            assert get() != "served"
-        finally:
-            alone.kill()
-            alone.wait()
-    finally:
-        left.kill()
-        left.wait()
-
-
-def get_or_none(port: int) -> int | None:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/").status_code
-    except httpx.TransportError:
-        return None
