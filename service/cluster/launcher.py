@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -117,16 +117,22 @@ def _handle_signals(handler: Handler) -> None:
 def _start_ray(config: Config) -> None:
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, config.max_replicas or config.replicas),
-        include_dashboard=False,
-        _temp_dir=str(config.haproxy_dir / "ray"),  # all users may write into Ray's directories, but not reach these
-        runtime_env={"worker_process_setup_hook": "service.cluster.worker.prepare"},
-        object_store_memory=128 * 1024 * 1024,  # tensors never pass through it
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-    )
+    from service.cluster import worker
+
+    # Ray's processes import from the directory that this runs in first: another `service` there would be run
+    os.environ[worker.DIRECTORY] = os.getcwd()
+    with chdir(config.haproxy_dir):
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, config.max_replicas or config.replicas),
+            include_dashboard=False,
+            # all users may write into Ray's directories, but not reach these
+            _temp_dir=str(config.haproxy_dir / "ray"),
+            runtime_env={"worker_process_setup_hook": "service.cluster.worker.prepare"},
+            object_store_memory=128 * 1024 * 1024,  # tensors never pass through it
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
 
 
 def _deploy(config: Config, order: Order, interrupt: _Interrupt) -> None:

@@ -51,10 +51,10 @@ def start(config: Config, order: Order = "fair") -> None:
     """
     try:
         guard = Guard(guard_record(config))
-        lock(Path(f"{config.haproxy_dir}.lock"))  # another service with the same port may use the directory
+        _check_addresses(config)
+        lock(Path(f"{config.haproxy_dir}.lock"))  # another start with the same port may be using the directory
     except (Alive, OSError) as error:
         fail(str(error))
-    _check_addresses(config)
     if config.device == "cuda":  # Ray would wait for a GPU forever
         device(config)
     environment = ray_environment(config)

@@ -19,6 +19,7 @@ def test_the_directory_of_a_service_that_is_starting_stays(
     """Another state directory, the same HTTP port, which nothing listens on yet."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(serve, "Guard", lambda _: None)
+    monkeypatch.setattr(serve, "MAX_HAPROXY_DIR_LENGTH", 1000)
     config = Config(state_dir=tmp_path / "state", http_port=28990)
     config.haproxy_dir.mkdir()
     other = os.open(tmp_path / "farsight-28990.lock", os.O_CREAT | os.O_RDWR, 0o600)

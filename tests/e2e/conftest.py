@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from service.cluster.environment import SCRIPTS
 
 START_TIMEOUT_S = 120
 
@@ -52,7 +53,7 @@ def start(directory: Path, base: int, *arguments: str, **settings: str) -> Servi
     log = directory / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service", "serve", *arguments],
+            [SCRIPTS / "farsight", "serve", *arguments],
             env=environment(directory, base) | settings,
             stdout=output,
             stderr=subprocess.STDOUT,
