@@ -123,9 +123,10 @@ def test_without_a_guard_haproxy_ends_with_its_manager(tmp_path: Path) -> None:
         process = subprocess.Popen(command, env=environment)
         while not (tmp_path / "admin.sock").exists() and process.poll() is None:
             time.sleep(0.01)
-        assert (os.getpgid(process.pid) == process.pid) == bool(mark)
+        group = os.getpgid(process.pid)
         process.kill()
         process.wait()
+        assert (group == process.pid) == bool(mark)
         (tmp_path / "admin.sock").unlink()
 
 
