@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,8 +60,12 @@ class Tried:
         return False  # HAProxy's own answer while there is no replica
 
     def recorded(self) -> set[str]:
-        with sqlite3.connect(self.ledger) as database:
-            return {name for (name,) in database.execute("select request_id from requests where outcome = 'ok'")}
+        """Ids of answered requests in the ledger; none while it is being made."""
+        query = "select request_id from requests where outcome = 'ok'"
+        with closing(sqlite3.connect(f"file:{self.ledger}?mode=ro", uri=True)) as database:
+            if not database.execute("select name from sqlite_master where name = 'requests'").fetchall():
+                return set()
+            return {name for (name,) in database.execute(query)}
 
     def counted(self) -> float:
         """Answers by the metrics of the node."""
@@ -78,7 +83,7 @@ def until(is_so: Callable[[], bool], limit_s: float) -> float:
     begin_s = time.monotonic()
     while not is_so():
         assert time.monotonic() - begin_s < limit_s
-        time.sleep(0.02)
+        time.sleep(0.05)
     return time.monotonic() - begin_s
 
 
