@@ -83,7 +83,7 @@ def until(is_so: Callable[[], bool], limit_s: float) -> float:
     begin_s = time.monotonic()
     while not is_so():
         assert time.monotonic() - begin_s < limit_s
-        time.sleep(0.05)
+        time.sleep(0.02)
     return time.monotonic() - begin_s
 
 
