@@ -27,7 +27,7 @@ FOREIGN = {
     503: (Kind.UNAVAILABLE, STARTING),
     504: (Kind.DEADLINE, CODES[Kind.DEADLINE].meaning),
 }
-OWN = (400, 408, 500, 502, 503, 504)  # that HAProxy gives without being told to by a rule
+OWN = (400, 408, 500, 502, 503, 504)  # that HAProxy gives by itself, without a rule
 # Ray's rules that answer: no application yet, a node that drains
 RAYS_ANSWER = re.compile(r'return status (404|503) content-type text/plain (?:lf-)?string "[^"\n]*"')
 

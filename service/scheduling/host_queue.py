@@ -136,8 +136,8 @@ class HostQueue:
             self._long_kinds[task.kind] -= 1
         _leaf(task).charge(used_s)
         _leaf(task).leave()
-        if task.used_s > SHORT_S:  # predicted too low: from here on it is long
-            task.predicted_s = max(task.predicted_s, 2 * task.used_s)
+        if task.used_s > task.predicted_s:  # from here on it is long
+            task.predicted_s = 2 * task.used_s
 
     def _next(self) -> HostTask | None:
         for leaf in self._root.leaves():

@@ -115,7 +115,7 @@ def test_the_next_start_ends_what_is_left_if_the_guard_was_killed_too(
     assert has_ended(service.guard)
     service.process.kill()
     service.process.wait()
-    assert not any(has_ended(descriptor, 0.3) for descriptor in service.started), "nobody has ended them"
+    assert not any(has_ended(descriptor, 0.3) for descriptor in service.started), "ended without the guard"
     remove_leftovers(record)
     assert all(has_ended(descriptor, 0) for descriptor in service.started), "before the start goes on"
     assert not has_ended(bystander, 0)

@@ -162,6 +162,13 @@ def test_work_that_cannot_be_done_in_time_or_is_too_much_is_refused_with_numbers
     assert full.value.kind is Kind.OVERLOADED
 
 
+async def left(task: asyncio.Future[Any]) -> None:
+    """Its caller leaves."""
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 def waiting(until: threading.Event) -> Callable[[Checkpoint], None]:
     def work(checkpoint: Checkpoint) -> None:
         while not until.wait(0.001):
@@ -187,9 +194,7 @@ def test_a_caller_who_leaves_ends_its_work_at_the_next_checkpoint_and_pays_for_i
         of = record()
         task = asyncio.ensure_future(host.work.run(of, ask(), work))
         await asyncio.to_thread(begun.wait, 10)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await left(task)
         of.fail(Kind.CANCELLED)
         host.work.charge_unanswered(of)
         assert await asyncio.to_thread(ended.wait, 10)
@@ -314,9 +319,7 @@ def test_a_caller_who_leaves_paused_work_frees_its_place_at_once(host: Host) -> 
         async with asyncio.timeout(10):
             while not host.work.queue.paused:  # noqa: ASYNC110 (nothing signals it)
                 await asyncio.sleep(0.001)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await left(task)
         assert host.work.queue.paused == 0
         assert host.work.queue.ahead_s("a") == 0
         held.set()
@@ -380,9 +383,7 @@ def test_one_request_has_one_row_although_its_reading_ended_later(host: Host, mo
         await host.work.run(of, ask(), spin)
         task = asyncio.ensure_future(host.work.run(of, ask(), work))
         await asyncio.to_thread(begun.wait, 10)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await left(task)
         of.fail(Kind.CANCELLED)
         host.work.charge_unanswered(of)
         assert not rows

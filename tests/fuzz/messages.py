@@ -6,20 +6,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from service.api.grpc.messages import TYPED_FIELDS
 from service.api.proto import open_inference_grpc_pb2 as pb
 from tests.fuzz.bodies import as_list, infer_inputs, infer_parameters
 from tests.fuzz.values import damaged
 
 Draw = st.DrawFn
 
-FIELDS = {
-    "BOOL": "bool_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
 SHAPES = ([], [0], [-1], [2**62, 2], [2**31, 2**31, 4], [1] * 9, [-(2**63)], [1, 1, 1, 1])
 NAMES = ("query", "key", "text", "nothing", "", "é" * 200, "attn_mask", "input_ids")
 
@@ -32,12 +25,12 @@ def messages(draw: Draw) -> bytes:
     is_raw = draw(st.booleans())
     for entry, content in zip(inputs, data, strict=True):
         tensor = request.inputs.add(name=entry["name"], datatype=entry["datatype"], shape=entry["shape"])
-        if is_raw or entry["datatype"] not in FIELDS:
+        if is_raw or entry["datatype"] not in TYPED_FIELDS:
             request.raw_input_contents.append(draw(damaged(content, draw(st.sampled_from((0, 0, 0, 1))))))
         else:
             values = as_list(entry["datatype"], entry["shape"], content)
             values = [one.encode() for one in values] if entry["datatype"] == "BYTES" else values
-            getattr(tensor.contents, FIELDS[entry["datatype"]]).extend(values)
+            getattr(tensor.contents, TYPED_FIELDS[entry["datatype"]]).extend(values)
     for name, value in draw(infer_parameters()).items():
         _set(request.parameters[name.encode("utf-8", "replace").decode()], value)
     for _ in range(draw(st.sampled_from((0, 0, 0, 1, 2)))):
@@ -69,7 +62,7 @@ def _mutate(draw: Draw, request: pb.ModelInferRequest) -> None:
         case 1:
             entry.name = draw(st.sampled_from(NAMES))
         case 2:
-            entry.datatype = draw(st.sampled_from((*FIELDS, "FP16", "BF16", "UINT64", "", "é")))
+            entry.datatype = draw(st.sampled_from((*TYPED_FIELDS, "FP16", "BF16", "UINT64", "", "é")))
         case 3:
             del request.inputs[at:]
         case 4:

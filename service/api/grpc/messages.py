@@ -17,7 +17,7 @@ from service.core.answer import Answer
 from service.engine.pricing import Estimate
 from service.errors import invalid, too_large
 
-_CONTENTS = {
+TYPED_FIELDS = {  # of InferTensorContents, by datatype
     "BOOL": "bool_contents",
     "INT32": "int_contents",
     "INT64": "int64_contents",
@@ -33,7 +33,7 @@ def message_bytes(request: pb.ModelInferRequest, limit: int) -> int:
     Raises FarsightError (413) over `limit` bytes. ByteSize would copy the message to learn the same.
     """
     claimed = sum(tensors.claimed_bytes(entry.name, entry.datatype, entry.shape) for entry in request.inputs)
-    fields = set(_CONTENTS.values())
+    fields = set(TYPED_FIELDS.values())
     typed = sum(8 * len(getattr(entry.contents, field)) for entry in request.inputs for field in fields)
     raw = sum(len(content) for content in request.raw_input_contents)
     size = max(claimed, typed, raw)
@@ -98,7 +98,7 @@ def render_price(estimate: Estimate, infer: InferRequest, hour_usd: float) -> pb
 
 def _typed(entry: pb.ModelInferRequest.InferInputTensor) -> tensors.Value:
     """FP16 and BF16 have no typed field: `from_list` says so."""
-    wanted = _CONTENTS.get(entry.datatype)
+    wanted = TYPED_FIELDS.get(entry.datatype)
     filled = [descriptor.name for descriptor, _ in entry.contents.ListFields()]
     if any(name != wanted for name in filled) and wanted is not None:
         raise invalid(f"{entry.name}: expected {entry.datatype} in {wanted}, got {', '.join(filled)}", param=entry.name)
